@@ -1,0 +1,40 @@
+"""Mixture-of-experts adapters for the stock Hugging Face stack. Importing it registers the adapter types with peft."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, distribution, version
+
+try:
+    distribution("moe-peft")
+except PackageNotFoundError:
+    pass
+else:
+    raise ImportError(
+        "The unrelated distribution 'moe-peft' owns the import name moe_peft as well: run `pip uninstall "
+        "moe-peft`, then `pip install --force-reinstall peft-moe`."
+    )
+
+from . import experts, losses, routers, telemetry
+from .describe import describe
+from .methods import LoraMoeConfig, MoloraConfig, RoutedConfig, SiraConfig
+from .objective import router_loss
+from .types import MoePeftWarning
+
+try:
+    __version__ = version("peft-moe")
+except PackageNotFoundError:
+    __version__ = "0+unknown"
+
+__all__ = [
+    "LoraMoeConfig",
+    "MoePeftWarning",
+    "MoloraConfig",
+    "RoutedConfig",
+    "SiraConfig",
+    "describe",
+    "experts",
+    "losses",
+    "router_loss",
+    "routers",
+    "telemetry",
+]

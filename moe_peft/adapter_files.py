@@ -1,0 +1,55 @@
+"""Checks of an adapter's folder that need no model: a complete safetensors file with the shapes the fields promise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+WEIGHTS = "adapter_model.safetensors"
+PICKLED_WEIGHTS = "adapter_model.bin"
+
+
+def check_adapter_files(folder: str, subfolder: str | None, *, num_experts: int, r: int) -> None:
+    """Check the weights in a local folder; a name on the Hub is left to the download's own checks.
+
+    Args:
+        folder: Adapter folder or name on the Hub.
+        subfolder: Folder inside it, if any.
+        num_experts: E of the configuration.
+        r: Rank of the configuration.
+
+    Raises:
+        ValueError: The weights are pickled, cannot be read, or have other experts than the configuration says.
+    """
+    path = Path(folder) / subfolder if subfolder else Path(folder)
+    weights = path / WEIGHTS
+    if not weights.is_file():
+        if (path / PICKLED_WEIGHTS).is_file():
+            raise ValueError(
+                f"{path / PICKLED_WEIGHTS} is a pickle, which can run code when it is read; only safetensors are "
+                f"loaded. Save "
+                "the adapter again with model.save_pretrained(folder), or convert the file with "
+                "safetensors.torch.save_file."
+            )
+        return
+    try:
+        with safe_open(weights, framework="pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{weights} cannot be read as safetensors ({error}): the file is truncated or damaged. Copy or "
+            f"download it "
+            "again; the base model has not been touched."
+        ) from error
+    for key, shape in shapes.items():
+        if not key.endswith(("_experts.A", "_experts.B")):
+            continue
+        if shape[:2] != (num_experts, r):
+            raise ValueError(
+                f"{weights} holds {key} of shape {shape}, but its adapter_config.json says "
+                f"num_experts={num_experts} and "
+                f"r={r}, that is ({num_experts}, {r}, width). The two files do not belong together: copy both from "
+                f"the "
+                "same save."
+            )

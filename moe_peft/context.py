@@ -1,0 +1,334 @@
+"""What a model's forward pass knows besides x: gradient mode, padding, packed documents, sample groups.
+
+Hooks on the Hugging Face model and on its backbone (encoder and decoder where there are two) open and close a
+`ForwardPass`; the routed layers ask the tracker for it. Layers never look at `self.training` (generation inside a
+training loop runs in train mode) nor at `torch.is_grad_enabled()` (the first pass of reentrant checkpointing runs
+without gradient). In a recomputation, which runs inside the backward pass, the context of the original forward serves.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from .types import LossScale, Routing, TokenContext
+
+TRACKER_ATTRIBUTE = "_moe_peft_tracker"
+INFERENCE = TokenContext()
+
+Observer = Callable[[str, str, Routing], None]
+
+
+@dataclass
+class LayerLosses:
+    """The router losses of one layer in one pass: unscaled 0-d float32 values, and their coefficients."""
+
+    values: dict[str, torch.Tensor]
+    coefficients: dict[str, float]
+
+
+@dataclass
+class ForwardLosses:
+    """The router losses of one forward of the whole model, encoder and decoder together.
+
+    Attributes:
+        scale: Weight of their injected gradient.
+        layers: What each (place, adapter) contributed, in order.
+    """
+
+    scale: LossScale
+    layers: dict[tuple[str, str], list[LayerLosses]] = field(default_factory=dict)
+
+
+@dataclass
+class ForwardPass:
+    """One call of a backbone stack.
+
+    Attributes:
+        training: Whether the stack was in train mode with gradients enabled.
+        shape: (B, L) of the stack's input, or None when unknown.
+        attention_mask: (B, L) mask of the stack's own tokens, or longer when earlier tokens are cached.
+        encoder_attention_mask: (B, L') mask of the encoder states a decoder attends to.
+        segments: (B, L) document index of each token of packed rows.
+        groups: (B,) or (S,) group per sequence, or (B, L) group per token.
+        places: Leading input shape of every routed layer that ran.
+        recomputed: Places already recomputed in the backward pass.
+        contexts: Token contexts made so far.
+    """
+
+    training: bool
+    losses: ForwardLosses
+    shape: tuple[int, int] | None = None
+    attention_mask: torch.Tensor | None = None
+    encoder_attention_mask: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
+    groups: torch.Tensor | None = None
+    places: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    recomputed: set[str] = field(default_factory=set)
+    contexts: dict[tuple, TokenContext] = field(default_factory=dict)
+
+    def tokens(self, leading: tuple[int, ...], device: torch.device, from_encoder: bool = False) -> TokenContext:
+        """Describe the tokens of an input with the given leading shape.
+
+        Args:
+            leading: Shape of the input without its last dimension: (B, L), (T,) for flattened rows, or any other.
+            device: Device of the input.
+            from_encoder: Whether the input holds encoder states (keys and values of cross-attention).
+
+        Returns:
+            The context of the T = prod(leading) tokens, cached for the pass.
+        """
+        key = (leading, device, from_encoder)
+        if key not in self.contexts:
+            self.contexts[key] = self._describe(leading, device, from_encoder)
+        return self.contexts[key]
+
+    def _describe(self, leading: tuple[int, ...], device: torch.device, from_encoder: bool) -> TokenContext:
+        mask = self.encoder_attention_mask if from_encoder else self.attention_mask
+        rows = leading
+        if len(leading) == 1 and self.shape is not None and leading[0] == self.shape[0] * self.shape[1]:
+            rows = self.shape
+        valid_T = None
+        if mask is not None and len(rows) == 2 and mask.shape[0] == rows[0] and mask.shape[1] >= rows[1]:
+            valid_T = mask[:, mask.shape[1] - rows[1] :].reshape(-1).to(device).bool()
+        if self.segments is not None and not from_encoder and tuple(self.segments.shape) == rows:
+            sequences_T, num_sequences = _number_segments(self.segments.to(device))
+        elif len(rows) >= 2:
+            sequences_T = torch.arange(rows[0], device=device).repeat_interleave(torch.Size(rows[1:]).numel())
+            num_sequences = rows[0]
+        else:
+            sequences_T, num_sequences = None, 1
+        groups = None if self.groups is None else self.groups.to(device)
+        return TokenContext(
+            training=self.training,
+            valid=valid_T,
+            sequences=sequences_T,
+            num_sequences=num_sequences,
+            groups=_groups_per_sequence(groups, sequences_T, num_sequences, rows),
+            loss_scale=self.losses.scale if self.training else None,
+        )
+
+
+class ForwardTracker:
+    """Opens and closes the forward passes of one model, for all routed layers of all its adapters.
+
+    Attributes:
+        current: The pass that is running, or None.
+        latest: Losses of the latest gradient-enabled forward, or None.
+        training_passes: The latest gradient-enabled passes, newest last; a recomputation finds its own among them.
+        loss_scale: Weight of the router losses in passes to come.
+        group_columns: Allowed group values by the name of the batch column that carries them.
+        observers: Called with (place, adapter, routing) for every routing of a forward pass.
+    """
+
+    def __init__(self) -> None:
+        self.current: ForwardPass | None = None
+        self.latest: ForwardLosses | None = None
+        self.training_passes: deque[ForwardPass] = deque(maxlen=8)
+        self.loss_scale = 1.0
+        self.group_columns: dict[str, frozenset[int]] = {}
+        self.observers: list[Observer] = []
+        self._open_losses: ForwardLosses | None = None
+        self._groups: torch.Tensor | None = None
+        self._groups_checked = False
+        self._handles: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the tensors of past passes out of copies and pickles."""
+        return {
+            **self.__dict__,
+            "current": None,
+            "latest": None,
+            "training_passes": deque(maxlen=8),
+            "observers": [],
+            "_open_losses": None,
+            "_groups": None,
+        }
+
+    def attach(self, model: nn.Module) -> None:
+        """Hook the model (sample groups) and each stack of it (mask, packing, gradient mode)."""
+        setattr(model, TRACKER_ATTRIBUTE, self)
+        stacks = find_stacks(model)
+        self._handles.append(model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True))
+        for stack in stacks:
+            self._handles.append(stack.register_forward_pre_hook(self._open, with_kwargs=True))
+            self._handles.append(stack.register_forward_hook(self._close, always_call=True))
+        self._handles.append(model.register_forward_hook(self._end, always_call=True))
+
+    def detach(self, model: nn.Module) -> None:
+        """Undo `attach`."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if TRACKER_ATTRIBUTE in model.__dict__:
+            delattr(model, TRACKER_ATTRIBUTE)
+
+    def tokens(self, place: str, x: torch.Tensor, from_encoder: bool = False) -> TokenContext:
+        """Describe the tokens that reach a place.
+
+        Args:
+            place: Name of the wrapped module.
+            x: (..., D) its input.
+            from_encoder: Whether x holds encoder states.
+        """
+        leading = tuple(x.shape[:-1])
+        recomputing = in_backward()
+        forward_pass = self._original_pass(place, leading) if recomputing else self.current
+        if forward_pass is None:
+            return INFERENCE
+        if not forward_pass.training and not self.observers:
+            return INFERENCE
+        if not recomputing:
+            forward_pass.places[place] = leading
+        return forward_pass.tokens(leading, x.device, from_encoder)
+
+    def record(self, place: str, adapter: str, routing: Routing, losses: LayerLosses | None) -> None:
+        """Keep what a layer decided, once per forward pass and never in a recomputation."""
+        if in_backward():
+            return
+        if self.current is not None and losses is not None:
+            self.current.losses.layers.setdefault((place, adapter), []).append(losses)
+        for observer in self.observers:
+            observer(place, adapter, routing)
+
+    def _original_pass(self, place: str, leading: tuple[int, ...]) -> ForwardPass | None:
+        """Find the pass that a recomputation repeats: the newest that ran this place and was not recomputed yet."""
+        candidates = [p for p in reversed(self.training_passes) if p.places.get(place) == leading]
+        for candidate in candidates:
+            if place not in candidate.recomputed:
+                candidate.recomputed.add(place)
+                return candidate
+        return candidates[0] if candidates else None
+
+    def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Start a forward of the whole model: take the sample groups out of its arguments."""
+        self._open_losses = ForwardLosses(LossScale(self.loss_scale))
+        for column, allowed in self.group_columns.items():
+            groups = kwargs.pop(column, None)
+            if groups is None:
+                continue
+            groups = torch.as_tensor(groups)
+            if groups.device.type == "cpu" or not self._groups_checked:
+                _check_groups(groups, column, allowed)
+                self._groups_checked = True
+            self._groups = groups.long()
+        return args, kwargs
+
+    def _end(self, model: nn.Module, args: tuple, output: Any) -> None:
+        self._open_losses = None
+        self._groups = None
+
+    def _open(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        inputs = _named_inputs(stack, args, kwargs)
+        self.current = ForwardPass(
+            training=stack.training and torch.is_grad_enabled(),
+            losses=self._open_losses or ForwardLosses(LossScale(self.loss_scale)),
+            shape=_batch_shape(inputs),
+            attention_mask=_mask(inputs.get("attention_mask")),
+            encoder_attention_mask=_mask(inputs.get("encoder_attention_mask")),
+            segments=_segments(inputs),
+            groups=self._groups,
+        )
+        if self.current.training:
+            self.training_passes.append(self.current)
+            self.latest = self.current.losses
+
+    def _close(self, stack: nn.Module, args: tuple, output: Any) -> None:
+        self.current = None
+
+
+def find_tracker(model: nn.Module) -> ForwardTracker | None:
+    """The tracker of a model with routed adapters, wherever in the tree it hangs; None when there is none."""
+    for module in model.modules():
+        tracker = module.__dict__.get(TRACKER_ATTRIBUTE)
+        if tracker is not None:
+            return tracker
+    return None
+
+
+def find_stacks(model: nn.Module) -> list[nn.Module]:
+    """The modules whose call is one pass over a batch: encoder and decoder, the backbone, or the model itself."""
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if is_encoder_decoder and hasattr(model, "get_encoder") and hasattr(model, "get_decoder"):
+        stacks = [cast(Any, model).get_encoder(), cast(Any, model).get_decoder()]
+        if all(isinstance(stack, nn.Module) and stack is not model for stack in stacks):
+            return stacks
+    backbone = getattr(model, "base_model", model)
+    return [backbone if isinstance(backbone, nn.Module) else model]
+
+
+def in_backward() -> bool:
+    """Whether the caller runs inside a backward pass, as recomputations of gradient checkpointing do."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _number_segments(segments_BL: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Number the documents of all rows one after the other: (T,) index and S."""
+    starts_BL = torch.ones_like(segments_BL, dtype=torch.long)
+    starts_BL[:, 1:] = (segments_BL[:, 1:] != segments_BL[:, :-1]).long()
+    sequences_T = starts_BL.reshape(-1).cumsum(0) - 1
+    return sequences_T, int(starts_BL.sum())
+
+
+def _groups_per_sequence(
+    groups: torch.Tensor | None, sequences_T: torch.Tensor | None, num_sequences: int, rows: tuple[int, ...]
+) -> torch.Tensor | None:
+    """Bring groups given per sequence, or per token of packed rows, to (S,)."""
+    if groups is None or tuple(groups.shape) == (num_sequences,):
+        return groups
+    if tuple(groups.shape) == rows and sequences_T is not None:
+        return groups.new_zeros(num_sequences).scatter(0, sequences_T, groups.reshape(-1))
+    raise ValueError(
+        f"The batch brings sample groups of shape {tuple(groups.shape)}, but it holds {num_sequences} sequences in "
+        f"rows of shape {rows}. Give one group per sequence (shape ({num_sequences},)), or one per token "
+        f"(shape {rows}) when rows are packed."
+    )
+
+
+def _named_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    if not args:
+        return kwargs
+    names = [p for p in inspect.signature(module.forward).parameters if p not in ("args", "kwargs")]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _mask(mask: Any) -> torch.Tensor | None:
+    return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+
+
+def _batch_shape(inputs: dict[str, Any]) -> tuple[int, int] | None:
+    for name in ("input_ids", "inputs_embeds"):
+        tensor = inputs.get(name)
+        if isinstance(tensor, torch.Tensor) and tensor.ndim >= 2:
+            return tensor.shape[0], tensor.shape[1]
+    return None
+
+
+def _segments(inputs: dict[str, Any]) -> torch.Tensor | None:
+    """(B, L) number that changes where a new document starts; None for rows that are not packed."""
+    seq_idx = inputs.get("seq_idx")
+    if isinstance(seq_idx, torch.Tensor) and seq_idx.ndim == 2:
+        return seq_idx
+    positions = inputs.get("position_ids")
+    if isinstance(positions, torch.Tensor) and positions.ndim == 2 and _mask(inputs.get("attention_mask")) is None:
+        restarts = torch.zeros_like(positions)
+        restarts[:, 1:] = (positions[:, 1:] != positions[:, :-1] + 1).to(positions.dtype)
+        return restarts.cumsum(1)
+    return None
+
+
+def _check_groups(groups: torch.Tensor, column: str, allowed: frozenset[int]) -> None:
+    unknown = sorted(set(groups.reshape(-1).tolist()) - allowed) if allowed else []
+    if unknown:
+        raise ValueError(
+            f"The batch column {column!r} holds the sample groups {unknown}, which no expert belongs to "
+            f"(expert_groups has {sorted(allowed)}). Change `expert_groups` so that every sample group owns an "
+            f"expert, "
+            "or map the column to the groups it has."
+        )

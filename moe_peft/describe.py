@@ -1,0 +1,88 @@
+"""Dry run: which layers a configuration matches, and how many parameters it would train."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from peft.utils.quantization_utils import get_quantization_kwargs
+from torch import nn
+
+from .config import MoeConfig
+from .placement import Place, find_places, resolve_targets
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a configuration would do to a model.
+
+    Attributes:
+        config: A copy of the configuration with its places resolved.
+        places: The layers it matches, in the model's order.
+        parameters: Trainable parameters at each of them.
+        base_parameters: Parameters of the model as it is.
+    """
+
+    config: MoeConfig
+    places: list[Place]
+    parameters: list[int]
+    base_parameters: int
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters of the adapter at all places."""
+        return sum(self.parameters)
+
+    def __str__(self) -> str:
+        """One line per place, then the total."""
+        config = self.config
+        experts = f"{config.num_experts} experts of rank {config.r}, router {config.router}"
+        if config.top_k is not None:
+            experts += f", top {config.top_k}"
+        rows = [("place", "layer", "in -> out", "trainable")]
+        for place, count in zip(self.places, self.parameters, strict=True):
+            rows.append((place.name, place.kind, f"{place.in_features} -> {place.out_features}", f"{count:,}"))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [
+            f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:<{widths[2]}}  {row[3]:>{widths[3]}}"
+            for row in rows
+        ]
+        share = 100 * self.num_parameters / max(self.base_parameters, 1)
+        lines.append(
+            f"{config.method}: {experts}; {len(self.places)} places, {self.num_parameters:,} trainable parameters "
+            f"({share:.2f}% of the base model's {self.base_parameters:,})"
+        )
+        return "\n".join(lines)
+
+
+def describe(model: nn.Module, config: MoeConfig) -> Description:
+    """Tell what a configuration would do to a model, without changing either.
+
+    Args:
+        model: The base model; quantized and meta-device models too.
+        config: A routed configuration.
+
+    Returns:
+        A table when printed, and its numbers as attributes.
+
+    Raises:
+        ValueError: Nothing matches, a router matches, or the configuration cannot work; the message gives a way out.
+    """
+    config = copy.deepcopy(config)
+    resolve_targets(model, config)
+    places = find_places(model, config, **get_quantization_kwargs(model))
+    parameters = []
+    for place in places:
+        with torch.device("meta"):
+            parts = config.build(place.in_features, place.out_features)
+        modules = (parts.router, parts.experts)
+        parameters.append(sum(p.numel() for module in modules for p in module.parameters()))
+    return Description(config, places, parameters, sum(_numel(p) for p in model.parameters()))
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    """Number of weights, also where a quantized parameter packs several into one element."""
+    state = getattr(parameter, "quant_state", None)
+    return math.prod(state.shape) if state is not None and hasattr(state, "shape") else parameter.numel()

@@ -1,0 +1,102 @@
+"""Life of routed adapters on one wrapped module: storage by adapter name, activation, deletion, devices."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import nn
+
+from ..config import RoutedParts
+from ..context import ForwardTracker
+from ..routers import Router
+from ..types import MoePeftWarning
+
+
+class RoutedLayer(BaseTunerLayer):
+    """Mixin of all layers that hold routed adapters.
+
+    Parameters live at `<prefix>experts.<adapter>.<param>` and `<prefix>router.<adapter>.<param>`: a dictionary of flat
+    modules by adapter name, which is the only form that saving, loading under another name, and the reference copy of
+    TRL's trainers all handle.
+
+    Args:
+        base_layer: The wrapped module.
+        prefix: Prefix of the adapter type.
+        place: Full name of the wrapped module.
+        tracker: The model's forward tracker.
+        quantization: What the quantization backend needs to know of the model.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, *, prefix: str, place: str, tracker: ForwardTracker, quantization: dict[str, Any]
+    ) -> None:
+        self.base_layer = base_layer
+        self.prefix = prefix
+        self.place = place
+        self.tracker = tracker
+        self.adapter_layer_names = (f"{prefix}experts", f"{prefix}router")
+        self.other_param_names = ("objectives",)
+        setattr(self, f"{prefix}experts", nn.ModuleDict())
+        setattr(self, f"{prefix}router", nn.ModuleDict())
+        self.objectives: dict[str, Any] = {}
+        self.frozen_peft_weight_names = {}
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization)
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self.cast_input_dtype_enabled = True
+
+    @property
+    def experts(self) -> dict[str, Any]:
+        """Expert banks by adapter name, a `ModuleDict`."""
+        return cast(dict[str, Any], getattr(self, f"{self.prefix}experts"))
+
+    @property
+    def router(self) -> dict[str, Router]:
+        """Routers by adapter name, a `ModuleDict`."""
+        return cast(dict[str, Router], getattr(self, f"{self.prefix}router"))
+
+    def update_layer(self, adapter_name: str, parts: RoutedParts, *, inference_mode: bool = False) -> None:
+        """Add an adapter.
+
+        Args:
+            adapter_name: Its name.
+            parts: Its router, experts and losses.
+            inference_mode: Whether its parameters stay frozen.
+        """
+        self.experts[adapter_name] = parts.experts
+        self.router[adapter_name] = parts.router
+        self.objectives[adapter_name] = parts.objective
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def is_mergeable(self, adapter_name: str) -> bool:
+        """Whether the adapter adds the same matrix to the base weight for every input."""
+        return bool(self.router[adapter_name].mergeable and self.experts[adapter_name].mergeable)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """A routed sum depends on the token, so no single low-rank pair can replace it."""
+        return False
+
+    def scale_layer(self, scale: float) -> None:
+        """Accept peft's call to rescale the active adapters; only a scale of one can be honoured."""
+        if scale != 1:
+            warnings.warn(
+                f"Routed adapters cannot be rescaled; scale={scale} is ignored.", MoePeftWarning, stacklevel=2
+            )
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Accept peft's call to undo a rescaling; there is none to undo."""
+
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device | None, torch.dtype | None]:
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        if device is None:
+            parameter = next(base_layer.parameters(), None)
+            if parameter is not None:
+                device, dtype = parameter.device, parameter.dtype
+        return device, dtype

@@ -1,0 +1,198 @@
+"""A linear layer with routed adapters: y = base(x) + the routed sum of every active adapter."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.quantization_utils import quantization_extra_repr
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..config import RoutedParts
+from ..context import ForwardTracker
+from ..ops import cast_to_compute_dtype
+from ..placement import linear_features, reads_encoder_states
+from ..types import Routing, TokenContext
+from .routed_layer import RoutedLayer
+
+
+class RoutedLinear(nn.Module, RoutedLayer):
+    """Wraps a linear layer, plain or quantized.
+
+    Args:
+        base_layer: The linear layer.
+        adapter_name: Name of the first adapter.
+        parts: Its router, experts and losses.
+        prefix: Prefix of the adapter type.
+        place: Full name of the wrapped module.
+        tracker: The model's forward tracker.
+        quantization: What the quantization backend needs to know of the model.
+        inference_mode: Whether the adapter's parameters stay frozen.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        *,
+        parts: RoutedParts,
+        prefix: str,
+        place: str,
+        tracker: ForwardTracker,
+        quantization: dict[str, Any],
+        inference_mode: bool = False,
+    ) -> None:
+        super().__init__()
+        RoutedLayer.__init__(self, base_layer, prefix=prefix, place=place, tracker=tracker, quantization=quantization)
+        features = linear_features(base_layer, **quantization)
+        if features is None:
+            raise TypeError(f"{place} ({type(self.get_base_layer()).__name__}) is not a linear layer.")
+        self.in_features, self.out_features = features
+        self.from_encoder = reads_encoder_states(place)
+        # A plain layer's fresh output may be added to in place; anything else may keep or share its output.
+        self._owns_output = type(base_layer) in (nn.Linear, Conv1D)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, parts, inference_mode=inference_mode)
+
+    def forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """Apply the base layer and the active adapters.
+
+        Args:
+            x: (..., D) input.
+            *args: Passed to the base layer.
+            adapter_names: Adapter of each row of the batch, "__base__" for none; None uses the active adapters.
+            **kwargs: Passed to the base layer.
+
+        Returns:
+            (..., O) in the dtype the base layer returns.
+        """
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        names = [name for name in self.active_adapters if name in self.experts]
+        if self.merged or not names:
+            return self.base_layer(x, *args, **kwargs)
+
+        context = self.tracker.tokens(self.place, x, self.from_encoder)
+        x_TD = x.reshape(-1, x.shape[-1])
+        out_TO = self.base_layer(x_TD, *args, **kwargs)
+        if self.quantization_backend is not None:
+            out_TO = self.quantization_backend.maybe_clone_base_result(out_TO)
+        in_place = self._owns_output and not self.base_layer._forward_hooks
+        for name in names:
+            out_TO = self._add_adapter(name, x_TD, out_TO, context, in_place)
+        return out_TO.view(*x.shape[:-1], out_TO.shape[-1])
+
+    def _add_adapter(
+        self, name: str, x_TD: torch.Tensor, out_TO: torch.Tensor, context: TokenContext, in_place: bool
+    ) -> torch.Tensor:
+        experts, router = self.experts[name], self.router[name]
+        x_TD = cast_to_compute_dtype(x_TD)
+        if self._shares_gemm(name, x_TD, context):
+            h_TR, logits_TE = experts.project_with(x_TD, router.weight)
+            routing = self._note(name, router.decide(logits_TE, context))
+            return experts.combine(h_TR, out_TO, routing, in_place=in_place)
+        routing = self._note(name, router(x_TD, context))
+        return experts(x_TD, out_TO, routing, in_place=in_place)
+
+    def _shares_gemm(self, name: str, x_TD: torch.Tensor, context: TokenContext) -> bool:
+        """Whether router and experts read the same input in the router's precision, so one GEMM serves both."""
+        experts, router = self.experts[name], self.router[name]
+        return (
+            experts.experts_implementation == "dense"
+            and x_TD.dtype == router.weight.dtype == experts.A.dtype
+            and not router.jitters(context)
+            and not (context.training and experts.lora_dropout > 0)
+        )
+
+    def _note(self, name: str, routing: Routing) -> Routing:
+        """Inject the router losses of a training pass, and tell the tracker what was decided."""
+        objective, losses = self.objectives[name], None
+        if objective and routing.context.training:
+            routing, losses = objective(routing)
+        self.tracker.record(self.place, name, routing, losses)
+        return routing
+
+    def _mixed_batch_forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> torch.Tensor:
+        if len(adapter_names) != x.shape[0]:
+            raise ValueError(
+                f"adapter_names has {len(adapter_names)} entries, but the input of {self.place} has {x.shape[0]} "
+                f"rows. Give "
+                "one name per row of the batch; layers that receive flattened tokens cannot mix adapters in a batch."
+            )
+        out = self.base_layer(x, *args, **kwargs)
+        result = out.clone()
+        context = TokenContext()
+        for name in sorted(set(adapter_names)):
+            if name == "__base__" or name not in self.experts:
+                continue
+            rows = [row for row, own in enumerate(adapter_names) if own == name]
+            part, part_out = x[rows], out[rows]
+            added = self._add_adapter(
+                name, part.reshape(-1, x.shape[-1]), part_out.reshape(-1, out.shape[-1]), context, in_place=False
+            )
+            result[rows] = added.view(part_out.shape)
+        return result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters' matrices to the base weight; exact with a single expert, refused otherwise.
+
+        Args:
+            safe_merge: Whether to check the merged weight for values that are not finite before it is stored.
+            adapter_names: Adapters to merge; None merges the active ones.
+
+        Raises:
+            ValueError: An adapter depends on its input, or the merged weight is not finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.experts]
+        for name in names:
+            if not self.is_mergeable(name):
+                raise ValueError(
+                    f"Adapter {name!r} at {self.place} weighs its experts by the input; it cannot be merged."
+                )
+        for name in names:
+            self._add_to_base_weight(name, sign=1.0, check_finite=safe_merge)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Subtract all merged adapters from the base weight."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            self._add_to_base_weight(self.merged_adapters.pop(), sign=-1.0, check_finite=False)
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """The matrix a mergeable adapter adds to the base weight.
+
+        Returns:
+            (O, D), or (D, O) for a `Conv1D`: the layout of the base weight.
+        """
+        router, experts = self.router[adapter_name], self.experts[adapter_name]
+        logits_TE = router.weight.new_zeros(1, router.num_experts)
+        weights_E = router.decide(logits_TE, TokenContext()).gate_matrix()[0]
+        delta_OD = experts.delta_weight(weights_E)
+        return delta_OD.T if isinstance(self.get_base_layer(), Conv1D) else delta_OD
+
+    @torch.no_grad()
+    def _add_to_base_weight(self, name: str, *, sign: float, check_finite: bool) -> None:
+        weight = self.get_base_weight()
+        delta = self.get_delta_weight(name).to(weight.device)
+        merged = (weight.to(delta.dtype) + sign * delta).to(weight.dtype)
+        if check_finite and not torch.isfinite(merged).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        self.set_base_weight(merged)
+
+    def extra_repr(self) -> str:
+        """Say how the base layer is quantized."""
+        return quantization_extra_repr(self)

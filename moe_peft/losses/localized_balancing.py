@@ -1,0 +1,97 @@
+"""Localized balancing: even gate mass, shifted so that groups of experts serve groups of samples.
+
+    Q_mn = mean over the valid tokens of sequence m of w_n
+    I_mn = 1 + delta where expert n belongs to the group of sequence m, else 1 - delta
+    Z = I * Q,   loss = var(Z) / mean(Z)^2               unbiased variance over all entries
+
+LoRAMoE (arXiv 2312.09979, section 3.3; the authors' code uses the squared coefficient of variation). The minimum has Q
+proportional to 1 / I: with the paper's sign a sample's own experts get (1 - delta) / (1 + delta) of the mass of the
+others. Mode "specialize" swaps the sign, so that they get (1 + delta) / (1 - delta) times as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..types import Routing
+
+MODES = ("paper", "specialize")
+
+
+class LocalizedBalancing:
+    """Loss of one place.
+
+    Args:
+        expert_groups: Group of each expert, length E; None for one group of all, which balances without localizing.
+        delta: Strength of the shift, in [0, 1].
+        mode: "paper" or "specialize", see the module.
+        group_column: Batch column that carries the sample groups, for the error message.
+    """
+
+    def __init__(
+        self,
+        *,
+        expert_groups: Sequence[int] | None = None,
+        delta: float = 0.1,
+        mode: str = "paper",
+        group_column: str = "task_type",
+    ) -> None:
+        self.expert_groups = None if expert_groups is None else tuple(expert_groups)
+        self.sign = 1.0 if mode == "paper" else -1.0
+        self.delta = delta
+        self.group_column = group_column
+        self._groups_on: dict[torch.device, torch.Tensor] = {}
+
+    def __call__(self, routing: Routing) -> torch.Tensor:
+        """Compute the loss.
+
+        Args:
+            routing: Any decision; its context carries the sequences and, where experts have groups, their groups.
+
+        Returns:
+            0-d loss, zero when Z is constant.
+
+        Raises:
+            ValueError: The experts have groups, but the batch brings none.
+        """
+        gates_TE = routing.gate_matrix()
+        context = routing.context
+        sequences_T = context.sequences
+        if sequences_T is None:
+            sequences_T = torch.zeros(gates_TE.shape[0], dtype=torch.long, device=gates_TE.device)
+        counts_T = torch.ones_like(sequences_T) if routing.valid is None else routing.valid.long()
+        if routing.valid is not None:
+            gates_TE = gates_TE.masked_fill(~routing.valid[:, None], 0.0)
+        tokens_S = sequences_T.new_zeros(context.num_sequences).index_add(0, sequences_T, counts_T)
+        mass_SE = gates_TE.new_zeros(context.num_sequences, routing.num_experts).index_add(0, sequences_T, gates_TE)
+        Z_SE = self._shift(routing) * mass_SE / tokens_S.clamp_min(1)[:, None]
+        return _squared_variation(Z_SE, tokens_S > 0)
+
+    def _shift(self, routing: Routing) -> torch.Tensor | float:
+        if self.expert_groups is None:
+            return 1.0
+        groups_S = routing.context.groups
+        if groups_S is None:
+            raise ValueError(
+                f"Localized balancing with expert_groups={list(self.expert_groups)} needs the group of every "
+                f"sample, but "
+                f"the batch has no column {self.group_column!r}. Pass {self.group_column}=<(batch,) integers> to the "
+                "model's forward (with a trainer: wrap its collator in moe_peft.integrations.GroupCollator), name "
+                "another column in `group_column`, or set expert_groups=None to balance without groups."
+            )
+        device = groups_S.device
+        if device not in self._groups_on:
+            self._groups_on[device] = torch.tensor(self.expert_groups, device=device)
+        matches_SE = groups_S[:, None] == self._groups_on[device][None, :]
+        return 1.0 + self.sign * self.delta * (2.0 * matches_SE.to(routing.probs.dtype) - 1.0)
+
+
+def _squared_variation(Z_SE: torch.Tensor, keep_S: torch.Tensor) -> torch.Tensor:
+    """Unbiased variance over squared mean of the kept rows' entries; sequences without a valid token do not count."""
+    keep_SE = keep_S[:, None].expand_as(Z_SE).to(Z_SE.dtype)
+    count = keep_SE.sum()
+    mean = (Z_SE * keep_SE).sum() / count.clamp_min(1)
+    variance = ((Z_SE - mean).square() * keep_SE).sum() / (count - 1).clamp_min(1)
+    return variance / (mean.square() + 1e-10)

@@ -1,0 +1,78 @@
+"""Fields of the adapter types that can balance their experts by sample group."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+
+from ..config import MoeConfig
+from ..losses import LocalizedBalancing
+from ..losses.localized_balancing import MODES
+from ..types import MoePeftWarning
+
+
+@dataclass
+class LocalizedBalancingConfig(MoeConfig):
+    """A routed configuration with the fields of localized balancing."""
+
+    expert_groups: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Group of each expert, one integer per expert, as [1, 1, 1, 0, 0, 0]; every batch must then "
+            "bring the group of each sample. None balances all experts evenly, without groups."
+        },
+    )
+    localized_balancing_delta: float = field(
+        default=0.1, metadata={"help": "Strength of the shift towards groups, from 0 to 1 (paper: 0.1)."}
+    )
+    localized_balancing_mode: str = field(
+        default="paper",
+        metadata={
+            "help": "'paper': a sample's own experts get less of its gate mass, (1-delta)/(1+delta) of the others'. "
+            "'specialize': they get more, (1+delta)/(1-delta) times."
+        },
+    )
+    group_column: str = field(
+        default="task_type",
+        metadata={"help": "Batch column with the group of each sample, integers of shape (batch,)."},
+    )
+
+    def validate(self) -> None:
+        """Check every field; see `MoeConfig.validate`."""
+        super().validate()
+        self._check(0 <= self.localized_balancing_delta <= 1, "localized_balancing_delta", "a number from 0 to 1")
+        self._check_choice("localized_balancing_mode", MODES)
+        self._check(bool(self.group_column), "group_column", "the name of a batch column")
+        if self.expert_groups is None:
+            if self.localized_balancing_delta not in (0, 0.1) or self.localized_balancing_mode != "paper":
+                warnings.warn(
+                    f"{type(self).__name__}: localized_balancing_delta and localized_balancing_mode have no effect "
+                    f"without "
+                    "expert_groups; give the group of each expert.",
+                    MoePeftWarning,
+                    stacklevel=4,
+                )
+            return
+        self.expert_groups = [int(group) for group in self.expert_groups]
+        self._check(
+            len(self.expert_groups) == self.num_experts,
+            "expert_groups",
+            f"one group per expert, that is {self.num_experts} integers for num_experts={self.num_experts}",
+        )
+        groups = set(self.expert_groups)
+        self._check(len(groups) >= 2, "expert_groups", "of at least two groups, or None to balance without groups")
+        self._check(
+            len(groups) == 2 or self.localized_balancing_mode == "specialize",
+            "expert_groups",
+            "of two groups in the mode 'paper', with which a sample's own experts are the ones it avoids; for more "
+            "groups set localized_balancing_mode='specialize'",
+        )
+
+    def localized_balancing(self) -> LocalizedBalancing:
+        """The loss with this configuration's groups."""
+        return LocalizedBalancing(
+            expert_groups=self.expert_groups,
+            delta=self.localized_balancing_delta,
+            mode=self.localized_balancing_mode,
+            group_column=self.group_column,
+        )

@@ -1,0 +1,104 @@
+"""The general routed adapter: any router, expert kind and losses, by name.
+
+    y = W0 x + routed sum of the experts;   loss = task loss + sum over layers and losses of coef * loss
+
+The named methods are presets of the same parts: `RoutedConfig(router="dense", losses={"localized_balancing": 0.1})` is
+LoRAMoE, `RoutedConfig(router="capacity", top_k=4, ...)` is SiRA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ..config import RoutedParts
+from ..experts import EXPERTS
+from ..losses import LOSSES
+from ..objective import Loss
+from ..registration import extend_peft_type, register
+from ..routers import ROUTERS
+from ..tuner import RoutedTuner
+from .build import build_parts
+from .localized import LocalizedBalancingConfig
+
+PEFT_TYPE = extend_peft_type("ROUTED")
+NEEDS_SPARSE = ("load_balancing", "gshard_load_balancing")
+
+
+@dataclass
+class RoutedConfig(LocalizedBalancingConfig):
+    """Configuration of the general routed adapter."""
+
+    method: ClassVar[str] = "Routed experts"
+    equation: ClassVar[str] = "y = W0 x + sum_e router(x)_e expert_e(x)"
+    source: ClassVar[str] = "docs of peft-moe"
+    adapter_type: ClassVar[str] = "ROUTED"
+    default_targets: ClassVar = "ffn"
+
+    router: str = field(default="top_k", metadata={"help": "Name of the router, see moe_peft.routers.ROUTERS."})
+    top_k: int | None = field(
+        default=None,
+        metadata={"help": "Experts a token uses; None means 2 with a sparse router, and all with the dense one."},
+    )
+    experts: str = field(
+        default="low_rank", metadata={"help": "Name of the expert kind, see moe_peft.experts.EXPERTS."}
+    )
+    router_aux_loss_coef: float = field(
+        default=0.01,
+        metadata={"help": "Weight of load_balancing per layer, or of importance with the dense router."},
+    )
+    losses: dict[str, float] | None = field(
+        default=None,
+        metadata={"help": "Further router losses, name -> weight per layer, see moe_peft.losses.LOSSES."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.top_k is None and "top_k" in getattr(ROUTERS.get(self.router), "fields", ()):
+            self.top_k = min(2, self.num_experts)
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+
+    def validate(self) -> None:
+        """Check every field; see `MoeConfig.validate`."""
+        super().validate()
+        self._check_choice("experts", tuple(EXPERTS))
+        for name, coef in (self.losses or {}).items():
+            self._check(name in LOSSES, "losses", f"a dict with names out of {', '.join(map(repr, LOSSES))}")
+            self._check(coef >= 0, "losses", "a dict with weights that are zero or positive")
+            self._check(
+                name not in NEEDS_SPARSE or self.router != "dense",
+                "losses",
+                f"without {name!r} for the dense router, whose experts all take every token, so that it is constant; "
+                "use 'importance'",
+            )
+            shorthand = {self._balance_name(): "router_aux_loss_coef", "z_loss": "router_z_loss_coef"}.get(name)
+            self._check(
+                shorthand is None or getattr(self, shorthand) == 0,
+                "losses",
+                f"without {name!r} while {shorthand} sets its weight too; set {shorthand}=0.0",
+            )
+
+    def _balance_name(self) -> str:
+        return "importance" if self.router == "dense" else "load_balancing"
+
+    def build(self, in_features: int, out_features: int) -> RoutedParts:
+        """Build the parts of one layer; arguments as in `MoeConfig.build`."""
+        coefficients = {
+            self._balance_name(): self.router_aux_loss_coef,
+            "z_loss": self.router_z_loss_coef,
+            **(self.losses or {}),
+        }
+        losses = {name: (self._loss(name), coef) for name, coef in coefficients.items()}
+        return build_parts(self, in_features, out_features, losses=losses, experts=self.experts)
+
+    def _loss(self, name: str) -> Loss:
+        return self.localized_balancing() if name == "localized_balancing" else LOSSES[name]
+
+
+class RoutedModel(RoutedTuner):
+    """Tuner of general routed adapters."""
+
+    prefix: str = "routed_"
+
+
+register(RoutedConfig, RoutedModel)

@@ -1,0 +1,77 @@
+"""SiRA: sparse mixture of low-rank experts with a capacity and expert dropout.
+
+    g = Dropout_p(softmax(Wg x)),   G = TopK(g)           not renormalised; survivors of the dropout are divided by 1
+    - p y = W0 x + (alpha / r) sum_e G_e B_e A_e x            a pair over its expert's capacity adds nothing
+    loss = task loss + coef * sum over layers of 1/E sum_e (c_e / n) mean_t g_te
+
+Zhu et al., 2023, arXiv 2311.09179, which has no public code. Capacity is per sequence and serves tokens in order, so
+that no later token changes an earlier one; dropout and capacity apply in training only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ..config import MoeConfig, RoutedParts
+from ..losses import gshard_load_balancing, z_loss
+from ..objective import Loss
+from ..registration import extend_peft_type, register
+from ..tuner import RoutedTuner
+from .build import build_parts
+
+PEFT_TYPE = extend_peft_type("SIRA")
+
+
+@dataclass
+class SiraConfig(MoeConfig):
+    """Configuration of SiRA; r, num_experts and top_k are the paper's, the other defaults are ours."""
+
+    method: ClassVar[str] = "SiRA"
+    equation: ClassVar[str] = (
+        "y = W0 x + (alpha / r) sum_e TopK(Dropout(softmax(Wg x)))_e B_e A_e x, at most C tokens per expert"
+    )
+    source: ClassVar[str] = "arXiv 2311.09179"
+    adapter_type: ClassVar[str] = "SIRA"
+    default_targets: ClassVar = "attention"
+    fixed_fields: ClassVar[dict[str, str]] = {
+        "router": "SiRA routes with a capacity (capacity_factor=None switches it off); RoutedConfig takes any router"
+    }
+
+    r: int = field(default=4, metadata={"help": "Rank of one expert (paper: 4)."})
+    lora_alpha: float = field(default=8, metadata={"help": "The routed sum is times lora_alpha / r (ours: 2 r)."})
+    num_experts: int = field(default=16, metadata={"help": "Experts at each layer (paper: 16)."})
+    top_k: int | None = field(default=4, metadata={"help": "Experts a token uses (paper: about 4)."})
+    router: str = field(default="capacity", metadata={"help": "Name of the router; SiRA's is capacity."})
+    capacity_factor: float | None = field(
+        default=1.25,
+        metadata={
+            "help": "Places of an expert over its even share of a sequence's requests, in training; None: no limit."
+        },
+    )
+    expert_dropout: float = field(
+        default=0.1,
+        metadata={"help": "Probability of dropping an expert's gate in training; survivors are divided by 1-p."},
+    )
+    router_aux_loss_coef: float = field(default=0.01, metadata={"help": "Weight of the balance loss, per layer."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+
+    def build(self, in_features: int, out_features: int) -> RoutedParts:
+        """Build the parts of one layer; arguments as in `MoeConfig.build`."""
+        losses: dict[str, tuple[Loss, float]] = {
+            "gshard_load_balancing": (gshard_load_balancing, self.router_aux_loss_coef),
+            "z_loss": (z_loss, self.router_z_loss_coef),
+        }
+        return build_parts(self, in_features, out_features, losses=losses)
+
+
+class SiraModel(RoutedTuner):
+    """Tuner of SiRA adapters."""
+
+    prefix: str = "sira_"
+
+
+register(SiraConfig, SiraModel)

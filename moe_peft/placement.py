@@ -1,0 +1,222 @@
+"""Which modules an adapter wraps: the linear layers of a model, their kinds, and the places a configuration picks."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .backbone import is_below, router_names
+
+if TYPE_CHECKING:
+    from .config import MoeConfig
+
+# Second projections of gated FFNs, which MoLORA leaves alone.
+UNGATED_NAMES = ("up_proj", "wi_1")
+CROSS_ATTENTION = re.compile(r"encdecattention|encoder_attn|cross_?attn|crossattention", re.IGNORECASE)
+DUMMY_TARGETS = "dummy-target-modules"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A linear layer that an adapter wraps.
+
+    Attributes:
+        name: Full module name.
+        in_features: D.
+        out_features: O.
+        kind: Class name of the wrapped module.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    kind: str
+
+
+def linear_features(module: nn.Module, **quantization: Any) -> tuple[int, int] | None:
+    """Input and output width of a linear layer, plain or quantized; None for any other module.
+
+    Args:
+        module: Module or tuner layer around one.
+        **quantization: What `peft.utils.quantization_utils.get_quantization_kwargs` says of the model.
+    """
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if isinstance(base, nn.Linear):
+        return base.in_features, base.out_features
+    if isinstance(base, Conv1D):
+        return base.weight.shape[0], base.weight.shape[1]
+    backend = resolve_quantization_backend(base, **quantization)
+    if backend is not None and backend.layer_type == "linear" and hasattr(base, "in_features"):
+        return cast(tuple[int, int], (base.in_features, base.out_features))
+    return None
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Names of the linear layers an adapter may wrap: none below a router or a tuner layer, nor the output head."""
+    head = cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    routers = router_names(model)
+    names: list[str] = []
+    inside: set[str] = set()
+    for name, module in model.named_modules():
+        if not name or is_below(name, inside):
+            continue
+        if isinstance(module, (BaseTunerLayer, nn.MultiheadAttention)):
+            inside.add(name)
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if linear_features(module) is not None and base is not head and not is_below(name, routers):
+            names.append(name)
+    return names
+
+
+def default_target_modules(model: nn.Module, kind: str) -> list[str]:
+    """Linear layers of the decoder (or encoder) blocks, by what they belong to.
+
+    Args:
+        model: A transformers model.
+        kind: "ffn" for what lies outside attention, "attention" for what lies inside, "all" for both without the
+            second projection of gated FFNs.
+
+    Returns:
+        Shortest name endings that match these layers and no other linear layer.
+
+    Raises:
+        ValueError: The model has no such layer, as an FFN of fused experts.
+    """
+    linears = [name for name in linear_names(model) if re.search(r"\.\d+\.", name)]
+    attention = {name for name in linears if re.search(r"attn|attention", name, re.IGNORECASE)}
+    if kind == "attention":
+        chosen = attention
+    elif kind == "ffn":
+        chosen = set(linears) - attention
+    else:
+        chosen = {name for name in linears if name.rpartition(".")[2] not in UNGATED_NAMES}
+    if not chosen:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer of the kind {kind!r} to adapt. Please specify "
+            f"`target_modules`; its linear layers are called {_leaves(linear_names(model))}."
+        )
+    return shortest_endings(chosen, set(dict(model.named_modules())) - chosen)
+
+
+def shortest_endings(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Shortest dotted endings that together match all names and none of the others, sorted."""
+    other_endings = {ending for name in others for ending in _endings(name)}
+    return sorted({next((e for e in _endings(name) if e not in other_endings), name) for name in names})
+
+
+def resolve_targets(model: nn.Module, config: MoeConfig) -> None:
+    """Fill in `target_modules` where the configuration leaves the choice to us: None and "all-linear".
+
+    Args:
+        model: The model to adapt.
+        config: Its `target_modules` is set.
+
+    Raises:
+        ValueError: It is None, and the model has no structure to choose by.
+    """
+    targets = config.target_modules
+    if targets is None:
+        if not hasattr(getattr(model, "config", None), "model_type"):
+            raise ValueError(
+                f"Please specify `target_modules` in {type(config).__name__}: {type(model).__name__} is not a "
+                "transformers model, so there are no places to choose by default."
+            )
+        config.target_modules = set(default_target_modules(model, config.default_targets))  # type: ignore[assignment]
+    elif isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        config.target_modules = set(linear_names(model))  # type: ignore[assignment]
+
+
+def find_places(model: nn.Module, config: MoeConfig, **quantization: Any) -> list[Place]:
+    """List the layers a configuration matches, without changing anything.
+
+    Args:
+        model: The model to adapt.
+        config: A configuration whose `target_modules` is resolved.
+        **quantization: What `peft.utils.quantization_utils.get_quantization_kwargs` says of the model.
+
+    Raises:
+        ValueError: Nothing matches, or a match is a router or cannot be adapted; nearest valid names are given.
+    """
+    if config.target_modules in (DUMMY_TARGETS, {DUMMY_TARGETS}):
+        return []
+    routers, modules = router_names(model), dict(model.named_modules())
+    places: list[Place] = []
+    inside: set[str] = set()
+    excluded = False
+    for name, module in modules.items():
+        if not name or is_below(name.rpartition(".")[0], inside):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside.add(name)
+        match = check_target_module_exists(config, name)
+        if not match:
+            excluded = excluded or (match is not None and match is not False)
+            continue
+        _refuse_router(name, routers)
+        places.append(_place(name, module, modules[name.rpartition(".")[0]], **quantization))
+    if not places and not excluded:
+        raise ValueError(_no_match(model, config))
+    return places
+
+
+def reads_encoder_states(name: str) -> bool:
+    """Whether a layer is a key or value projection of cross-attention, whose input has the encoder's length."""
+    return bool(CROSS_ATTENTION.search(name)) and name.rpartition(".")[2][:1] in ("k", "v")
+
+
+def _place(name: str, module: nn.Module, parent: nn.Module, **quantization: Any) -> Place:
+    features = linear_features(module, **quantization)
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if features is None:
+        raise TypeError(
+            f"Target module {name} ({type(base).__name__}) is not supported. Currently, only `torch.nn.Linear` "
+            f"(optionally "
+            "quantized) and transformers' `Conv1D` can be adapted; remove it from target_modules."
+        )
+    if isinstance(parent, nn.MultiheadAttention):
+        raise ValueError(
+            f"Target module {name} belongs to torch.nn.MultiheadAttention, which reads its weight without calling "
+            f"it, so an "
+            "adapter there would have no effect. Remove it from target_modules."
+        )
+    return Place(name, *features, kind=type(base).__name__)
+
+
+def _refuse_router(name: str, routers: set[str]) -> None:
+    if is_below(name, routers):
+        raise ValueError(
+            f"target_modules matches {name}, which belongs to a router of the backbone; adapting it would change "
+            f"which of "
+            "the backbone's own experts are used. Name other modules, or add it to exclude_modules."
+        )
+
+
+def _no_match(model: nn.Module, config: MoeConfig) -> str:
+    targets = config.target_modules
+    leaves = _leaves(linear_names(model))
+    wanted = [targets] if isinstance(targets, str) else sorted(targets or [])
+    near = {match for name in wanted for match in difflib.get_close_matches(name.rpartition(".")[2], leaves)}
+    hint = f"Nearest names: {sorted(near)}. " if near else ""
+    layers = "" if config.layers_to_transform is None else f" in the layers {config.layers_to_transform}"
+    return (
+        f"Target modules {targets} not found in the base model{layers}. {hint}"
+        f"Linear layers of {type(model).__name__} are called {leaves}."
+    )
+
+
+def _leaves(names: Iterable[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})
+
+
+def _endings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]

@@ -1,0 +1,123 @@
+"""Top-k routing with a capacity: in training an expert takes only its first C tokens of a sequence.
+
+    C = max(1, ceil(capacity_factor * K * n / E))        n valid tokens of the sequence
+
+A (token, expert) pair over capacity is dropped: its weight is zero, and a token without any expert left is encoded by
+the base layer alone (GShard, arXiv 2006.16668; SiRA, arXiv 2311.09179). Padding takes no place, and documents of a
+packed row count on their own. Outside training passes there is no capacity, so that decoding equals the full forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ..types import Routing, TokenContext
+from .top_k import TopKRouter
+
+
+class CapacityRouter(TopKRouter):
+    """`TopKRouter` whose experts have a capacity in training passes.
+
+    Args:
+        in_features: D, width of the input.
+        num_experts: E.
+        top_k: K, experts a token uses.
+        capacity_factor: Ratio of an expert's places to its even share of the requests; None means no capacity.
+        capacity_order: Who is served first. "position": tokens in sequence order, which keeps the router causal.
+            "choice": all first choices before all second choices (GShard), with which a later token can take an
+            earlier token's place.
+        norm_topk_prob: See `TopKRouter`; weights are rescaled before tokens are dropped.
+        routed_scaling_factor: See `TopKRouter`.
+        router_jitter_noise: See `Router`.
+        expert_dropout: See `Router`.
+        init_std: See `Router`.
+    """
+
+    fields = ("capacity_factor", "capacity_order", *TopKRouter.fields)
+
+    def __init__(
+        self,
+        in_features: int,
+        num_experts: int,
+        *,
+        top_k: int,
+        capacity_factor: float | None = None,
+        capacity_order: str = "position",
+        norm_topk_prob: bool = False,
+        routed_scaling_factor: float = 1.0,
+        router_jitter_noise: float = 0.0,
+        expert_dropout: float = 0.0,
+        init_std: float | None = None,
+    ) -> None:
+        super().__init__(
+            in_features,
+            num_experts,
+            top_k=top_k,
+            norm_topk_prob=norm_topk_prob,
+            routed_scaling_factor=routed_scaling_factor,
+            router_jitter_noise=router_jitter_noise,
+            expert_dropout=expert_dropout,
+            init_std=init_std,
+        )
+        self.capacity_factor = capacity_factor
+        self.capacity_order = capacity_order
+        self.causal = capacity_order == "position"
+
+    def decide(self, logits_TE: torch.Tensor, context: TokenContext) -> Routing:
+        """Keep the k largest probabilities, then drop what is over capacity; arguments as in `Router.decide`."""
+        routing = super().decide(logits_TE, context)
+        if self.capacity_factor is None or not context.training:
+            return routing
+        dropped_TK = over_capacity(routing, self.capacity_factor, by_choice=self.capacity_order == "choice")
+        return replace(routing, weights=routing.weights.masked_fill(dropped_TK, 0.0), dropped=dropped_TK)
+
+
+def over_capacity(routing: Routing, capacity_factor: float, *, by_choice: bool = False) -> torch.Tensor:
+    """Which (token, slot) pairs find their expert full.
+
+    Args:
+        routing: Top-k decision before any capacity.
+        capacity_factor: Ratio of an expert's places to its even share of the requests.
+        by_choice: Whether all first choices are served before all second choices, instead of tokens in order.
+
+    Returns:
+        (T, K) bool. Pairs of padding and slots without an expert are never dropped.
+    """
+    experts_TK, context = routing.experts, routing.context
+    assert experts_TK is not None
+    (num_tokens, top_k), num_experts = experts_TK.shape, routing.num_experts
+    sequences_T = context.sequences
+    if sequences_T is None:
+        sequences_T = experts_TK.new_zeros(num_tokens)
+    valid_T = torch.ones_like(sequences_T, dtype=torch.bool) if routing.valid is None else routing.valid
+    lengths_S = sequences_T.new_zeros(context.num_sequences).index_add(0, sequences_T, valid_T.long())
+    capacity_S = (capacity_factor * top_k * lengths_S.double() / num_experts).ceil().clamp_min(1).long()
+
+    # Requests in the order in which they are served, as one-hot rows; a column E takes slots without an expert.
+    order = experts_TK.T.reshape(-1) if by_choice else experts_TK.reshape(-1)
+    repeat = (lambda t: t.repeat(top_k)) if by_choice else (lambda t: t.repeat_interleave(top_k))
+    owner, counts = repeat(sequences_T), repeat(valid_T)
+    requests = torch.zeros(order.numel(), num_experts + 1, dtype=torch.long, device=order.device)
+    requests.scatter_(1, order[:, None], counts.long()[:, None])
+
+    rank = _rank_in_sequence(requests, owner, context.num_sequences, contiguous=not by_choice)
+    rank = rank.gather(1, order[:, None]).squeeze(1)
+    full = (rank > capacity_S[owner]) & counts & (order < num_experts)
+    return full.view(top_k, num_tokens).T if by_choice else full.view(num_tokens, top_k)
+
+
+def _rank_in_sequence(
+    requests: torch.Tensor, owner: torch.Tensor, num_sequences: int, *, contiguous: bool
+) -> torch.Tensor:
+    """Running count of the requests for each expert within the sequence that owns them, starting at one."""
+    if not contiguous:
+        ranks = torch.zeros_like(requests)
+        for s in range(num_sequences):
+            own = requests * (owner == s)[:, None]
+            ranks = torch.where((owner == s)[:, None], own.cumsum(0), ranks)
+        return ranks
+    per_sequence = requests.new_zeros(num_sequences, requests.shape[1]).index_add(0, owner, requests)
+    before = per_sequence.cumsum(0) - per_sequence
+    return requests.cumsum(0) - before[owner]

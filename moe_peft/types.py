@@ -1,0 +1,109 @@
+"""What a router decides and what it may know: `Routing`, `TokenContext` and the shape legend.
+
+Shape suffixes of local tensors:
+    B batch rows, L positions of a row, T tokens (B * L flattened), S sequences (rows, or documents of a packed row),
+    D input width, O output width, E experts, K experts a token uses, r rank of one expert, R = E * r.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+class MoePeftWarning(UserWarning):
+    """Every warning this package gives."""
+
+
+class LossScale:
+    """Weight of the router losses of one forward pass, read when their gradient is injected in the backward pass.
+
+    Attributes:
+        value: Factor applied to the gradient of every loss of the pass; a float or a 0-d tensor.
+        attached: Number of losses that were attached to the autograd graph.
+        injected: Number of losses whose gradient has been injected so far.
+    """
+
+    def __init__(self, value: float = 1.0) -> None:
+        self.value: float | torch.Tensor = value
+        self.attached = 0
+        self.injected = 0
+
+
+@dataclass(frozen=True)
+class TokenContext:
+    """What a forward pass knows about the T tokens at a place, besides their values.
+
+    Attributes:
+        training: Whether this is a gradient-enabled training pass. Noise, dropout, capacity and losses apply only
+        then.
+        valid: (T,) bool, False at padding; None when every token counts.
+        sequences: (T,) int64, non-decreasing index of the sequence a token belongs to; None for a single sequence.
+        num_sequences: S, the number of sequences.
+        groups: (S,) int64, the group of each sequence; None when the batch has none.
+        loss_scale: The pass's weight of injected losses; None outside a training pass.
+    """
+
+    training: bool = False
+    valid: torch.Tensor | None = None
+    sequences: torch.Tensor | None = None
+    num_sequences: int = 1
+    groups: torch.Tensor | None = None
+    loss_scale: LossScale | None = None
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A router's decision for T tokens.
+
+    Attributes:
+        weights: (T, K) combine weight of each selected expert, or (T, E) of every expert when dense. Zero where a slot
+            is dropped.
+        experts: (T, K) int64 index of each selected expert; E marks a slot without an expert. None when dense.
+        logits: (T, E) float32 scores before the gate function.
+        probs: (T, E) float32 gate probabilities, after expert dropout.
+        dropped: (T, K) bool, True where an expert was chosen but had no capacity left; None without a capacity.
+        context: What was known about the tokens.
+    """
+
+    weights: torch.Tensor
+    experts: torch.Tensor | None
+    logits: torch.Tensor
+    probs: torch.Tensor
+    dropped: torch.Tensor | None = None
+    context: TokenContext = field(default_factory=TokenContext)
+
+    @property
+    def valid(self) -> torch.Tensor | None:
+        """(T,) bool, False at padding; None when every token counts."""
+        return self.context.valid
+
+    @property
+    def num_experts(self) -> int:
+        """E, the number of experts."""
+        return self.probs.shape[-1]
+
+    def gate_matrix(self) -> torch.Tensor:
+        """Combine weights as one column per expert.
+
+        Returns:
+            (T, E), zero where a token does not use an expert.
+        """
+        if self.experts is None:
+            return self.weights
+        gates_TE = self.weights.new_zeros(self.weights.shape[0], self.num_experts + 1)
+        return gates_TE.scatter(1, self.experts, self.weights)[:, :-1]
+
+    def request_matrix(self) -> torch.Tensor:
+        """Which experts each valid token asked for, before any capacity.
+
+        Returns:
+            (T, E) float32 of zeros and ones; rows of padding are zero.
+        """
+        if self.experts is None:
+            requests_TE = torch.ones_like(self.probs)
+        else:
+            requests_TE = self.probs.new_zeros(self.probs.shape[0], self.num_experts + 1)
+            requests_TE = requests_TE.scatter_(1, self.experts, 1.0)[:, :-1]
+        return requests_TE if self.valid is None else requests_TE * self.valid[:, None]

@@ -1,14 +1,18 @@
 """Documented public objects of the Python standard library that is running.
 
-Nothing runs except the imports, and two runs of the same interpreter collect the same entries in the same order.
+Nothing runs except the imports, and they happen in a fresh child process: libraries that are already loaded here patch
+the standard library (transformers adds methods to `logging.Logger`, pytest replaces `pdb.set_trace`), and hundreds of
+imports would stay loaded. So two runs of the same interpreter collect the same entries in the same order.
 """
 
 import contextlib
 import importlib
 import inspect
 import io
+import json
 import pkgutil
 import re
+import subprocess
 import sys
 import types
 import warnings
@@ -95,7 +99,22 @@ def _import_quietly(name: str) -> types.ModuleType | None:
 
 
 def collect_entries() -> list[Entry]:
-    """Collect the documented public objects of the standard library.
+    """Collect the documented public objects of the standard library, as a fresh interpreter sees it.
+
+    Returns:
+        Entries sorted by qualified name.
+
+    Raises:
+        subprocess.CalledProcessError: If the child process fails.
+    """
+    # Isolated and without `site`: no site-packages, no PYTHON* variables, no patches by .pth files.
+    command = [sys.executable, "-I", "-S", __file__]
+    child = subprocess.run(command, check=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    return [Entry(*fields) for fields in json.loads(child.stdout)]
+
+
+def collect_entries_here() -> list[Entry]:
+    """Collect the entries in this process.
 
     Objects that are reachable under several names count once, and so do docstrings with the same first sentence:
     otherwise the sentence of a held-out name could be read off a training name.
@@ -217,3 +236,7 @@ def arguments_text(signature: inspect.Signature | None) -> str:
     is_optional = {p.default is not inspect.Parameter.empty or p.kind in variadic for p in given}
     words = [word for word, flag in (("required", False), ("optional", True)) if flag in is_optional]
     return " and ".join(words) or "no"
+
+
+if __name__ == "__main__":
+    json.dump(collect_entries_here(), sys.stdout)

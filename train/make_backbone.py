@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -253,8 +252,8 @@ def _mean_loss(model: LlamaForCausalLM, blocks: torch.Tensor) -> float:
 
 def _save(output_dir: Path, tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM, record: dict) -> None:
     """Write into a temporary sibling and rename, so that an interrupted run leaves no half cache."""
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
+    unfinished = output_dir.parent / f".{output_dir.name}-{os.getpid()}"
+    unfinished.mkdir(parents=True)
     try:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)

@@ -32,10 +32,7 @@ class RoutedTuner(BaseTuner):
     def _prepare_model(self, peft_config: MoeConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Resolve and check all places, then let the model tell the layers what a forward pass knows."""
         resolve_targets(model, peft_config)
-        for place in find_places(model, peft_config, **get_quantization_kwargs(model)):
-            # Building on the meta device finds what a layer cannot do before any module is replaced.
-            with torch.device("meta"):
-                peft_config.build(place.in_features, place.out_features)
+        find_places(model, peft_config, **get_quantization_kwargs(model))
         tracker = find_tracker(model)
         if tracker is None:
             tracker = ForwardTracker()

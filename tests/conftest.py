@@ -1,8 +1,11 @@
-"""Settings of the whole test run."""
+"""One thread per test process: the models are tiny, and threads of several processes would wait for each other."""
 
-from __future__ import annotations
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
-# Models of the tests are too small to gain from threads, which cost ten times the run on a busy machine.
 torch.set_num_threads(1)

@@ -1,0 +1,120 @@
+"""Adapters on bitsandbytes 4-bit and 8-bit linear layers, on CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from moe_peft import LoraMoeConfig, MoloraConfig, RoutedConfig, SiraConfig, describe
+from moe_peft.layers import RoutedLayer
+from tests.contract.cases import randomize
+from tests.tiny import padded_batch, tiny_llama
+
+pytestmark = pytest.mark.bnb
+pytest.importorskip("bitsandbytes")
+
+CONFIGS = [LoraMoeConfig, MoloraConfig, SiraConfig, RoutedConfig]
+QUANTIZATIONS = {
+    "nf4-double-quant": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.float32,
+    },
+    "nf4-bfloat16-compute": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+    },
+    "8bit": {"load_in_8bit": True},
+}
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    return folder
+
+
+def load(folder, quantization: str):
+    """A quantized model, frozen as peft freezes it: bitsandbytes picks another kernel for inputs with gradients."""
+    config = BitsAndBytesConfig(**QUANTIZATIONS[quantization])
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("config_cls", CONFIGS)
+def test_quantized_base_trains_and_comes_back(base_folder, tmp_path, config_cls, quantization):
+    batch = padded_batch([9, 6, 9])
+    base = load(base_folder, quantization)
+    expected = base(**batch).logits
+    model = get_peft_model(base, config_cls(task_type="CAUSAL_LM")).eval()
+    assert torch.equal(model(**batch).logits, expected)
+    kind = "bnb 8bit" if quantization == "8bit" else "bnb 4bit"
+    layers = [module for module in model.modules() if isinstance(module, RoutedLayer)]
+    assert layers and all(layer.quantization_backend.backend_name == kind for layer in layers)
+    assert f"quantization_backend='{kind}'" in repr(model)
+
+    model.train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trainable} == {torch.float32}
+    optimizer = torch.optim.AdamW(trainable, lr=1e-2)
+    losses = []
+    for _ in range(6):
+        loss = model(**batch, labels=batch["input_ids"]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05
+
+    model.eval().save_pretrained(tmp_path)
+    with torch.no_grad():
+        trained = model(**batch).logits
+    for low_cpu_mem_usage in (False, True):
+        again = PeftModel.from_pretrained(
+            load(base_folder, quantization), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
+        ).eval()
+        state = again.state_dict()
+        for name, tensor in model.state_dict().items():
+            if "_experts." in name or "_router." in name:
+                assert torch.equal(state[name], tensor), name
+        # On some CPUs bitsandbytes repacks 4-bit weights between training and evaluation, which rounds them again.
+        with torch.no_grad():
+            torch.testing.assert_close(again(**batch).logits, trained, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_kbit_preparation_and_checkpointing_train(base_folder, quantization):
+    batch = padded_batch([9, 6, 9])
+    model = get_peft_model(prepare_model_for_kbit_training(load(base_folder, quantization)), RoutedConfig()).train()
+    randomize(model)
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("quantization", ["nf4-double-quant", "8bit"])
+def test_one_expert_merges_into_a_quantized_base_to_its_rounding(base_folder, quantization):
+    batch = padded_batch([9, 6, 9])
+    model = get_peft_model(load(base_folder, quantization), LoraMoeConfig(num_experts=1, lora_alpha=8)).eval()
+    for name, parameter in model.named_parameters():
+        if "_experts." in name:
+            parameter.data.normal_(std=0.05)
+    expected = model(**batch).logits
+    merged = model.merge_and_unload()
+    error = (merged(**batch).logits - expected).norm() / expected.norm()
+    assert error < (0.35 if quantization.startswith("nf4") else 0.05)
+
+
+def test_description_counts_the_weights_of_packed_parameters(base_folder):
+    config = LoraMoeConfig()
+    plain = describe(AutoModelForCausalLM.from_pretrained(base_folder), config)
+    packed = describe(load(base_folder, "nf4-double-quant"), config)
+    assert packed.base_parameters == plain.base_parameters
+    assert packed.num_parameters == plain.num_parameters
+    assert {place.kind for place in packed.places} == {"Linear4bit"}

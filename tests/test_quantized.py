@@ -85,7 +85,9 @@ def test_quantized_base_trains_and_comes_back(base_folder, tmp_path, config_cls,
                 assert torch.equal(state[name], tensor), name
         # On some CPUs bitsandbytes repacks 4-bit weights between training and evaluation, which rounds them again.
         with torch.no_grad():
-            torch.testing.assert_close(again(**batch).logits, trained, rtol=0.02, atol=0.02)
+            torch.testing.assert_close(
+                again(**batch).logits, trained, rtol=0.02, atol=0.1 if "bfloat16" in quantization else 0.02
+            )
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)

@@ -49,8 +49,8 @@ def test_bytes_do_not_depend_on_the_calling_process(data_dir, tmp_path):
 
 
 def test_thousands_of_pairs_in_both_groups(data_dir):
-    rows = read_rows(data_dir / "train.jsonl")
-    held_out = read_rows(data_dir / "test.jsonl")
+    rows = read_rows(data_dir / "instructions/train.jsonl")
+    held_out = read_rows(data_dir / "instructions/test.jsonl")
     assert 4000 <= len(rows) + len(held_out) <= 12000
     assert 0.03 < len(held_out) / (len(rows) + len(held_out)) < 0.07
     for split in (rows, held_out):
@@ -58,7 +58,7 @@ def test_thousands_of_pairs_in_both_groups(data_dir):
 
 
 def test_rows_are_single_line_and_not_empty(data_dir):
-    for file_name in ("train.jsonl", "test.jsonl"):
+    for file_name in ("instructions/train.jsonl", "instructions/test.jsonl"):
         for row in read_rows(data_dir / file_name):
             assert set(row) == {"prompt", "completion", "task_type"}
             assert row["prompt"].strip().endswith(":") and row["prompt"] == " ".join(row["prompt"].splitlines())
@@ -67,12 +67,14 @@ def test_rows_are_single_line_and_not_empty(data_dir):
 
 
 def test_no_name_in_both_splits(data_dir):
-    train_names, test_names = (names(read_rows(data_dir / file)) for file in ("train.jsonl", "test.jsonl"))
+    train_names, test_names = (
+        names(read_rows(data_dir / file)) for file in ("instructions/train.jsonl", "instructions/test.jsonl")
+    )
     assert train_names and test_names and not train_names & test_names
 
 
 def test_pretraining_text_leaves_out_held_out_docstrings(entries, data_dir):
-    text = "\x00".join(row["text"] for row in read_rows(data_dir / "pretrain.jsonl"))
+    text = "\x00".join(row["text"] for row in read_rows(data_dir / "text/train.jsonl"))
     for entry in entries:
         if stdlib_docs.is_held_out(entry.name):
             assert f"\x00{entry.name}{entry.signature}\n\n" not in text
@@ -80,7 +82,7 @@ def test_pretraining_text_leaves_out_held_out_docstrings(entries, data_dir):
 
 
 def test_no_address_and_no_path_of_this_machine(data_dir):
-    for file_name in ("train.jsonl", "test.jsonl"):
+    for file_name in ("instructions/train.jsonl", "instructions/test.jsonl"):
         text = (data_dir / file_name).read_text()
         assert " at 0x" not in text
         assert sys.prefix not in text and str(Path.home()) + "/" not in text

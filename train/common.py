@@ -119,7 +119,8 @@ def model_init_kwargs(model_args: Any, training_args: Any) -> dict[str, Any]:
         model_args: TRL's `ModelConfig`.
         training_args: The trainer's arguments.
     """
-    from trl import get_kbit_device_map, get_quantization_config
+    from accelerate import PartialState
+    from trl import get_quantization_config
 
     kwargs = {
         "revision": model_args.model_revision,
@@ -130,7 +131,8 @@ def model_init_kwargs(model_args: Any, training_args: Any) -> dict[str, Any]:
     }
     quantization = get_quantization_config(model_args)
     if quantization is not None:
-        kwargs |= {"quantization_config": quantization, "device_map": get_kbit_device_map()}
+        device_map = {"": PartialState().local_process_index} if torch.cuda.is_available() else None
+        kwargs |= {"quantization_config": quantization, "device_map": device_map}
     return kwargs
 
 

@@ -128,7 +128,7 @@ def _settings_hash(settings: BackboneSettings, data_dir: Path) -> str:
     """Hash what decides the weights: the settings, the interpreter's version and the bytes of the text."""
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(settings), sort_keys=True).encode())
     digest.update(platform.python_version().encode())
-    for name in ("pretrain.jsonl", "pretrain_test.jsonl"):
+    for name in ("text/train.jsonl", "text/test.jsonl"):
         digest.update((data_dir / name).read_bytes())
     return digest.hexdigest()[:16]
 
@@ -195,7 +195,7 @@ def pack_blocks(texts: list[str], tokenizer: PreTrainedTokenizerFast, block_size
 def _train(
     settings: BackboneSettings, data_dir: Path
 ) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM, dict[str, float]]:
-    texts, held_out_texts = (_read_texts(data_dir / name) for name in ("pretrain.jsonl", "pretrain_test.jsonl"))
+    texts, held_out_texts = (_read_texts(data_dir / name) for name in ("text/train.jsonl", "text/test.jsonl"))
     tokenizer = train_tokenizer(texts, settings.vocab_size)
     # The caller's random state is left as it was.
     with torch.random.fork_rng(devices=[]):

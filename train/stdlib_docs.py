@@ -20,7 +20,7 @@ from stdlib_entries import Entry, collect_entries
 
 TASK_GROUP, KNOWLEDGE_GROUP = 0, 1
 
-FILE_NAMES = ("pretrain.jsonl", "pretrain_test.jsonl", "train.jsonl", "test.jsonl")
+FILE_NAMES = ("text/train.jsonl", "text/test.jsonl", "instructions/train.jsonl", "instructions/test.jsonl")
 HELD_OUT_PERCENT = 5
 
 
@@ -76,8 +76,9 @@ def write_splits(output_dir: str | Path) -> dict[str, int]:
     """Write the data as JSON lines.
 
     Args:
-        output_dir: Folder that receives `pretrain.jsonl` and `pretrain_test.jsonl` (`{"text"}`), `train.jsonl` and
-            `test.jsonl` (`{"prompt", "completion", "task_type"}`). No name occurs in both splits.
+        output_dir: Folder that receives `text/train.jsonl` and `text/test.jsonl` (`{"text"}`),
+            `instructions/train.jsonl` and `instructions/test.jsonl` (`{"prompt", "completion", "task_type"}`).
+            No name occurs in both splits.
 
     Returns:
         Number of rows by file name.
@@ -93,9 +94,9 @@ def write_splits(output_dir: str | Path) -> dict[str, int]:
     ]
     files = dict(zip(FILE_NAMES, tables, strict=True))
     output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     for file_name, rows in files.items():
         unfinished = output_dir / f"{file_name}.tmp"
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         unfinished.replace(output_dir / file_name)
     return {file_name: len(rows) for file_name, rows in files.items()}

@@ -93,7 +93,9 @@ def over_capacity(routing: Routing, capacity_factor: float, *, by_choice: bool =
         sequences_T = experts_TK.new_zeros(num_tokens)
     valid_T = torch.ones_like(sequences_T, dtype=torch.bool) if routing.valid is None else routing.valid
     lengths_S = sequences_T.new_zeros(context.num_sequences).index_add(0, sequences_T, valid_T.long())
-    capacity_S = (capacity_factor * top_k * lengths_S.double() / num_experts).ceil().clamp_min(1).long()
+    # The small term keeps a product that is whole but for rounding from taking one place more.
+    shares_S = capacity_factor * top_k * lengths_S.double() / num_experts
+    capacity_S = (shares_S - 1e-9).ceil().clamp_min(1).long()
 
     # Requests in the order in which they are served, as one-hot rows; a column E takes slots without an expert.
     order = experts_TK.T.reshape(-1) if by_choice else experts_TK.reshape(-1)

@@ -1,15 +1,11 @@
 import json
-import sys
 from pathlib import Path
 
+import make_backbone
 import pytest
+import stdlib_docs
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))
-
-import make_backbone
-import stdlib_docs
 
 TINY = make_backbone.BackboneSettings(
     vocab_size=300,
@@ -29,6 +25,7 @@ def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for name in stdlib_docs.FILE_NAMES:
         texts = [f"module.name{index}(x)\n\nReturn the value number {index}.\n" for index in range(60)]
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return folder
 

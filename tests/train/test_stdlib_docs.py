@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 
-TRAIN_DIR = Path(__file__).resolve().parents[1] / "train"
-sys.path.insert(0, str(TRAIN_DIR))
-
+TRAIN_DIR = Path(__file__).resolve().parents[2] / "train"
 import stdlib_docs  # noqa: E402
 import stdlib_entries  # noqa: E402
 

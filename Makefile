@@ -1,0 +1,48 @@
+# Each target makes its own environment: .venv, with torch from a CPU wheel first where one is at hand.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH ?= torch==2.13.0
+
+.PHONY: quickstart test conformance slow gpu style quality bench clean
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $(STAMP)
+
+# The main job: pretrain a tiny backbone (cached), train a LoRAMoE adapter on it, save, reload and compare.
+quickstart: $(STAMP)
+	$(BIN)/python train/make_backbone.py
+	$(BIN)/accelerate launch train/sft.py --config configs/runs/quickstart.yaml
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
+
+gpu: $(STAMP)
+	$(BIN)/python -m pytest -q -m gpu
+
+# peft's own test files, fetched from its source distribution, with our adapter types.
+conformance: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m conformance tests/conformance
+
+style: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/train_step.py --output benchmarks/results/train_step.json
+
+clean:
+	rm -rf $(VENV) .cache outputs

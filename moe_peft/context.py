@@ -9,7 +9,6 @@ autograd node that made a stack's output says whose backward pass has begun.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +17,15 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from .batch import (
+    batch_shape,
+    check_groups,
+    groups_per_sequence,
+    named_inputs,
+    number_segments,
+    segments_of,
+    two_dimensional,
+)
 from .types import LossScale, Routing, TokenContext
 
 TRACKER_ATTRIBUTE = "_moe_peft_tracker"
@@ -95,7 +103,7 @@ class ForwardPass:
         if mask is not None and len(rows) == 2 and mask.shape[0] == rows[0] and mask.shape[1] >= rows[1]:
             valid_T = mask[:, mask.shape[1] - rows[1] :].reshape(-1).to(device).bool()
         if self.segments is not None and not from_encoder and tuple(self.segments.shape) == rows:
-            sequences_T, num_sequences = _number_segments(self.segments.to(device))
+            sequences_T, num_sequences = number_segments(self.segments.to(device))
         elif len(rows) >= 2:
             sequences_T = torch.arange(rows[0], device=device).repeat_interleave(torch.Size(rows[1:]).numel())
             num_sequences = rows[0]
@@ -107,7 +115,7 @@ class ForwardPass:
             valid=valid_T,
             sequences=sequences_T,
             num_sequences=num_sequences,
-            groups=_groups_per_sequence(groups, sequences_T, num_sequences, rows),
+            groups=groups_per_sequence(groups, sequences_T, num_sequences, rows),
             loss_scale=self.losses.scale if self.training else None,
         )
 
@@ -196,7 +204,7 @@ class ForwardTracker:
                 continue
             groups = torch.as_tensor(groups)
             if groups.device.type == "cpu" or not self._groups_checked:
-                _check_groups(groups, column, allowed)
+                check_groups(groups, column, allowed)
                 self._groups_checked = True
             self._groups = groups.long()
         return args, kwargs
@@ -206,14 +214,14 @@ class ForwardTracker:
         self._groups = None
 
     def _open(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        inputs = _named_inputs(stack, args, kwargs)
+        inputs = named_inputs(stack, args, kwargs)
         self.current = ForwardPass(
             training=stack.training and torch.is_grad_enabled(),
             losses=self._open_losses or ForwardLosses(LossScale(self.loss_scale)),
-            shape=_batch_shape(inputs),
-            attention_mask=_mask(inputs.get("attention_mask")),
-            encoder_attention_mask=_mask(inputs.get("encoder_attention_mask")),
-            segments=_segments(inputs),
+            shape=batch_shape(inputs),
+            attention_mask=two_dimensional(inputs.get("attention_mask")),
+            encoder_attention_mask=two_dimensional(inputs.get("encoder_attention_mask")),
+            segments=segments_of(inputs),
             groups=self._groups,
         )
         if self.current.training:
@@ -254,29 +262,6 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _number_segments(segments_BL: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Number the documents of all rows one after the other: (T,) index and S."""
-    starts_BL = torch.ones_like(segments_BL, dtype=torch.long)
-    starts_BL[:, 1:] = (segments_BL[:, 1:] != segments_BL[:, :-1]).long()
-    sequences_T = starts_BL.reshape(-1).cumsum(0) - 1
-    return sequences_T, int(starts_BL.sum())
-
-
-def _groups_per_sequence(
-    groups: torch.Tensor | None, sequences_T: torch.Tensor | None, num_sequences: int, rows: tuple[int, ...]
-) -> torch.Tensor | None:
-    """Bring groups given per sequence, or per token of packed rows, to (S,)."""
-    if groups is None or tuple(groups.shape) == (num_sequences,):
-        return groups
-    if tuple(groups.shape) == rows and sequences_T is not None:
-        return groups.new_zeros(num_sequences).scatter(0, sequences_T, groups.reshape(-1))
-    raise ValueError(
-        f"The batch brings sample groups of shape {tuple(groups.shape)}, but it holds {num_sequences} sequences in "
-        f"rows of shape {rows}. Give one group per sequence (shape ({num_sequences},)), or one per token "
-        f"(shape {rows}) when rows are packed."
-    )
-
-
 def _nodes(output: Any) -> Iterator[Any]:
     """Autograd nodes that made the tensors of a module's output, however it nests them."""
     if isinstance(output, torch.Tensor):
@@ -285,46 +270,3 @@ def _nodes(output: Any) -> Iterator[Any]:
     elif isinstance(output, (Mapping, tuple, list)):
         for part in output.values() if isinstance(output, Mapping) else output:
             yield from _nodes(part)
-
-
-def _named_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    if not args:
-        return kwargs
-    names = [p for p in inspect.signature(module.forward).parameters if p not in ("args", "kwargs")]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _mask(mask: Any) -> torch.Tensor | None:
-    return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
-
-
-def _batch_shape(inputs: dict[str, Any]) -> tuple[int, int] | None:
-    for name in ("input_ids", "inputs_embeds"):
-        tensor = inputs.get(name)
-        if isinstance(tensor, torch.Tensor) and tensor.ndim >= 2:
-            return tensor.shape[0], tensor.shape[1]
-    return None
-
-
-def _segments(inputs: dict[str, Any]) -> torch.Tensor | None:
-    """(B, L) number that changes where a new document starts; None for rows that are not packed."""
-    seq_idx = inputs.get("seq_idx")
-    if isinstance(seq_idx, torch.Tensor) and seq_idx.ndim == 2:
-        return seq_idx
-    positions = inputs.get("position_ids")
-    if isinstance(positions, torch.Tensor) and positions.ndim == 2 and _mask(inputs.get("attention_mask")) is None:
-        restarts = torch.zeros_like(positions)
-        restarts[:, 1:] = (positions[:, 1:] != positions[:, :-1] + 1).to(positions.dtype)
-        return restarts.cumsum(1)
-    return None
-
-
-def _check_groups(groups: torch.Tensor, column: str, allowed: frozenset[int]) -> None:
-    unknown = sorted(set(groups.reshape(-1).tolist()) - allowed) if allowed else []
-    if unknown:
-        raise ValueError(
-            f"The batch column {column!r} holds the sample groups {unknown}, which no expert belongs to "
-            f"(expert_groups has {sorted(allowed)}). Change `expert_groups` so that every sample group owns an "
-            f"expert, "
-            "or map the column to the groups it has."
-        )

@@ -81,6 +81,7 @@ def test_other_settings_or_data_train_again(backbone, data_dir, tmp_path, monkey
     folder, record = backbone
     other_seed = make_backbone.dataclasses.replace(TINY, seed=1)
     for name in stdlib_docs.FILE_NAMES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text((data_dir / name).read_text().replace("value", "number"))
     forbid_training(monkeypatch)
     for settings, folder_of_data in ((other_seed, data_dir), (TINY, tmp_path)):

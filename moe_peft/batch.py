@@ -1,0 +1,110 @@
+"""Reads a model's inputs: which tokens are padding, which document they belong to, which group a sample is in."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def named_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Name the positional arguments of a module's forward.
+
+    Args:
+        module: Module that is called.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        All arguments by name.
+    """
+    if not args:
+        return kwargs
+    names = [p for p in inspect.signature(module.forward).parameters if p not in ("args", "kwargs")]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def batch_shape(inputs: dict[str, Any]) -> tuple[int, int] | None:
+    """(B, L) of the token ids or embeddings; None where there are none."""
+    for name in ("input_ids", "inputs_embeds"):
+        tensor = inputs.get(name)
+        if isinstance(tensor, torch.Tensor) and tensor.ndim >= 2:
+            return tensor.shape[0], tensor.shape[1]
+    return None
+
+
+def two_dimensional(value: Any) -> torch.Tensor | None:
+    """The value where it is a (B, L) tensor, as a mask of padding is; None for masks of pairs and for anything else."""
+    return value if isinstance(value, torch.Tensor) and value.ndim == 2 else None
+
+
+def segments_of(inputs: dict[str, Any]) -> torch.Tensor | None:
+    """(B, L) number that changes where a new document starts; None for rows that are not packed."""
+    seq_idx = two_dimensional(inputs.get("seq_idx"))
+    if seq_idx is not None:
+        return seq_idx
+    positions = two_dimensional(inputs.get("position_ids"))
+    if positions is None or two_dimensional(inputs.get("attention_mask")) is not None:
+        return None
+    restarts = torch.zeros_like(positions)
+    restarts[:, 1:] = (positions[:, 1:] != positions[:, :-1] + 1).to(positions.dtype)
+    return restarts.cumsum(1)
+
+
+def number_segments(segments_BL: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Number the documents of all rows one after the other: (T,) index and S."""
+    starts_BL = torch.ones_like(segments_BL, dtype=torch.long)
+    starts_BL[:, 1:] = (segments_BL[:, 1:] != segments_BL[:, :-1]).long()
+    sequences_T = starts_BL.reshape(-1).cumsum(0) - 1
+    return sequences_T, int(starts_BL.sum())
+
+
+def groups_per_sequence(
+    groups: torch.Tensor | None, sequences_T: torch.Tensor | None, num_sequences: int, rows: tuple[int, ...]
+) -> torch.Tensor | None:
+    """Bring groups given per sequence, or per token of packed rows, to one per sequence.
+
+    Args:
+        groups: (S,), or of shape `rows`; None when the batch has none.
+        sequences_T: (T,) sequence of each token.
+        num_sequences: S.
+        rows: Shape of the batch without the width.
+
+    Returns:
+        (S,) or None.
+
+    Raises:
+        ValueError: The groups have another shape.
+    """
+    if groups is None or tuple(groups.shape) == (num_sequences,):
+        return groups
+    if tuple(groups.shape) == rows and sequences_T is not None:
+        return groups.new_zeros(num_sequences).scatter(0, sequences_T, groups.reshape(-1))
+    raise ValueError(
+        f"The batch brings sample groups of shape {tuple(groups.shape)}, but it holds {num_sequences} sequences in "
+        f"rows of shape {rows}. Give one group per sequence (shape ({num_sequences},)), or one per token "
+        f"(shape {rows}) when rows are packed."
+    )
+
+
+def check_groups(groups: torch.Tensor, column: str, allowed: frozenset[int]) -> None:
+    """Refuse sample groups that no expert belongs to.
+
+    Args:
+        groups: Groups of a batch, of any shape.
+        column: Name of the batch column, for the message.
+        allowed: Groups that experts belong to; empty allows any.
+
+    Raises:
+        ValueError: A sample has another group.
+    """
+    unknown = sorted(set(groups.reshape(-1).tolist()) - allowed) if allowed else []
+    if unknown:
+        raise ValueError(
+            f"The batch column {column!r} holds the sample groups {unknown}, which no expert belongs to "
+            f"(expert_groups has {sorted(allowed)}). Change `expert_groups` so that every sample group owns an "
+            f"expert, "
+            "or map the column to the groups it has."
+        )

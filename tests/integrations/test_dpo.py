@@ -1,0 +1,46 @@
+"""TRL's own reference adapter: DPO on a trained adapter starts with policy and reference alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from trl import DPOConfig, DPOTrainer
+
+from moe_peft import LoraMoeConfig, SiraConfig
+from tests.contract.cases import randomize
+from tests.integrations.test_callback import tiny_tokenizer  # noqa: F401
+from tests.tiny import padded_batch, tiny_llama
+
+
+@pytest.mark.parametrize("config_cls", [LoraMoeConfig, SiraConfig])
+def test_reference_adapter_of_dpo_equals_the_trained_one_and_stays(config_cls, tmp_path, tiny_tokenizer):  # noqa: F811
+    model = get_peft_model(tiny_llama(), config_cls(task_type="CAUSAL_LM", num_experts=4))
+    randomize(model)
+    data = [{"prompt": "w3 w4", "chosen": " w5 w6", "rejected": f" w7 w{8 + i}"} for i in range(8)]
+    args = DPOConfig(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+    )
+    trainer = DPOTrainer(
+        model=model, args=args, train_dataset=Dataset.from_list(data), processing_class=tiny_tokenizer
+    )
+    assert set(trainer.model.peft_config) == {"default", "ref"}
+    batch, policy = padded_batch([7, 5]), trainer.model.eval()
+    expected = policy(**batch).logits
+    policy.set_adapter("ref")
+    assert torch.equal(policy(**batch).logits, expected)
+    policy.set_adapter("default")
+    reference = {n: p.detach().clone() for n, p in policy.named_parameters() if ".ref." in n}
+    trainer.train()
+    assert all(torch.equal(p, reference[n]) for n, p in policy.named_parameters() if ".ref." in n)
+    assert not torch.equal(policy.eval()(**batch).logits, expected)

@@ -1,0 +1,49 @@
+"""The README's program runs as printed, and the files it names exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import tiny_llama
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_programs_of_the_readme_run_as_printed(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    programs = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert programs
+    for program in programs:
+        program = program.replace("Qwen/Qwen3-0.6B", str(tmp_path / "base"))
+        command = [sys.executable, "-c", program]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ})
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert "LoRAMoE: 8 experts of rank 4" in result.stdout
+    assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
+)
+def test_files_and_targets_that_a_document_names_exist(document):
+    text = (ROOT / document).read_text()
+    for name in re.findall(r"`((?:moe_peft|train|configs|tests|benchmarks|docs)/[\w./-]*)`", text):
+        assert "<" in name or (ROOT / name).exists(), name
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for name in re.findall(r"make ([a-z]+)\b", text):
+        if f"`make {name}`" in text or f"\nmake {name}" in text:
+            assert name in targets, name
+
+
+def test_the_table_of_methods_names_every_public_configuration():
+    from moe_peft.methods import METHODS
+
+    for config in METHODS.values():
+        assert f"`{config.__name__}`" in README

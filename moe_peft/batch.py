@@ -36,7 +36,7 @@ def batch_shape(inputs: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def two_dimensional(value: Any) -> torch.Tensor | None:
-    """The value where it is a (B, L) tensor, as a mask of padding is; None for masks of pairs and for anything else."""
+    """The value where it is a (B, L) tensor, as a mask of padding is; None for masks of pairs and all else."""
     return value if isinstance(value, torch.Tensor) and value.ndim == 2 else None
 
 

@@ -183,12 +183,12 @@ class MoeConfig(PeftConfig):
             "None: experts are adapted as modules; name the modules in target_modules",
         )
         self._check_choice("router", tuple(ROUTERS))
+        for name, reason in self.fixed_fields.items():
+            self._check_left_alone(name, reason)
         taken = ROUTERS[self.router].fields
         for name in sorted(ROUTER_FIELDS - set(taken)):
             self._check_left_alone(name, f"the {self.router!r} router does not use it", of=MoeConfig)
         self._check("top_k" not in taken or self.top_k is not None, "top_k", f"set for the {self.router!r} router")
-        for name, reason in self.fixed_fields.items():
-            self._check_left_alone(name, reason)
         if self.capacity_order == "choice" and self.task_type == "CAUSAL_LM":
             self._check(
                 self.allow_non_causal,

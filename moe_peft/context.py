@@ -3,15 +3,16 @@
 Hooks on the Hugging Face model and on its backbone (encoder and decoder where there are two) open and close a
 `ForwardPass`; the routed layers ask the tracker for it. Layers never look at `self.training` (generation inside a
 training loop runs in train mode) nor at `torch.is_grad_enabled()` (the first pass of reentrant checkpointing runs
-without gradient). In a recomputation, which runs inside the backward pass, the context of the original forward serves.
+without gradient). In a recomputation, which runs inside the backward pass, the original forward's context serves: the
+autograd node that made a stack's output says whose backward pass has begun.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -57,8 +58,6 @@ class ForwardPass:
         encoder_attention_mask: (B, L') mask of the encoder states a decoder attends to.
         segments: (B, L) document index of each token of packed rows.
         groups: (B,) or (S,) group per sequence, or (B, L) group per token.
-        places: Leading input shape of every routed layer that ran.
-        recomputed: Places already recomputed in the backward pass.
         contexts: Token contexts made so far.
     """
 
@@ -69,8 +68,6 @@ class ForwardPass:
     encoder_attention_mask: torch.Tensor | None = None
     segments: torch.Tensor | None = None
     groups: torch.Tensor | None = None
-    places: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    recomputed: set[str] = field(default_factory=set)
     contexts: dict[tuple, TokenContext] = field(default_factory=dict)
 
     def tokens(self, leading: tuple[int, ...], device: torch.device, from_encoder: bool = False) -> TokenContext:
@@ -121,7 +118,7 @@ class ForwardTracker:
     Attributes:
         current: The pass that is running, or None.
         latest: Losses of the latest gradient-enabled forward, or None.
-        training_passes: The latest gradient-enabled passes, newest last; a recomputation finds its own among them.
+        in_reverse: The pass whose backward pass runs or ran last, which recomputations repeat; or None.
         loss_scale: Weight of the router losses in passes to come.
         group_columns: Allowed group values by the name of the batch column that carries them.
         observers: Called with (place, adapter, routing) for every routing of a forward pass.
@@ -130,7 +127,7 @@ class ForwardTracker:
     def __init__(self) -> None:
         self.current: ForwardPass | None = None
         self.latest: ForwardLosses | None = None
-        self.training_passes: deque[ForwardPass] = deque(maxlen=8)
+        self.in_reverse: ForwardPass | None = None
         self.loss_scale = 1.0
         self.group_columns: dict[str, frozenset[int]] = {}
         self.observers: list[Observer] = []
@@ -145,7 +142,7 @@ class ForwardTracker:
             **self.__dict__,
             "current": None,
             "latest": None,
-            "training_passes": deque(maxlen=8),
+            "in_reverse": None,
             "observers": [],
             "_open_losses": None,
             "_groups": None,
@@ -169,24 +166,17 @@ class ForwardTracker:
         if TRACKER_ATTRIBUTE in model.__dict__:
             delattr(model, TRACKER_ATTRIBUTE)
 
-    def tokens(self, place: str, x: torch.Tensor, from_encoder: bool = False) -> TokenContext:
-        """Describe the tokens that reach a place.
+    def tokens(self, x: torch.Tensor, from_encoder: bool = False) -> TokenContext:
+        """Describe the tokens of a layer's input.
 
         Args:
-            place: Name of the wrapped module.
-            x: (..., D) its input.
+            x: (..., D) input.
             from_encoder: Whether x holds encoder states.
         """
-        leading = tuple(x.shape[:-1])
-        recomputing = in_backward()
-        forward_pass = self._original_pass(place, leading) if recomputing else self.current
-        if forward_pass is None:
+        forward_pass = self.in_reverse if in_backward() else self.current
+        if forward_pass is None or not (forward_pass.training or self.observers):
             return INFERENCE
-        if not forward_pass.training and not self.observers:
-            return INFERENCE
-        if not recomputing:
-            forward_pass.places[place] = leading
-        return forward_pass.tokens(leading, x.device, from_encoder)
+        return forward_pass.tokens(tuple(x.shape[:-1]), x.device, from_encoder)
 
     def record(self, place: str, adapter: str, routing: Routing, losses: LayerLosses | None) -> None:
         """Keep what a layer decided, once per forward pass and never in a recomputation."""
@@ -196,15 +186,6 @@ class ForwardTracker:
             self.current.losses.layers.setdefault((place, adapter), []).append(losses)
         for observer in self.observers:
             observer(place, adapter, routing)
-
-    def _original_pass(self, place: str, leading: tuple[int, ...]) -> ForwardPass | None:
-        """Find the pass that a recomputation repeats: the newest that ran this place and was not recomputed yet."""
-        candidates = [p for p in reversed(self.training_passes) if p.places.get(place) == leading]
-        for candidate in candidates:
-            if place not in candidate.recomputed:
-                candidate.recomputed.add(place)
-                return candidate
-        return candidates[0] if candidates else None
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Start a forward of the whole model: take the sample groups out of its arguments."""
@@ -236,11 +217,16 @@ class ForwardTracker:
             groups=self._groups,
         )
         if self.current.training:
-            self.training_passes.append(self.current)
             self.latest = self.current.losses
 
     def _close(self, stack: nn.Module, args: tuple, output: Any) -> None:
+        if self.current is not None and self.current.training and not torch.compiler.is_compiling():
+            for node in _nodes(output):
+                node.register_prehook(partial(self._reverse, self.current))
         self.current = None
+
+    def _reverse(self, forward_pass: ForwardPass, grads: tuple) -> None:
+        self.in_reverse = forward_pass
 
 
 def find_tracker(model: nn.Module) -> ForwardTracker | None:
@@ -289,6 +275,16 @@ def _groups_per_sequence(
         f"rows of shape {rows}. Give one group per sequence (shape ({num_sequences},)), or one per token "
         f"(shape {rows}) when rows are packed."
     )
+
+
+def _nodes(output: Any) -> Iterator[Any]:
+    """Autograd nodes that made the tensors of a module's output, however it nests them."""
+    if isinstance(output, torch.Tensor):
+        if output.grad_fn is not None:
+            yield output.grad_fn
+    elif isinstance(output, (Mapping, tuple, list)):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from _nodes(part)
 
 
 def _named_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

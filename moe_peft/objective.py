@@ -47,6 +47,8 @@ class RouterObjective:
         values = {name: loss(routing) for name, loss in self.losses.items()}
         total = sum(self.coefficients[name] * value for name, value in values.items())
         scale = routing.context.loss_scale or LossScale()
+        # A training pass without gradients is the first one of reentrant checkpointing; the recomputation attaches.
+        scale.attached += int(not torch.is_grad_enabled() or any(v.requires_grad for v in values.values()))
         weights = _InjectLoss.apply(routing.weights, total, scale)
         detached = {name: value.detach() for name, value in values.items()}
         return replace(routing, weights=weights), LayerLosses(detached, self.coefficients)
@@ -58,7 +60,6 @@ class _InjectLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weights: torch.Tensor, loss: torch.Tensor, scale: LossScale) -> torch.Tensor:
         ctx.scale, ctx.dtype, ctx.device = scale, loss.dtype, loss.device
-        scale.attached += int(loss.requires_grad)
         return weights.view_as(weights)
 
     @staticmethod

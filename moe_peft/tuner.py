@@ -32,10 +32,7 @@ class RoutedTuner(BaseTuner):
     def _prepare_model(self, peft_config: MoeConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Resolve and check all places, then let the model tell the layers what a forward pass knows."""
         resolve_targets(model, peft_config)
-        for place in find_places(model, peft_config, **get_quantization_kwargs(model)):
-            # Building on the meta device finds what a layer cannot do before any module is replaced.
-            with torch.device("meta"):
-                peft_config.build(place.in_features, place.out_features)
+        find_places(model, peft_config, **get_quantization_kwargs(model))
         tracker = find_tracker(model)
         if tracker is None:
             tracker = ForwardTracker()
@@ -98,8 +95,8 @@ class RoutedTuner(BaseTuner):
                     raise ValueError(
                         f"The adapter {name!r} ({type(self.peft_config[name]).__name__}) weighs its experts by the "
                         f"input of {layer.place}, so no fixed weight equals it and it cannot be merged. Keep it "
-                        "as an adapter (model.save_pretrained), call unload() to get the base model back, or train with "
-                        "num_experts=1, which merges exactly."
+                        "as an adapter (model.save_pretrained), call unload() to get the base model back, or train "
+                        "with num_experts=1, which merges exactly."
                     )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

@@ -21,7 +21,7 @@ class LossScale:
 
     Attributes:
         value: Factor applied to the gradient of every loss of the pass; a float or a 0-d tensor.
-        attached: Number of losses that were attached to the autograd graph.
+        attached: Number of losses that were, or will be in a recomputation, attached to the autograd graph.
         injected: Number of losses whose gradient has been injected so far.
     """
 

@@ -1,1 +1,8 @@
 """Callbacks and collators for trainers; the only part of the package that may import trl."""
+
+from __future__ import annotations
+
+from .callback import MoeCallback
+from .collator import GroupCollator
+
+__all__ = ["GroupCollator", "MoeCallback"]

@@ -1,7 +1,7 @@
 """SiRA: sparse mixture of low-rank experts with a capacity and expert dropout.
 
-    g = Dropout_p(softmax(Wg x)),   G = TopK(g)           not renormalised; survivors of the dropout are divided by 1
-    - p y = W0 x + (alpha / r) sum_e G_e B_e A_e x            a pair over its expert's capacity adds nothing
+    g = Dropout_p(softmax(Wg x)),   G = TopK(g)      not renormalised; survivors are divided by 1 - p
+    y = W0 x + (alpha / r) sum_e G_e B_e A_e x       a pair over its expert's capacity adds nothing
     loss = task loss + coef * sum over layers of 1/E sum_e (c_e / n) mean_t g_te
 
 Zhu et al., 2023, arXiv 2311.09179, which has no public code. Capacity is per sequence and serves tokens in order, so

@@ -1,0 +1,1 @@
+"""Tests of moe_peft; the folders mirror the package."""

@@ -1,0 +1,120 @@
+"""The methods and the models of the contract suite: every method must keep every promise on every model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import OlmoeConfig, OlmoeForCausalLM, Qwen3Config, Qwen3ForCausalLM, set_seed
+
+from moe_peft import LoraMoeConfig, MoloraConfig, RoutedConfig, SiraConfig
+from tests.tiny import FFN, HIDDEN, LAYERS, VOCAB, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+
+SMALL = {"r": 2, "num_experts": 4}
+METHODS: dict[str, Callable] = {
+    "loramoe": lambda **kw: LoraMoeConfig(**{**SMALL, "lora_dropout": 0.0, **kw}),
+    "loramoe-groups": lambda **kw: LoraMoeConfig(
+        **{**SMALL, "lora_dropout": 0.0, "expert_groups": [0, 0, 1, 1], **kw}
+    ),
+    "molora": lambda **kw: MoloraConfig(**{**SMALL, **kw}),
+    "molora-top2": lambda **kw: MoloraConfig(**{**SMALL, "top_k": 2, **kw}),
+    "sira": lambda **kw: SiraConfig(**{**SMALL, "top_k": 2, "expert_dropout": 0.0, **kw}),
+    "routed": lambda **kw: RoutedConfig(**{**SMALL, "router_z_loss_coef": 0.01, **kw}),
+    "routed-eager": lambda **kw: RoutedConfig(**{**SMALL, "experts_implementation": "eager", **kw}),
+}
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A model, the batch it is run on, and what may be asked of it."""
+
+    build: Callable[[], nn.Module]
+    task_type: str
+    targets: dict[str, list[str]] = field(default_factory=dict)
+    causal: bool = True
+    seq_to_seq: bool = False
+
+    def batch(self, seed: int = 0) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        input_ids = torch.randint(3, VOCAB, (3, 9), generator=generator)
+        mask = torch.ones_like(input_ids)
+        mask[1, 6:] = 0
+        batch = {"input_ids": input_ids, "attention_mask": mask}
+        if self.seq_to_seq:
+            batch["labels"] = torch.randint(3, VOCAB, (3, 5), generator=generator)
+        elif self.causal:
+            batch["labels"] = input_ids.masked_fill(mask == 0, -100)
+        else:
+            batch["labels"] = torch.tensor([0, 1, 2])
+        return batch
+
+    def config(self, method: str, **overrides):
+        return METHODS[method](task_type=self.task_type, **{**self.targets, **overrides})
+
+
+def tiny_qwen3(seed: int = 0) -> Qwen3ForCausalLM:
+    set_seed(seed)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=VOCAB,
+            hidden_size=HIDDEN,
+            intermediate_size=FFN,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=128,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+
+
+def tiny_olmoe(seed: int = 0) -> OlmoeForCausalLM:
+    set_seed(seed)
+    model = OlmoeForCausalLM(
+        OlmoeConfig(
+            vocab_size=VOCAB,
+            hidden_size=HIDDEN,
+            intermediate_size=16,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            num_experts=4,
+            num_experts_per_tok=2,
+            max_position_embeddings=128,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+    model.set_experts_implementation("eager")  # grouped_mm has no float64
+    return model
+
+
+MODELS: dict[str, ModelCase] = {
+    "llama": ModelCase(tiny_llama, "CAUSAL_LM"),
+    "qwen3": ModelCase(tiny_qwen3, "CAUSAL_LM"),
+    "gpt2": ModelCase(tiny_gpt2, "CAUSAL_LM"),
+    "t5": ModelCase(tiny_t5, "SEQ_2_SEQ_LM", causal=False, seq_to_seq=True),
+    "bert": ModelCase(tiny_bert, "SEQ_CLS", causal=False),
+    "olmoe": ModelCase(tiny_olmoe, "CAUSAL_LM", {"target_modules": ["q_proj", "v_proj"]}),
+}
+
+
+def groups_for(config, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The column with one group per row, for a configuration that needs it."""
+    if getattr(config, "expert_groups", None) is None:
+        return {}
+    return {config.group_column: torch.arange(len(batch["input_ids"])) % 2}
+
+
+def randomize(model: nn.Module, seed: int = 1) -> None:
+    """Give the adapters non-zero weights, so that they change the output."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "_experts." in name or "_router." in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)

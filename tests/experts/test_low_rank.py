@@ -1,0 +1,122 @@
+"""The bank of low-rank experts: the formula, its initialisation, dropout and the merged matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from moe_peft.experts import LowRankExperts
+from moe_peft.types import TokenContext
+from tests import reference
+from tests.compare import assert_same, gates_of, random_routing
+
+D, OUT, E, R = 7, 5, 4, 3
+
+
+def bank(num_experts=E, **kwargs):
+    torch.manual_seed(0)
+    kwargs = {"scaling": 1.7, "init_weights": False, **kwargs}
+    return LowRankExperts(D, OUT, num_experts=num_experts, r=R, **kwargs).double()
+
+
+def inputs(num_tokens):
+    torch.manual_seed(1)
+    x = torch.randn(num_tokens, D, dtype=torch.float64, requires_grad=True)
+    return x, torch.randn(OUT, D, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "dense"])
+@pytest.mark.parametrize("num_tokens", [0, 1, 13])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1, None), (E, None), (E, 2)])
+def test_equals_the_formula(implementation, num_tokens, num_experts, top_k):
+    experts = bank(num_experts, experts_implementation=implementation)
+    x, W0 = inputs(num_tokens)
+    routing = random_routing(num_tokens, num_experts, top_k)
+    actual = experts(x, x @ W0.T, routing)
+    expected = reference.routed_layer(x, W0, experts.A, experts.B.mT, gates_of(routing), scaling=1.7)
+    leaves = [x, experts.A, experts.B, routing.logits]
+    assert_same(actual, expected, leaves, leaves)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_shared_gemm_equals_router_and_experts_apart(in_place):
+    experts = bank()
+    x, W0 = inputs(13)
+    Wg = torch.randn(E, D, dtype=torch.float64, requires_grad=True)
+    h, logits = experts.project_with(x, Wg)
+    torch.testing.assert_close(logits, x @ Wg.T)
+    routing = random_routing(13, E, 2)
+    actual = experts.combine(h, x @ W0.T, routing, in_place=in_place)
+    leaves = [x, experts.A, experts.B, routing.logits]
+    assert_same(actual, experts(x, x @ W0.T, routing), leaves, leaves)
+
+
+@pytest.mark.parametrize("init_weights", [True, "gaussian"])
+def test_fresh_bank_is_the_identity_bit_for_bit(init_weights):
+    experts = bank(init_weights=init_weights)
+    x, W0 = inputs(13)
+    base = x @ W0.T
+    assert torch.equal(experts(x, base, random_routing(13, E)), base)
+    assert experts.A.abs().max() > 0
+
+
+def test_uniform_initialisation_has_the_bound_of_linear_for_each_expert():
+    torch.manual_seed(0)
+    A = LowRankExperts(400, 8, num_experts=3, r=16, scaling=1.0).A
+    assert A.abs().max() <= 400**-0.5 and A.abs().amax((1, 2)).min() > 0.99 * 400**-0.5
+
+
+def test_gaussian_initialisation_has_a_standard_deviation_of_two_hundredths():
+    torch.manual_seed(0)
+    A = LowRankExperts(400, 8, num_experts=3, r=16, scaling=1.0, init_weights="gaussian").A
+    assert abs(float(A.std()) - 0.02) < 0.001 and A.abs().max() > 0.06
+
+
+def test_dropout_acts_in_training_with_one_mask_for_all_experts():
+    experts = bank(lora_dropout=0.5)
+    x, W0 = inputs(13)
+    routing = random_routing(13, E, context=TokenContext(training=True))
+    torch.manual_seed(3)
+    actual = experts(x, x @ W0.T, routing)
+    torch.manual_seed(3)
+    dropped = F.dropout(x, 0.5)
+    expected = bank()(dropped, x @ W0.T, routing)
+    torch.testing.assert_close(actual, expected)
+    assert not torch.allclose(actual, bank()(x, x @ W0.T, routing))
+
+
+def test_dropout_is_silent_outside_training():
+    x, W0 = inputs(13)
+    routing = random_routing(13, E)
+    assert torch.equal(bank(lora_dropout=0.5)(x, x @ W0.T, routing), bank()(x, x @ W0.T, routing))
+
+
+def test_mixture_of_outputs_is_the_mixture_of_delta_weights():
+    experts = bank()
+    x, W0 = inputs(1)
+    routing = random_routing(1, E)
+    weights = routing.weights[0]
+    torch.testing.assert_close(experts(x, x @ W0.T, routing), x @ (W0 + experts.delta_weight(weights)).T)
+
+
+def test_mixture_is_not_the_product_of_mixed_matrices():
+    experts = bank()
+    weights = random_routing(1, E).weights[0]
+    mixed_A = torch.einsum("e,erd->rd", weights, experts.A)
+    mixed_B = torch.einsum("e,ero->ro", weights, experts.B)
+    product, mixture = 1.7 * mixed_B.T @ mixed_A, experts.delta_weight(weights)
+    assert (product - mixture).norm() > 0.3 * mixture.norm()
+
+
+def test_permuting_experts_and_gates_together_changes_nothing():
+    experts = bank()
+    x, W0 = inputs(13)
+    routing = random_routing(13, E)
+    order = torch.tensor([2, 0, 3, 1])
+    permuted = bank()
+    with torch.no_grad():
+        permuted.A.copy_(experts.A[order])
+        permuted.B.copy_(experts.B[order])
+    shuffled = type(routing)(routing.weights[:, order], None, routing.logits[:, order], routing.probs[:, order])
+    torch.testing.assert_close(permuted(x, x @ W0.T, shuffled), experts(x, x @ W0.T, routing))

@@ -1,0 +1,89 @@
+"""Padding adds nothing to sums and counts, whatever it holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_peft.losses import LOSSES, LocalizedBalancing
+from moe_peft.losses.masking import masked_sum, num_valid
+from moe_peft.types import Routing, TokenContext
+from tests.compare import random_routing
+
+NAMES = sorted(LOSSES)
+
+
+def loss_of(name):
+    return LocalizedBalancing() if name == "localized_balancing" else LOSSES[name]
+
+
+def padded(routing: Routing, before: int, after: int, junk: float) -> Routing:
+    """The same tokens between rows of junk that the context calls padding."""
+
+    def pad(tensor, value):
+        rows = [tensor.new_full((count, tensor.shape[1]), value) for count in (before, after)]
+        return torch.cat([rows[0], tensor, rows[1]])
+
+    num_tokens = routing.probs.shape[0]
+    valid = torch.tensor([False] * before + [True] * num_tokens + [False] * after)
+    return Routing(
+        weights=pad(routing.weights, junk),
+        experts=None if routing.experts is None else pad(routing.experts, 0),
+        logits=pad(routing.logits, junk),
+        probs=pad(routing.probs, junk),
+        context=TokenContext(training=True, valid=valid),
+    )
+
+
+def test_masked_sum_leaves_padding_out_even_where_it_is_not_finite():
+    routing = padded(random_routing(3, 2), 1, 2, float("nan"))
+    values = torch.tensor([float("nan"), 1.0, 2.0, 3.0, float("inf"), float("nan")])
+    assert masked_sum(values, routing) == 6.0
+    assert num_valid(routing) == 3
+
+
+def test_without_a_mask_every_token_counts():
+    routing = random_routing(3, 2)
+    assert num_valid(routing) == 3 and masked_sum(torch.arange(3.0), routing) == 3.0
+
+
+def test_mean_of_no_token_divides_by_one():
+    assert num_valid(random_routing(0, 2)) == 1
+    assert num_valid(padded(random_routing(0, 2), 2, 0, 0.0)) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize("junk", [0.0, 7.0, float("nan")])
+def test_every_loss_and_its_gradient_are_blind_to_padding(name, top_k, junk):
+    plain = random_routing(13, 4, top_k)
+    expected = loss_of(name)(plain)
+    (wanted,) = torch.autograd.grad(expected, [plain.logits], allow_unused=True, retain_graph=True)
+    for before, after in ((0, 5), (5, 0), (2, 3)):
+        value = loss_of(name)(padded(plain, before, after, junk))
+        torch.testing.assert_close(value, expected)
+        (grad,) = torch.autograd.grad(value, [plain.logits], allow_unused=True, retain_graph=True)
+        assert (grad is None) == (wanted is None)
+        if grad is not None:
+            torch.testing.assert_close(grad, wanted)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_every_loss_of_no_valid_token_is_finite_with_a_finite_gradient(name, top_k):
+    for routing in (random_routing(0, 4, top_k), padded(random_routing(0, 4, top_k), 2, 1, 3.0)):
+        weights = routing.weights.detach().requires_grad_()
+        probs = routing.probs.detach().requires_grad_()
+        logits = routing.logits.detach().requires_grad_()
+        value = loss_of(name)(Routing(weights, routing.experts, logits, probs, context=routing.context))
+        assert value.ndim == 0 and value.item() == 0
+        grads = torch.autograd.grad(value, [weights, probs, logits], allow_unused=True)
+        assert all(g is None or g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_loss_of_a_float32_decision_is_a_float32_scalar(name):
+    routing = random_routing(13, 4, 2)
+    routing = Routing(routing.weights.float(), routing.experts, routing.logits.float(), routing.probs.float())
+    value = loss_of(name)(routing)
+    assert value.dtype == torch.float32 and value.ndim == 0

@@ -1,0 +1,118 @@
+"""The general type: any router with any losses, and the named methods as its presets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_peft import LoraMoeConfig, RoutedConfig, SiraConfig, router_loss
+from moe_peft.methods import METHODS
+from moe_peft.objective import router_loss_values
+from tests import reference
+from tests.compare import assert_same
+from tests.tiny import adapted_linear, routed_layer_of
+
+
+def config(**fields):
+    return RoutedConfig(**{"num_experts": 4, "r": 3, "lora_alpha": 6, "router_aux_loss_coef": 0.0, **fields})
+
+
+def parts_of(model):
+    layer = routed_layer_of(model)
+    experts = layer.experts["default"]
+    return layer.router["default"].weight, experts.A, experts.B, layer.get_base_layer().weight
+
+
+@pytest.mark.parametrize("implementation", ["eager", "dense"])
+@pytest.mark.parametrize("num_tokens", [0, 1, 13])
+@pytest.mark.parametrize(("router", "top_k"), [("dense", None), ("top_k", 1), ("top_k", 3), ("capacity", 2)])
+@pytest.mark.parametrize("factor", [1.0, 2.5])
+def test_layer_equals_the_formula(implementation, num_tokens, router, top_k, factor):
+    model = adapted_linear(
+        config(router=router, top_k=top_k, routed_scaling_factor=factor, experts_implementation=implementation)
+    )
+    x = torch.randn(num_tokens, 7, dtype=torch.float64, requires_grad=True)
+    Wg, A, B, W0 = parts_of(model)
+    probs = reference.router_probs(x, Wg)
+    if top_k is None:
+        gates = [{e: factor * g for e, g in row.items()} for row in reference.dense_gates(probs)]
+    else:
+        gates, _ = reference.top_k_gates(probs, top_k, factor=factor)
+    expected = reference.routed_layer(x, W0, A, B.mT, gates, scaling=2.0)
+    assert_same(model(x), expected, [x, Wg, A, B], [x, Wg, A, B])
+
+
+def test_normalised_top_k_layer_equals_the_formula():
+    model = adapted_linear(config(top_k=2, norm_topk_prob=True))
+    x = torch.randn(13, 7, dtype=torch.float64, requires_grad=True)
+    Wg, A, B, W0 = parts_of(model)
+    gates, _ = reference.top_k_gates(reference.router_probs(x, Wg), 2, normalise=True)
+    expected = reference.routed_layer(x, W0, A, B.mT, gates, scaling=2.0)
+    assert_same(model(x), expected, [x, Wg, A, B], [x, Wg, A, B])
+
+
+@pytest.mark.parametrize("router", ["dense", "top_k", "capacity"])
+def test_jitter_moves_the_scores_of_training_alone(router):
+    noisy = adapted_linear(config(router=router, router_jitter_noise=0.2))
+    plain = adapted_linear(config(router=router))
+    x = torch.randn(13, 7, dtype=torch.float64)
+    assert not torch.equal(noisy(x), plain(x))
+    assert torch.equal(noisy.eval()(x), plain.eval()(x))
+
+
+def losses_of(model, *batch, **columns):
+    torch.manual_seed(4)
+    out = model(*batch, **columns)
+    out.square().sum().backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    return out, float(router_loss(model).detach()), grads
+
+
+def assert_equal_presets(one, other, *batch, **columns):
+    for got, wanted in zip(losses_of(one, *batch, **columns), losses_of(other, *batch, **columns), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=0)
+
+
+def test_dense_router_with_localized_balancing_is_loramoe():
+    groups = {"expert_groups": [1, 1, 0, 0], "localized_balancing_delta": 0.3}
+    ours = config(router="dense", losses={"localized_balancing": 0.1}, **groups)
+    method = LoraMoeConfig(num_experts=4, r=3, lora_alpha=6, lora_dropout=0.0, **groups)
+    x = torch.randn(2, 6, 7, dtype=torch.float64)
+    assert_equal_presets(adapted_linear(ours), adapted_linear(method), x, task_type=torch.tensor([0, 1]))
+
+
+def test_capacity_router_with_gshard_loss_is_sira():
+    shared = {"num_experts": 4, "r": 3, "lora_alpha": 6, "top_k": 2, "capacity_factor": 0.5, "expert_dropout": 0.2}
+    ours = RoutedConfig(router="capacity", router_aux_loss_coef=0.0, losses={"gshard_load_balancing": 0.05}, **shared)
+    method = SiraConfig(router_aux_loss_coef=0.05, **shared)
+    assert_equal_presets(adapted_linear(ours), adapted_linear(method), torch.randn(2, 6, 7, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("router", "name"), [("dense", "importance"), ("top_k", "load_balancing"), ("capacity", "load_balancing")]
+)
+def test_balance_loss_follows_from_the_router(router, name):
+    model = adapted_linear(config(router=router, router_aux_loss_coef=0.5, router_z_loss_coef=0.25))
+    model(torch.randn(13, 7, dtype=torch.float64))
+    values = router_loss_values(model)
+    assert set(values) == {name, "z_loss"}
+    expected = 0.5 * values[name] + 0.25 * values["z_loss"]
+    torch.testing.assert_close(router_loss(model).detach(), expected)
+
+
+def test_losses_of_weight_zero_are_not_computed():
+    model = adapted_linear(config(losses={"z_loss": 0.0, "importance": 0.1}))
+    model(torch.randn(13, 7, dtype=torch.float64))
+    assert set(router_loss_values(model)) == {"importance"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [({"router": "dense"}, None), ({}, 2), ({"num_experts": 1}, 1), ({"router": "capacity"}, 2), ({"top_k": 3}, 3)],
+)
+def test_top_k_defaults_to_two_with_a_sparse_router(fields, expected):
+    assert config(**fields).top_k == expected
+
+
+def test_methods_are_listed_by_name():
+    assert {name: cls.adapter_type.lower() for name, cls in METHODS.items()} == {name: name for name in METHODS}

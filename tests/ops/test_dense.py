@@ -1,0 +1,87 @@
+"""The dense op equals the eager one, forward and gradient, on every kind of decision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_peft.ops import IMPLEMENTATIONS, cast_to_compute_dtype, combine_experts, dense_experts, eager_experts, project
+from tests.compare import assert_same, random_routing
+
+D, OUT, R = 7, 5, 3
+
+
+def leaves(num_tokens, num_experts, seed=1):
+    torch.manual_seed(seed)
+    shapes = [(num_tokens, D), (num_experts, R, D), (num_experts, R, OUT), (num_tokens, OUT)]
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("num_tokens", [0, 1, 13, 63])
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "unused"),
+    [(1, None, None), (1, 1, None), (4, None, None), (4, 1, None), (4, 2, 3), (4, 4, None)],
+)
+def test_equals_the_eager_op(in_place, num_tokens, num_experts, top_k, unused):
+    x, A, B, base = leaves(num_tokens, num_experts)
+    routing = random_routing(num_tokens, num_experts, top_k, unused=unused)
+    actual = dense_experts(x, base * 1.0, A, B, routing, scaling=0.3, in_place=in_place)
+    expected = eager_experts(x, base * 1.0, A, B, routing, scaling=0.3)
+    assert_same(actual, expected, [x, A, B, base, routing.logits], [x, A, B, base, routing.logits])
+
+
+def test_in_place_writes_into_the_base_output():
+    x, A, B, base = leaves(13, 4)
+    fresh = base * 1.0
+    out = dense_experts(x, fresh, A, B, random_routing(13, 4), scaling=1.0, in_place=True)
+    assert out.data_ptr() == fresh.data_ptr()
+
+
+def test_out_of_place_leaves_the_base_output_alone():
+    x, A, B, base = leaves(13, 4)
+    before = base.detach().clone()
+    dense_experts(x, base, A, B, random_routing(13, 4), scaling=1.0)
+    assert torch.equal(base, before)
+
+
+@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+def test_result_has_the_dtype_of_the_base_output(implementation):
+    x, A, B, base = leaves(13, 4)
+    routing = random_routing(13, 4)
+    op = IMPLEMENTATIONS[implementation]
+    exact = op(x, base, A, B, routing, scaling=1.0)
+    for in_place in (False, True):
+        out = op(x.bfloat16(), base.float(), A, B, routing, scaling=1.0, in_place=in_place)
+        assert out.dtype == torch.float32
+        torch.testing.assert_close(out.double(), exact, rtol=0.05, atol=0.2)
+
+
+def test_one_projection_of_several_matrices_is_each_on_its_own():
+    x, A, _, _ = leaves(13, 4)
+    router = torch.randn(4, D, dtype=torch.float64)
+    out = project(x, A.reshape(-1, D), router)
+    torch.testing.assert_close(out, torch.cat([x @ A.reshape(-1, D).T, x @ router.T], dim=1))
+
+
+def test_all_gates_zero_is_the_base_output():
+    x, A, B, base = leaves(13, 4)
+    h = project(x, A.reshape(-1, D))
+    assert torch.equal(combine_experts(h, base, B, torch.zeros(13, 4), scaling=2.0), base)
+
+
+def test_compute_dtype_is_that_of_autocast_and_never_narrows_float64():
+    x = torch.randn(3, D)
+    assert cast_to_compute_dtype(x) is x
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert cast_to_compute_dtype(x).dtype == torch.bfloat16
+        assert cast_to_compute_dtype(x.double()).dtype == torch.float64
+
+
+def test_autocast_does_not_round_inside_the_op():
+    x, A, B, base = leaves(13, 4)
+    routing = random_routing(13, 4)
+    expected = dense_experts(x.float(), base.float(), A.float(), B.float(), routing, scaling=1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = dense_experts(x.float(), base.float(), A.float(), B.float(), routing, scaling=1.0)
+    assert torch.equal(actual, expected)

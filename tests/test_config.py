@@ -1,0 +1,238 @@
+"""Wrong values are refused with the value and the way out; parameter counts follow from the fields."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftConfig, PeftType, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from moe_peft import LoraMoeConfig, MoePeftWarning, MoloraConfig, RoutedConfig, SiraConfig, describe
+from tests.tiny import tiny_llama
+
+CONFIGS = [LoraMoeConfig, MoloraConfig, SiraConfig, RoutedConfig]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_experts", 0, "num_experts=0 must be at least 1"),
+        ("r", 0, "r=0 must be a rank of at least 1"),
+        ("lora_alpha", 0, "lora_alpha=0 must be a positive number"),
+        ("lora_dropout", 1.0, "lora_dropout=1.0 must be a number from 0 up to, but not including, 1"),
+        ("expert_dropout", -0.1, "expert_dropout=-0.1 must be a number from 0"),
+        ("router_jitter_noise", 1.5, "router_jitter_noise=1.5 must be a number from 0"),
+        ("router_aux_loss_coef", -0.1, "router_aux_loss_coef=-0.1 must be zero or a positive number"),
+        ("router_z_loss_coef", -1, "router_z_loss_coef=-1 must be zero or a positive number"),
+        ("routed_scaling_factor", 0, "routed_scaling_factor=0 must be a positive number"),
+        ("capacity_factor", 0.0, "capacity_factor=0.0 must be a positive number or None"),
+        ("capacity_order", "random", "capacity_order='random' must be one of 'position', 'choice'"),
+        ("experts_implementation", "fast", "experts_implementation='fast' must be one of 'eager', 'dense'"),
+        ("init_weights", "zero", "init_weights='zero' must be True, False or 'gaussian'"),
+        ("target_parameters", ["w"], "experts are adapted as modules; name the modules in target_modules"),
+        ("schema_version", 99, "schema_version=99 must be at most 1; upgrade peft-moe"),
+    ],
+)
+def test_wrong_value_is_refused_with_the_value_and_the_fix(config, field, value, message):
+    with pytest.raises(ValueError, match=f"^{config.__name__}: .*{message}") as error:
+        config(**{field: value})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config", [LoraMoeConfig, SiraConfig, RoutedConfig, MoloraConfig])
+def test_unknown_router_is_refused(config):
+    with pytest.raises(ValueError, match="router='hash' must be one of 'dense', 'top_k'"):
+        config(router="hash")
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+@pytest.mark.parametrize("config", [SiraConfig, RoutedConfig, MoloraConfig])
+def test_top_k_outside_of_the_experts_is_refused(config, top_k):
+    with pytest.raises(ValueError, match=f"top_k={top_k} must be between 1 and num_experts=4"):
+        config(num_experts=4, top_k=top_k)
+
+
+def test_sparse_router_needs_top_k():
+    with pytest.raises(ValueError, match="top_k=None must be set for the 'capacity' router"):
+        SiraConfig(top_k=None)
+
+
+@pytest.mark.parametrize(
+    ("router", "fields"),
+    [
+        ("dense", {"top_k": 2}),
+        ("dense", {"norm_topk_prob": True}),
+        ("dense", {"capacity_factor": 1.0}),
+        ("top_k", {"capacity_factor": 1.0}),
+        ("top_k", {"capacity_order": "choice"}),
+    ],
+)
+def test_field_that_the_router_does_not_use_is_refused(router, fields):
+    (name,) = fields
+    with pytest.raises(ValueError, match=f"{name}=.* must be left at .*: the '{router}' router does not use it"):
+        RoutedConfig(router=router, **fields)
+
+
+@pytest.mark.parametrize(
+    ("config", "router", "reason"),
+    [(LoraMoeConfig, "top_k", "LoRAMoE routes densely"), (SiraConfig, "top_k", "SiRA routes with a capacity")],
+)
+def test_method_with_a_router_of_its_own_refuses_another(config, router, reason):
+    with pytest.raises(ValueError, match=reason):
+        config(router=router, top_k=2)
+
+
+@pytest.mark.parametrize("config", [LoraMoeConfig, RoutedConfig])
+def test_expert_groups_of_another_length_are_refused(config):
+    with pytest.raises(ValueError, match=r"expert_groups=\[1, 0\] must be one group per expert, that is 4 integers"):
+        config(num_experts=4, expert_groups=[1, 0])
+
+
+@pytest.mark.parametrize("config", [LoraMoeConfig, RoutedConfig])
+def test_one_expert_group_is_refused(config):
+    with pytest.raises(ValueError, match="at least two groups, or None"):
+        config(num_experts=3, expert_groups=[1, 1, 1])
+
+
+@pytest.mark.parametrize("config", [LoraMoeConfig, RoutedConfig])
+def test_three_expert_groups_are_refused_in_the_paper_mode_alone(config):
+    fields = {"num_experts": 3, "expert_groups": [0, 1, 2]}
+    with pytest.raises(ValueError, match="for more groups set localized_balancing_mode='specialize'"):
+        config(**fields)
+    assert config(**fields, localized_balancing_mode="specialize").expert_groups == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"localized_balancing_delta": 1.1}, "localized_balancing_delta=1.1 must be a number from 0 to 1"),
+        ({"localized_balancing_mode": "code"}, "must be one of 'paper', 'specialize'"),
+        ({"group_column": ""}, "group_column='' must be the name of a batch column"),
+    ],
+)
+def test_wrong_field_of_localized_balancing_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        LoraMoeConfig(**fields)
+
+
+@pytest.mark.parametrize("fields", [{"localized_balancing_delta": 0.3}, {"localized_balancing_mode": "specialize"}])
+def test_localized_fields_without_groups_warn(fields):
+    with pytest.warns(MoePeftWarning, match="have no effect without expert_groups; give the group of each expert"):
+        LoraMoeConfig(**fields)
+
+
+def test_foreign_peft_type_is_refused():
+    with pytest.raises(ValueError, match="does not belong to LoraMoeConfig, which is of type 'LORAMOE'"):
+        LoraMoeConfig(peft_type="SIRA")
+
+
+def test_file_of_another_adapter_type_is_refused_by_the_class_and_loaded_by_peft(tmp_path):
+    SiraConfig(num_experts=5).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has peft_type='SIRA', but LoraMoeConfig loads 'LORAMOE'"):
+        LoraMoeConfig.from_pretrained(tmp_path)
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert type(loaded) is SiraConfig and loaded.num_experts == 5
+
+
+def test_file_of_a_newer_schema_is_refused(tmp_path):
+    LoraMoeConfig().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "schema_version": 2}))
+    with pytest.raises(ValueError, match="schema_version=2 must be at most 1; upgrade peft-moe"):
+        LoraMoeConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_configuration_survives_its_file(config, tmp_path):
+    before = config(r=3, num_experts=5, target_modules=["up_proj"], router_z_loss_coef=0.5)
+    before.save_pretrained(tmp_path)
+    after = config.from_pretrained(tmp_path)
+    assert after.to_dict() == before.to_dict()
+    assert after.peft_type is PeftType[config.adapter_type]
+
+
+def test_choice_order_is_refused_for_a_causal_model_unless_allowed():
+    fields = {"capacity_order": "choice", "task_type": "CAUSAL_LM"}
+    with pytest.raises(ValueError, match=r"'position' for a causal language model.*allow_non_causal=True"):
+        SiraConfig(**fields)
+    assert SiraConfig(**fields, allow_non_causal=True).capacity_order == "choice"
+    assert SiraConfig(capacity_order="choice", task_type="SEQ_CLS").capacity_order == "choice"
+
+
+@pytest.mark.parametrize("name", ["load_balancing", "gshard_load_balancing"])
+def test_load_balancing_of_a_dense_router_is_refused(name):
+    with pytest.raises(ValueError, match=f"without '{name}' for the dense router.*use 'importance'"):
+        RoutedConfig(router="dense", losses={name: 0.1})
+
+
+@pytest.mark.parametrize(
+    ("router", "name", "field"),
+    [
+        ("top_k", "load_balancing", "router_aux_loss_coef"),
+        ("dense", "importance", "router_aux_loss_coef"),
+        ("top_k", "z_loss", "router_z_loss_coef"),
+    ],
+)
+def test_same_loss_in_two_fields_is_refused(router, name, field):
+    with pytest.raises(ValueError, match=f"without '{name}' while {field} sets its weight too; set {field}=0.0"):
+        RoutedConfig(router=router, losses={name: 0.1}, **{field: 0.2})
+    assert RoutedConfig(router=router, losses={name: 0.1}, **{field: 0.0}).losses == {name: 0.1}
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [({"entropy": 0.1}, "names out of 'load_balancing'"), ({"importance": -1}, "weights that are zero or positive")],
+)
+def test_wrong_losses_are_refused(losses, message):
+    with pytest.raises(ValueError, match=message):
+        RoutedConfig(losses=losses)
+
+
+def test_unknown_experts_are_refused():
+    with pytest.raises(ValueError, match="experts='dense_ffn' must be one of 'low_rank'"):
+        RoutedConfig(experts="dense_ffn")
+
+
+@pytest.mark.parametrize(("use_rslora", "expected"), [(False, 8.0), (True, 16.0)])
+def test_scaling_is_alpha_over_r_or_its_root(use_rslora, expected):
+    assert LoraMoeConfig(r=4, lora_alpha=32, use_rslora=use_rslora).scaling == expected
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_parameters_of_a_layer_are_n_r_times_both_widths_plus_n_times_the_input(config):
+    described = describe(tiny_llama(), config(num_experts=5, r=3, target_modules=["down_proj", "q_proj"]))
+    assert len(described.places) == 4
+    for place, count in zip(described.places, described.parameters, strict=True):
+        assert count == 5 * 3 * (place.in_features + place.out_features) + 5 * place.in_features
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_described_parameters_are_those_that_train(config):
+    fields = {"num_experts": 5, "r": 3}
+    described = describe(tiny_llama(), config(**fields))
+    model = get_peft_model(tiny_llama(), config(**fields))
+    trainable = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    assert sum(trainable.values()) == described.num_parameters == sum(described.parameters)
+    assert described.base_parameters == sum(p.numel() for p in tiny_llama().parameters())
+
+
+@pytest.mark.parametrize(("num_experts", "total"), [(6, 38_486_016), (8, 51_314_688)])
+def test_loramoe_on_llama_2_7b_trains_the_known_number_of_parameters(num_experts, total):
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    described = describe(model, LoraMoeConfig(num_experts=num_experts, r=4))
+    assert described.num_parameters == total
+    assert len(described.places) == 96
+    assert described.base_parameters == 6_738_415_616
+    assert f"96 places, {total:,} trainable parameters" in str(described)

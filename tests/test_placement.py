@@ -1,0 +1,165 @@
+"""Places: the paper's layers by structure, all-linear without routers, and refusals that name the way out."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moe_peft import LoraMoeConfig, MoloraConfig, SiraConfig, describe
+from moe_peft.placement import default_target_modules, linear_names, shortest_endings
+from tests.contract.cases import tiny_olmoe, tiny_qwen3
+from tests.tiny import tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_t5
+
+# (model, FFN layers, attention layers) by the ends of their names.
+STRUCTURES = [
+    (tiny_llama, {"gate_proj", "up_proj", "down_proj"}, {"q_proj", "k_proj", "v_proj", "o_proj"}),
+    (tiny_qwen3, {"gate_proj", "up_proj", "down_proj"}, {"q_proj", "k_proj", "v_proj", "o_proj"}),
+    (tiny_gpt2, {"mlp.c_fc", "mlp.c_proj"}, {"attn.c_attn", "attn.c_proj"}),
+    (tiny_t5, {"wi_0", "wi_1", "wo"}, {"q", "k", "v", "o"}),
+    (tiny_bert, {"intermediate.dense", "output.dense"}, {"query", "key", "value", "attention.output.dense"}),
+]
+
+
+def matched(model, targets) -> set[str]:
+    config = LoraMoeConfig(target_modules=list(targets))
+    return {place.name for place in describe(model, config).places}
+
+
+@pytest.mark.parametrize(("build", "ffn", "attention"), STRUCTURES)
+def test_default_targets_are_the_papers_layers_and_no_others(build, ffn, attention):
+    model = build()
+    linears = {name for name in linear_names(model) if any(part.isdigit() for part in name.split("."))}
+    in_attention = {name for name in linears if "attn" in name.lower() or "attention" in name.lower()}
+    assert matched(model, default_target_modules(model, "ffn")) == linears - in_attention
+    assert matched(model, default_target_modules(model, "attention")) == in_attention
+    assert {n for n in in_attention if n.endswith(tuple(attention))} == in_attention
+    assert {n for n in linears - in_attention if n.endswith(tuple(ffn))} == linears - in_attention
+    everything = matched(model, default_target_modules(model, "all"))
+    assert everything == {n for n in linears if not n.endswith(("up_proj", "wi_1"))}
+
+
+MOE_TYPES = {
+    "olmoe": {"num_experts": 4},
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    "phimoe": {"num_local_experts": 4},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": [1, 1], "num_shared_expert": [1, 1], "head_dim": 8},
+    "jetmoe": {"num_local_experts": 4, "kv_channels": 8, "num_key_value_heads": 2},
+    "granitemoe": {"num_local_experts": 4},
+}
+
+
+@pytest.mark.parametrize("model_type", MOE_TYPES)
+def test_all_linear_and_defaults_leave_backbone_routers_alone(model_type):
+    fields = {
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 64,
+        "num_experts_per_tok": 2,
+        "pad_token_id": 0,
+    }
+    config = AutoConfig.for_model(model_type, **{**fields, **MOE_TYPES[model_type]})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    places = [place.name for place in describe(model, LoraMoeConfig(target_modules="all-linear")).places]
+    assert places
+    for name in places:
+        assert not {"router", "gate", "shared_expert_gate", "lm_head", "wg"} & set(name.split(".")), name
+
+
+def test_matching_a_router_is_refused(tmp_path):
+    model = get_phimoe()
+    before = set(dict(model.named_modules()))
+    with pytest.raises(ValueError, match="belongs to a router of the backbone"):
+        get_peft_model(model, LoraMoeConfig(target_modules=r".*\.router"))
+    assert set(dict(model.named_modules())) == before
+
+
+def get_phimoe():
+    config = AutoConfig.for_model(
+        "phimoe",
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=64,
+        num_local_experts=4,
+        pad_token_id=0,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def test_missing_targets_name_the_nearest_and_all_valid_names():
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=r"not found in the base model. Nearest names: .*'down_proj'") as error:
+        get_peft_model(model, LoraMoeConfig(target_modules=["down_prj"]))
+    assert "'gate_proj'" in str(error.value)
+    with pytest.raises(ValueError, match=r"in the layers \[7\]"):
+        describe(model, LoraMoeConfig(target_modules=["down_proj"], layers_to_transform=[7]))
+
+
+def test_fused_experts_leave_no_ffn_layer_to_adapt():
+    with pytest.raises(ValueError, match=r"no linear layer of the kind 'ffn'.*'q_proj'"):
+        get_peft_model(tiny_olmoe(), LoraMoeConfig())
+    assert len(describe(tiny_mixtral(), SiraConfig()).places) == 8
+
+
+def test_models_outside_transformers_need_target_modules():
+    with pytest.raises(ValueError, match="Please specify `target_modules` in MoloraConfig"):
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), MoloraConfig())
+
+
+def test_modules_that_are_no_linear_layer_are_refused():
+    with pytest.raises(TypeError, match=r"embed_tokens \(Embedding\) is not supported"):
+        get_peft_model(tiny_llama(), LoraMoeConfig(target_modules=["embed_tokens"]))
+    attention = nn.Sequential(nn.MultiheadAttention(8, 2))
+    with pytest.raises(ValueError, match="adapter there would have no effect"):
+        get_peft_model(attention, LoraMoeConfig(target_modules=["out_proj"]))
+
+
+@pytest.mark.parametrize("layers", [0, [0], [1]])
+def test_layers_to_transform_limits_the_places(layers):
+    config = LoraMoeConfig(target_modules=["down_proj"], layers_to_transform=layers)
+    wanted = [layers] if isinstance(layers, int) else layers
+    assert [p.name for p in describe(tiny_llama(), config).places] == [
+        f"model.layers.{layer}.mlp.down_proj" for layer in wanted
+    ]
+
+
+def test_exclude_modules_are_left_out():
+    config = LoraMoeConfig(exclude_modules=["up_proj"])
+    assert not any("up_proj" in place.name for place in describe(tiny_llama(), config).places)
+
+
+def test_shortest_endings_match_all_names_and_no_other():
+    names, others = ["a.0.mlp.proj", "a.1.mlp.proj"], ["a.0.attn.proj", "a.1.attn.proj", "head"]
+    assert shortest_endings(names, others) == ["mlp.proj"]
+    assert shortest_endings(["x.proj"], ["y.x.proj", "proj"]) == ["x.proj"]
+
+
+def test_describing_changes_neither_model_nor_configuration():
+    model, config = tiny_llama(), LoraMoeConfig()
+    before, fields = copy.deepcopy(model.state_dict()), copy.deepcopy(config.to_dict())
+    description = describe(model, config)
+    assert config.to_dict() == fields and config.target_modules is None
+    assert set(dict(model.named_modules())) == set(dict(tiny_llama().named_modules()))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    adapted = get_peft_model(model, config)
+    assert description.num_parameters == adapted.get_nb_trainable_parameters()[0]
+
+
+def test_description_prints_a_line_per_place_and_the_total():
+    text = str(describe(tiny_llama(), LoraMoeConfig(num_experts=3, r=2)))
+    lines = text.splitlines()
+    assert lines[0].split() == ["place", "layer", "in", "->", "out", "trainable"]
+    assert lines[1].split() == ["model.layers.0.mlp.gate_proj", "Linear", "32", "->", "48", "576"]
+    assert "3 experts of rank 2, router dense; 6 places, 3,552 trainable parameters" in lines[-1]

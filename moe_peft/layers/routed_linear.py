@@ -126,9 +126,13 @@ class RoutedLinear(nn.Module, RoutedLayer):
     ) -> torch.Tensor:
         if len(adapter_names) != x.shape[0]:
             raise ValueError(
-                f"adapter_names has {len(adapter_names)} entries, but the input of {self.place} has {x.shape[0]} "
-                f"rows. Give "
-                "one name per row of the batch; layers that receive flattened tokens cannot mix adapters in a batch."
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
+                f"and {x.shape[0]} respectively at {self.place}. Give one name per row of the batch; layers that "
+                "receive flattened tokens cannot mix adapters in a batch."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
         out = self.base_layer(x, *args, **kwargs)
         result = out.clone()

@@ -70,6 +70,9 @@ class RoutedLayer(BaseTunerLayer):
         self.experts[adapter_name] = parts.experts
         self.router[adapter_name] = parts.router
         self.objectives[adapter_name] = parts.objective
+        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if dtype is not None and dtype.is_floating_point:
+            parts.experts.to(dtype)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -90,6 +93,14 @@ class RoutedLayer(BaseTunerLayer):
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Accept peft's call to undo a rescaling; there is none to undo."""
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an adapter, keeping its precision: after loading, a cast to 16 bits would round it."""
+        if device is None:
+            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        for module in (self.experts[adapter_name], self.router[adapter_name]):
+            if device is not None and not any(p.is_meta for p in module.parameters()):
+                module.to(device)
 
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module

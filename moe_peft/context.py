@@ -107,6 +107,9 @@ class ForwardPass:
         elif len(rows) >= 2:
             sequences_T = torch.arange(rows[0], device=device).repeat_interleave(torch.Size(rows[1:]).numel())
             num_sequences = rows[0]
+        elif self.shape is not None and rows == self.shape[:1]:
+            # One vector per row, as a pooled token.
+            sequences_T, num_sequences = torch.arange(rows[0], device=device), rows[0]
         else:
             sequences_T, num_sequences = None, 1
         groups = None if self.groups is None else self.groups.to(device)

@@ -381,3 +381,14 @@ def test_passes_of_past_steps_are_released():
     gc.collect()
     alive = {id(found) for found in (ref() for ref in passes) if found is not None}
     assert len(passes) == 8 and len(alive) <= 1
+
+
+def test_one_vector_per_row_counts_as_a_sequence_each():
+    """A pooled token reaches a layer as (B, D): with groups, every row keeps its own."""
+    config = LoraMoeConfig(task_type="SEQ_CLS", num_experts=4, expert_groups=[0, 0, 1, 1], target_modules="all-linear")
+    model = get_peft_model(tiny_bert(), config).train()
+    with record(model) as routings:
+        model(**padded_batch([6, 4, 5]), task_type=torch.tensor([0, 1, 1]))
+    (pooled,) = routings["bert.pooler.dense"]
+    assert pooled.context.num_sequences == 3 and pooled.context.valid is None
+    assert torch.equal(pooled.context.groups, torch.tensor([0, 1, 1]))

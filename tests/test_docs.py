@@ -47,3 +47,12 @@ def test_the_table_of_methods_names_every_public_configuration():
 
     for config in METHODS.values():
         assert f"`{config.__name__}`" in README
+
+
+@pytest.mark.parametrize("example", sorted(ROOT.glob("examples/*.py")), ids=lambda path: path.stem)
+def test_examples_run_and_stay_short(example):
+    assert len(example.read_text().splitlines()) <= 80
+    result = subprocess.run([sys.executable, str(example)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    expected = {"01_plain_loop": "reloaded logits equal: True", "02_look_inside": "model.layers.1.self_attn.o_proj"}
+    assert expected[example.stem] in result.stdout

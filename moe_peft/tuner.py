@@ -25,6 +25,10 @@ class RoutedTuner(BaseTuner):
     tuner_layer_cls = RoutedLayer
     target_module_mapping = {}  # noqa: RUF012, peft declares it so
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model, so that its hooks run, which peft 0.20 would pass by."""
+        return self.model(*args, **kwargs)
+
     def _prepare_adapter_config(self, peft_config: MoeConfig, model_config: dict) -> MoeConfig:  # type: ignore[override]
         # Places are chosen in _prepare_model, which is given the model.
         return peft_config

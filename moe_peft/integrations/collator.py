@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..batch import segments_of
+
 
 class GroupCollator:
     """Wraps a collator and adds the samples' groups to its batch.
@@ -47,11 +49,12 @@ class GroupCollator:
         groups = torch.tensor([int(example[self.column]) for example in examples])
         input_ids = batch.get("input_ids")
         if input_ids is not None and input_ids.shape[0] != len(examples):
-            if input_ids.shape[0] != 1 or "seq_idx" not in batch:
+            segments = segments_of(dict(batch))
+            if input_ids.shape[0] != 1 or segments is None:
                 raise ValueError(
                     f"The collator made {input_ids.shape[0]} rows of {len(examples)} examples, so a row has no single "
-                    f"group {self.column!r}. Switch packing off, or use padding-free rows that carry seq_idx."
+                    f"group {self.column!r}. Switch packing off, or use padding-free rows, which carry their segments."
                 )
-            groups = groups[batch["seq_idx"].long()]
+            groups = groups[segments.long().clamp_max(len(examples) - 1)]
         batch[self.column] = groups
         return batch

@@ -4,7 +4,7 @@
     I_mn = 1 + delta where expert n belongs to the group of sequence m, else 1 - delta
     Z = I * Q,   loss = var(Z) / mean(Z)^2               unbiased variance over all entries
 
-LoRAMoE (arXiv 2312.09979, section 3.3; the authors' code uses the squared coefficient of variation). The minimum has Q
+LoRAMoE (arXiv 2312.09979; the authors' code uses the squared coefficient of variation). The minimum has Q
 proportional to 1 / I: with the paper's sign a sample's own experts get (1 - delta) / (1 + delta) of the mass of the
 others. Mode "specialize" swaps the sign, so that they get (1 + delta) / (1 - delta) times as much.
 """

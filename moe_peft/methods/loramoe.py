@@ -1,8 +1,8 @@
 """LoRAMoE: FFN layers with a dense softmax over low-rank experts, and localized balancing.
 
     g = softmax(Wg x)
-    y = W0 x + (alpha / r) sum_e g_e B_e A_e x                                    (eq. 4-6)
-    loss = task loss + coef * sum over layers of var(I * Q) / mean(I * Q)^2       (eq. 7-9)
+    y = W0 x + (alpha / r) sum_e g_e B_e A_e x
+    loss = task loss + coef * sum over layers of var(I * Q) / mean(I * Q)^2
 
 Dou et al., 2023, arXiv 2312.09979. The squared mean in the loss follows the authors' code, which they confirmed is
 what they used. One dropout mask serves all experts of a layer.

@@ -1,10 +1,10 @@
 """MoLORA: attention and FFN layers with a softmax over low-rank experts, mixed by their outputs.
 
     p = softmax(Wg x)
-    y = W0 x + (alpha / r) sum_e p_e B_e A_e x                                    (eq. 3-4)
+    y = W0 x + (alpha / r) sum_e p_e B_e A_e x
 
-Zadouri et al., 2023, arXiv 2309.05444. Routing is dense; with `top_k` only the largest weights are kept, which the
-paper reports as worse. There is no router loss. Router and A start normal with standard deviation 0.02, B at zero.
+Zadouri et al., 2023, arXiv 2309.05444. Routing is dense; with `top_k` only the largest weights are kept, not
+rescaled. There is no router loss. Router and A start normal with standard deviation 0.02, B at zero.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ class MoloraConfig(MoeConfig):
     adapter_type: ClassVar[str] = "MOLORA"
     default_targets: ClassVar = "all"
 
-    r: int = field(default=4, metadata={"help": "Rank of one expert (paper: 4)."})
-    lora_alpha: float = field(default=16, metadata={"help": "The routed sum is times lora_alpha / r (recipe: 16)."})
-    num_experts: int = field(default=10, metadata={"help": "Experts at each layer (recipe: 10; paper: 5, 10, 15)."})
+    r: int = field(default=4, metadata={"help": "Rank of one expert (released recipe: 4)."})
+    lora_alpha: float = field(
+        default=16, metadata={"help": "The routed sum is times lora_alpha / r (released recipe: 16)."}
+    )
+    num_experts: int = field(default=10, metadata={"help": "Experts at each layer (released recipe: 10)."})
     init_weights: bool | str = field(
         default="gaussian",
         metadata={

@@ -25,7 +25,7 @@ PEFT_TYPE = extend_peft_type("SIRA")
 
 @dataclass
 class SiraConfig(MoeConfig):
-    """Configuration of SiRA; r, num_experts and top_k are the paper's, the other defaults are ours."""
+    """Configuration of SiRA. There is no public code to check against; the defaults are ours, in the paper's range."""
 
     method: ClassVar[str] = "SiRA"
     equation: ClassVar[str] = (
@@ -38,10 +38,10 @@ class SiraConfig(MoeConfig):
         "router": "SiRA routes with a capacity (capacity_factor=None switches it off); RoutedConfig takes any router"
     }
 
-    r: int = field(default=4, metadata={"help": "Rank of one expert (paper: 4)."})
-    lora_alpha: float = field(default=8, metadata={"help": "The routed sum is times lora_alpha / r (ours: 2 r)."})
-    num_experts: int = field(default=16, metadata={"help": "Experts at each layer (paper: 16)."})
-    top_k: int | None = field(default=4, metadata={"help": "Experts a token uses (paper: about 4)."})
+    r: int = field(default=4, metadata={"help": "Rank of one expert."})
+    lora_alpha: float = field(default=8, metadata={"help": "The routed sum is times lora_alpha / r."})
+    num_experts: int = field(default=16, metadata={"help": "Experts at each layer."})
+    top_k: int | None = field(default=4, metadata={"help": "Experts a token uses."})
     router: str = field(default="capacity", metadata={"help": "Name of the router; SiRA's is capacity."})
     capacity_factor: float | None = field(
         default=1.25,

@@ -29,7 +29,7 @@ class CapacityRouter(TopKRouter):
             "choice": all first choices before all second choices (GShard), with which a later token can take an
             earlier token's place.
         norm_topk_prob: See `TopKRouter`; weights are rescaled before tokens are dropped.
-        routed_scaling_factor: See `TopKRouter`.
+        routed_scaling_factor: See `Router`.
         router_jitter_noise: See `Router`.
         expert_dropout: See `Router`.
         init_std: See `Router`.

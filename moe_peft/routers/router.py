@@ -21,6 +21,7 @@ class Router(nn.Module, ABC):
     Args:
         in_features: D, width of the input.
         num_experts: E.
+        routed_scaling_factor: Factor of all weights, after any rescaling.
         router_jitter_noise: Half-width of the uniform multiplicative noise on the input, in training passes.
         expert_dropout: Probability that a gate is dropped in training passes; survivors are divided by 1 - p.
         init_std: Standard deviation of a normal initialisation; None takes the uniform one of `nn.Linear`.
@@ -33,7 +34,7 @@ class Router(nn.Module, ABC):
         decode_stateless: Decoding token by token decides as the full forward does.
     """
 
-    fields: tuple[str, ...] = ("router_jitter_noise", "expert_dropout")
+    fields: tuple[str, ...] = ("routed_scaling_factor", "router_jitter_noise", "expert_dropout")
     causal: bool = True
     batch_invariant: bool = True
     decode_stateless: bool = True
@@ -43,12 +44,14 @@ class Router(nn.Module, ABC):
         in_features: int,
         num_experts: int,
         *,
+        routed_scaling_factor: float = 1.0,
         router_jitter_noise: float = 0.0,
         expert_dropout: float = 0.0,
         init_std: float | None = None,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
+        self.routed_scaling_factor = routed_scaling_factor
         self.router_jitter_noise = router_jitter_noise
         self.expert_dropout = expert_dropout
         self.weight = nn.Parameter(torch.empty(num_experts, in_features, dtype=torch.float32))
@@ -78,6 +81,10 @@ class Router(nn.Module, ABC):
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.router_jitter_noise, 1 + self.router_jitter_noise)
         with torch.autocast(x_TD.device.type, enabled=False):
             return F.linear(x_TD, self.weight.to(dtype))
+
+    def scale(self, weights: torch.Tensor) -> torch.Tensor:
+        """Apply `routed_scaling_factor` to combine weights of any shape."""
+        return weights if self.routed_scaling_factor == 1.0 else weights * self.routed_scaling_factor
 
     def jitters(self, context: TokenContext) -> bool:
         """Whether the scores of this pass are computed from a noisy input."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from ..types import Routing, TokenContext
-from .dense import DenseRouter
 from .router import Router, gate_probs
 
 
@@ -18,13 +17,13 @@ class TopKRouter(Router):
         top_k: K, experts a token uses.
         norm_topk_prob: Whether the kept weights are rescaled to sum to one. With K = 1 the weight is then the constant
             one and the router gets no gradient from the task.
-        routed_scaling_factor: Factor of all weights, after any rescaling.
+        routed_scaling_factor: See `Router`.
         router_jitter_noise: See `Router`.
         expert_dropout: See `Router`; a dropped gate is not selected.
         init_std: See `Router`.
     """
 
-    fields: tuple[str, ...] = ("top_k", "norm_topk_prob", *DenseRouter.fields)
+    fields: tuple[str, ...] = ("top_k", "norm_topk_prob", *Router.fields)
 
     def __init__(
         self,
@@ -41,13 +40,13 @@ class TopKRouter(Router):
         super().__init__(
             in_features,
             num_experts,
+            routed_scaling_factor=routed_scaling_factor,
             router_jitter_noise=router_jitter_noise,
             expert_dropout=expert_dropout,
             init_std=init_std,
         )
         self.top_k = top_k
         self.norm_topk_prob = norm_topk_prob
-        self.routed_scaling_factor = routed_scaling_factor
 
     def decide(self, logits_TE: torch.Tensor, context: TokenContext) -> Routing:
         """Keep the k largest probabilities; arguments as in `Router.decide`."""
@@ -57,6 +56,6 @@ class TopKRouter(Router):
             experts_TK = experts_TK.masked_fill(weights_TK == 0, self.num_experts)
         if self.norm_topk_prob:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(torch.finfo(weights_TK.dtype).tiny)
-        if self.routed_scaling_factor != 1.0:
-            weights_TK = weights_TK * self.routed_scaling_factor
-        return Routing(weights=weights_TK, experts=experts_TK, logits=logits_TE, probs=probs_TE, context=context)
+        return Routing(
+            weights=self.scale(weights_TK), experts=experts_TK, logits=logits_TE, probs=probs_TE, context=context
+        )

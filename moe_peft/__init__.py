@@ -16,6 +16,7 @@ else:
 
 from . import experts, losses, routers, telemetry
 from .describe import describe
+from .integrations import MoeCallback, attach
 from .methods import LoraMoeConfig, MoloraConfig, RoutedConfig, SiraConfig
 from .objective import router_loss
 from .types import MoePeftWarning
@@ -27,10 +28,12 @@ except PackageNotFoundError:
 
 __all__ = [
     "LoraMoeConfig",
+    "MoeCallback",
     "MoePeftWarning",
     "MoloraConfig",
     "RoutedConfig",
     "SiraConfig",
+    "attach",
     "describe",
     "experts",
     "losses",

@@ -29,6 +29,7 @@ from .batch import (
 from .types import LossScale, Routing, TokenContext
 
 TRACKER_ATTRIBUTE = "_moe_peft_tracker"
+HANDLES_ATTRIBUTE = "_moe_peft_handles"
 INFERENCE = TokenContext()
 
 Observer = Callable[[str, str, Routing], None]
@@ -145,7 +146,6 @@ class ForwardTracker:
         self._open_losses: ForwardLosses | None = None
         self._groups: torch.Tensor | None = None
         self._groups_checked = False
-        self._handles: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the tensors of past passes out of copies and pickles."""
@@ -161,21 +161,20 @@ class ForwardTracker:
 
     def attach(self, model: nn.Module) -> None:
         """Hook the model (sample groups) and each stack of it (mask, packing, gradient mode)."""
+        handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)]
+        for stack in find_stacks(model):
+            handles.append(stack.register_forward_pre_hook(self._open, with_kwargs=True))
+            handles.append(stack.register_forward_hook(self._close, always_call=True))
+        handles.append(model.register_forward_hook(self._end, always_call=True))
         setattr(model, TRACKER_ATTRIBUTE, self)
-        stacks = find_stacks(model)
-        self._handles.append(model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True))
-        for stack in stacks:
-            self._handles.append(stack.register_forward_pre_hook(self._open, with_kwargs=True))
-            self._handles.append(stack.register_forward_hook(self._close, always_call=True))
-        self._handles.append(model.register_forward_hook(self._end, always_call=True))
+        # On the model, as layers hold the tracker and a copy of a layer alone has no hooks to remove.
+        setattr(model, HANDLES_ATTRIBUTE, handles)
 
     def detach(self, model: nn.Module) -> None:
         """Undo `attach`."""
-        for handle in self._handles:
+        for handle in model.__dict__.pop(HANDLES_ATTRIBUTE, []):
             handle.remove()
-        self._handles.clear()
-        if TRACKER_ATTRIBUTE in model.__dict__:
-            delattr(model, TRACKER_ATTRIBUTE)
+        model.__dict__.pop(TRACKER_ATTRIBUTE, None)
 
     def tokens(self, x: torch.Tensor, from_encoder: bool = False) -> TokenContext:
         """Describe the tokens of a layer's input.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from peft import get_peft_model
@@ -144,22 +142,3 @@ def test_shortest_endings_match_all_names_and_no_other():
     names, others = ["a.0.mlp.proj", "a.1.mlp.proj"], ["a.0.attn.proj", "a.1.attn.proj", "head"]
     assert shortest_endings(names, others) == ["mlp.proj"]
     assert shortest_endings(["x.proj"], ["y.x.proj", "proj"]) == ["x.proj"]
-
-
-def test_describing_changes_neither_model_nor_configuration():
-    model, config = tiny_llama(), LoraMoeConfig()
-    before, fields = copy.deepcopy(model.state_dict()), copy.deepcopy(config.to_dict())
-    description = describe(model, config)
-    assert config.to_dict() == fields and config.target_modules is None
-    assert set(dict(model.named_modules())) == set(dict(tiny_llama().named_modules()))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    adapted = get_peft_model(model, config)
-    assert description.num_parameters == adapted.get_nb_trainable_parameters()[0]
-
-
-def test_description_prints_a_line_per_place_and_the_total():
-    text = str(describe(tiny_llama(), LoraMoeConfig(num_experts=3, r=2)))
-    lines = text.splitlines()
-    assert lines[0].split() == ["place", "layer", "in", "->", "out", "trainable"]
-    assert lines[1].split() == ["model.layers.0.mlp.gate_proj", "Linear", "32", "->", "48", "576"]
-    assert "3 experts of rank 2, router dense; 6 places, 3,552 trainable parameters" in lines[-1]

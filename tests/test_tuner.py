@@ -295,27 +295,6 @@ def test_status_and_compilation_work(base, batch):
     torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
 
 
-def test_two_dimensional_and_empty_inputs_pass_through_a_layer(base):
-    model = adapt(base, target_modules=["down_proj"])
-    layer = model.base_model.model.model.layers[0].mlp.down_proj
-    x = torch.randn(3, 5, layer.in_features)
-    expected = layer(x)
-    torch.testing.assert_close(layer(x.reshape(-1, layer.in_features)).view(3, 5, -1), expected)
-    torch.testing.assert_close(layer(x[0, 0]), expected[0, 0])
-    assert layer(x[:0]).shape == (0, 5, layer.out_features)
-    assert layer(x[:, :0]).shape == (3, 0, layer.out_features)
-
-
-def test_forward_hooks_of_the_base_layer_see_its_own_output(base):
-    model = adapt(base, target_modules=["down_proj"])
-    layer = model.base_model.model.model.layers[0].mlp.down_proj
-    seen = []
-    layer.base_layer.register_forward_hook(lambda module, args, output: seen.append(output))
-    x = torch.randn(4, layer.in_features)
-    layer(x)
-    torch.testing.assert_close(seen[0], torch.nn.functional.linear(x, layer.weight), rtol=0, atol=0)
-
-
 def test_loading_without_the_import_stops_and_the_card_says_what_to_import(base, tmp_path):
     adapt(base).save_pretrained(tmp_path)
     code = "import sys; from peft import PeftConfig; PeftConfig.from_pretrained(sys.argv[1])"

@@ -12,7 +12,7 @@ from typing import Any
 from common import MoeArguments, dry_run, load_data, model_init_kwargs, moe_config, refuse_plain_lora
 from report import Report
 
-from moe_peft.integrations import GroupCollator, MoeCallback
+import moe_peft
 
 
 def make_parser() -> Any:
@@ -32,9 +32,6 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     dry_run(model_args, training_args, config)
 
     dataset = load_data(script_args, dataset_args)
-    needs_groups = getattr(config, "expert_groups", None) is not None
-    if needs_groups:
-        training_args.remove_unused_columns = False
     model = AutoModelForCausalLM.from_pretrained(
         model_args.model_name_or_path, **model_init_kwargs(model_args, training_args)
     )
@@ -45,10 +42,8 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         train_dataset=dataset[script_args.dataset_train_split],
         eval_dataset=dataset[script_args.dataset_test_split] if evaluates else None,
         peft_config=config,
-        callbacks=[MoeCallback()],
     )
-    if needs_groups:
-        trainer.data_collator = GroupCollator(trainer.data_collator, config.group_column)
+    moe_peft.attach(trainer)
 
     report = Report(trainer, dataset[script_args.dataset_test_split]) if moe_args.moe_report else None
     if report:

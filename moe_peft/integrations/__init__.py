@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from .attach import attach
 from .callback import MoeCallback
 from .collator import GroupCollator
 
-__all__ = ["GroupCollator", "MoeCallback"]
+__all__ = ["GroupCollator", "MoeCallback", "attach"]

@@ -78,7 +78,7 @@ class LocalizedBalancing:
                 f"Localized balancing with expert_groups={list(self.expert_groups)} needs the group of every "
                 f"sample, but "
                 f"the batch has no column {self.group_column!r}. Pass {self.group_column}=<(batch,) integers> to the "
-                "model's forward (with a trainer: wrap its collator in moe_peft.integrations.GroupCollator), name "
+                "model's forward (with a trainer: add the column to the data set and call moe_peft.attach(trainer)), name "
                 "another column in `group_column`, or set expert_groups=None to balance without groups."
             )
         device = groups_S.device

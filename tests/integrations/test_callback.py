@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from moe_peft import LoraMoeConfig, RoutedConfig, telemetry
 from moe_peft.context import find_tracker
-from moe_peft.integrations import GroupCollator, MoeCallback
+from moe_peft.integrations import GroupCollator, MoeCallback, attach
 from moe_peft.integrations.callback import restore_router_precision
 from tests.contract.cases import randomize
 from tests.tiny import tiny_llama
@@ -150,7 +150,6 @@ def test_sft_trainer_trains_saves_and_carries_the_sample_groups(checkpointing, t
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=checkpointing,
-        remove_unused_columns=False,
         disable_tqdm=True,
     )
     trainer = SFTTrainer(
@@ -159,11 +158,13 @@ def test_sft_trainer_trains_saves_and_carries_the_sample_groups(checkpointing, t
         train_dataset=Dataset.from_list([{k: v for k, v in row.items() if k != "labels"} for row in rows(8)]),
         processing_class=tiny_tokenizer,
         peft_config=config,
-        callbacks=[MoeCallback()],
     )
     with pytest.raises(ValueError, match="the batch has no column 'task_type'"):
         trainer.train()
-    trainer.data_collator = GroupCollator(trainer.data_collator)
+    attach(attach(trainer))
+    assert isinstance(trainer.data_collator, GroupCollator)
+    assert not isinstance(trainer.data_collator.collator, GroupCollator)
+    assert sum(isinstance(callback, MoeCallback) for callback in trainer.callback_handler.callbacks) == 1
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
@@ -178,3 +179,10 @@ def tiny_tokenizer():
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="w3"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def test_a_trainer_without_a_routed_adapter_is_refused(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    trainer = Trainer(model=tiny_llama(), args=args)
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no routed adapter"):
+        attach(trainer)

@@ -28,8 +28,7 @@ def check_adapter_files(folder: str, subfolder: str | None, *, num_experts: int,
         if (path / PICKLED_WEIGHTS).is_file():
             raise ValueError(
                 f"{path / PICKLED_WEIGHTS} is a pickle, which can run code when it is read; only safetensors are "
-                f"loaded. Save "
-                "the adapter again with model.save_pretrained(folder), or convert the file with "
+                "loaded. Save the adapter again with model.save_pretrained(folder), or convert the file with "
                 "safetensors.torch.save_file."
             )
         return
@@ -38,18 +37,15 @@ def check_adapter_files(folder: str, subfolder: str | None, *, num_experts: int,
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
-            f"{weights} cannot be read as safetensors ({error}): the file is truncated or damaged. Copy or "
-            f"download it "
-            "again; the base model has not been touched."
+            f"{weights} cannot be read as safetensors ({error}): the file is truncated or damaged. Copy or download "
+            "it again; the base model has not been touched."
         ) from error
     for key, shape in shapes.items():
         if not key.endswith(("_experts.A", "_experts.B")):
             continue
         if shape[:2] != (num_experts, r):
             raise ValueError(
-                f"{weights} holds {key} of shape {shape}, but its adapter_config.json says "
-                f"num_experts={num_experts} and "
-                f"r={r}, that is ({num_experts}, {r}, width). The two files do not belong together: copy both from "
-                f"the "
-                "same save."
+                f"{weights} holds {key} of shape {shape}, but its adapter_config.json says num_experts={num_experts} "
+                f"and r={r}, that is ({num_experts}, {r}, width). The two files do not belong together: copy both "
+                "from the same save."
             )

@@ -105,6 +105,5 @@ def check_groups(groups: torch.Tensor, column: str, allowed: frozenset[int]) -> 
         raise ValueError(
             f"The batch column {column!r} holds the sample groups {unknown}, which no expert belongs to "
             f"(expert_groups has {sorted(allowed)}). Change `expert_groups` so that every sample group owns an "
-            f"expert, "
-            "or map the column to the groups it has."
+            "expert, or map the column to the groups it has."
         )

@@ -90,9 +90,8 @@ class _ScaleInjection(torch.autograd.Function):
             if scale.attached and scale.injected == already:
                 raise RuntimeError(
                     "The gradient of router_loss(model) is lost: it flows through the layers of the model's own "
-                    "loss, and "
-                    "this backward pass did not reach them. Add it before the backward pass of the same forward: "
-                    "(loss + router_loss(model)).backward()."
+                    "loss, and this backward pass did not reach them. Add it before the backward pass of the same "
+                    "forward: (loss + router_loss(model)).backward()."
                 )
 
         torch.autograd.Variable._execution_engine.queue_callback(check)
@@ -159,8 +158,7 @@ def _latest_losses(model: nn.Module, caller: str) -> ForwardLosses:
         raise ValueError(f"{caller}: {type(model).__name__} has no routed adapter. Add one with peft.get_peft_model.")
     if tracker.latest is None:
         raise RuntimeError(
-            f"{caller}: no training forward has run yet. Router losses exist only after a forward with "
-            f"model.train() and "
-            "gradients enabled; for a routing in evaluation use moe_peft.telemetry.record(model)."
+            f"{caller}: no training forward has run yet. Router losses exist only after a forward with model.train() "
+            "and gradients enabled; for a routing in evaluation use moe_peft.telemetry.record(model)."
         )
     return tracker.latest

@@ -179,14 +179,12 @@ def _place(name: str, module: nn.Module, parent: nn.Module, **quantization: Any)
     if features is None:
         raise TypeError(
             f"Target module {name} ({type(base).__name__}) is not supported. Currently, only `torch.nn.Linear` "
-            f"(optionally "
-            "quantized) and transformers' `Conv1D` can be adapted; remove it from target_modules."
+            "(optionally quantized) and transformers' `Conv1D` can be adapted; remove it from target_modules."
         )
     if isinstance(parent, nn.MultiheadAttention):
         raise ValueError(
             f"Target module {name} belongs to torch.nn.MultiheadAttention, which reads its weight without calling "
-            f"it, so an "
-            "adapter there would have no effect. Remove it from target_modules."
+            "it, so an adapter there would have no effect. Remove it from target_modules."
         )
     return Place(name, *features, kind=type(base).__name__)
 
@@ -195,8 +193,7 @@ def _refuse_router(name: str, routers: set[str]) -> None:
     if is_below(name, routers):
         raise ValueError(
             f"target_modules matches {name}, which belongs to a router of the backbone; adapting it would change "
-            f"which of "
-            "the backbone's own experts are used. Name other modules, or add it to exclude_modules."
+            "which of the backbone's own experts are used. Name other modules, or add it to exclude_modules."
         )
 
 

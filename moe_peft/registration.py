@@ -71,8 +71,7 @@ def register(config_cls: type, model_cls: type) -> None:
         if (known.__module__, known.__qualname__) != (config_cls.__module__, config_cls.__qualname__):
             raise RuntimeError(
                 f"The adapter type {name!r} is already registered by {known.__module__}.{known.__qualname__}. "
-                f"Uninstall "
-                "or do not import one of the two packages."
+                "Uninstall or do not import one of the two packages."
             )
         PEFT_TYPE_TO_CONFIG_MAPPING[member] = config_cls
         PEFT_TYPE_TO_TUNER_MAPPING[member] = model_cls

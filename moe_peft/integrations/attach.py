@@ -28,8 +28,8 @@ def attach(trainer: Any) -> Any:
     configs = getattr(trainer.model, "peft_config", {})
     if not any(hasattr(config, "adapter_type") for config in configs.values()):
         raise ValueError(
-            f"attach: {type(trainer.model).__name__} has no routed adapter. Give the trainer a peft_config of moe_peft, "
-            "or a model from peft.get_peft_model."
+            f"attach: {type(trainer.model).__name__} has no routed adapter. Give the trainer a peft_config of "
+            "moe_peft, or a model from peft.get_peft_model."
         )
     if not any(isinstance(callback, MoeCallback) for callback in trainer.callback_handler.callbacks):
         trainer.add_callback(MoeCallback())

@@ -75,11 +75,11 @@ class LocalizedBalancing:
         groups_S = routing.context.groups
         if groups_S is None:
             raise ValueError(
-                f"Localized balancing with expert_groups={list(self.expert_groups)} needs the group of every "
-                f"sample, but "
-                f"the batch has no column {self.group_column!r}. Pass {self.group_column}=<(batch,) integers> to the "
-                "model's forward (with a trainer: add the column to the data set and call moe_peft.attach(trainer)), name "
-                "another column in `group_column`, or set expert_groups=None to balance without groups."
+                f"Localized balancing with expert_groups={list(self.expert_groups)} needs the group of every sample, "
+                f"but the batch has no column {self.group_column!r}. Pass {self.group_column}=<(batch,) integers> to "
+                "the model's forward (with a trainer: add the column to the data set and call "
+                "moe_peft.attach(trainer)), name another column in `group_column`, or set expert_groups=None to "
+                "balance without groups."
             )
         device = groups_S.device
         if device not in self._groups_on:

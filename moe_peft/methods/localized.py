@@ -47,8 +47,7 @@ class LocalizedBalancingConfig(MoeConfig):
             if self.localized_balancing_delta not in (0, 0.1) or self.localized_balancing_mode != "paper":
                 warnings.warn(
                     f"{type(self).__name__}: localized_balancing_delta and localized_balancing_mode have no effect "
-                    f"without "
-                    "expert_groups; give the group of each expert.",
+                    "without expert_groups; give the group of each expert.",
                     MoePeftWarning,
                     stacklevel=4,
                 )

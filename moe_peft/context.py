@@ -9,6 +9,7 @@ autograd node that made a stack's output says whose backward pass has begun.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +27,7 @@ from .batch import (
     segments_of,
     two_dimensional,
 )
-from .types import LossScale, Routing, TokenContext
+from .types import LossScale, MoePeftWarning, Routing, TokenContext
 
 TRACKER_ATTRIBUTE = "_moe_peft_tracker"
 HANDLES_ATTRIBUTE = "_moe_peft_handles"
@@ -146,6 +147,7 @@ class ForwardTracker:
         self._open_losses: ForwardLosses | None = None
         self._groups: torch.Tensor | None = None
         self._groups_checked = False
+        self._warned_outside = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the tensors of past passes out of copies and pickles."""
@@ -176,14 +178,18 @@ class ForwardTracker:
             handle.remove()
         model.__dict__.pop(TRACKER_ATTRIBUTE, None)
 
-    def tokens(self, x: torch.Tensor, from_encoder: bool = False) -> TokenContext:
+    def tokens(self, x: torch.Tensor, from_encoder: bool = False, in_training: bool = False) -> TokenContext:
         """Describe the tokens of a layer's input.
 
         Args:
             x: (..., D) input.
             from_encoder: Whether x holds encoder states.
+            in_training: Whether the layer is in train mode, which outside a forward of the model is worth a warning.
         """
-        forward_pass = self.in_reverse if in_backward() else self.current
+        recomputing = in_backward()
+        forward_pass = self.in_reverse if recomputing else self.current
+        if forward_pass is None and in_training and not recomputing and torch.is_grad_enabled():
+            self._warn_outside()
         if forward_pass is None or not (forward_pass.training or self.observers):
             return INFERENCE
         return forward_pass.tokens(tuple(x.shape[:-1]), x.device, from_encoder)
@@ -196,6 +202,17 @@ class ForwardTracker:
             self.current.losses.layers.setdefault((place, adapter), []).append(losses)
         for observer in self.observers:
             observer(place, adapter, routing)
+
+    def _warn_outside(self) -> None:
+        if self._warned_outside:
+            return
+        self._warned_outside = True
+        warnings.warn(
+            "A routed layer in train mode ran outside a forward of its model: router losses, dropout and capacity "
+            "are off there. Call the model itself, as in model(**batch), not its forward method nor a part of it.",
+            MoePeftWarning,
+            stacklevel=4,
+        )
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Start a forward of the whole model: take the sample groups out of its arguments."""

@@ -111,3 +111,15 @@ def test_rescaling_is_ignored_with_a_warning():
     layer.scale_layer(1)
     with pytest.warns(MoePeftWarning, match="scale=2 is ignored"):
         layer.scale_layer(2)
+
+
+def test_training_a_layer_outside_its_models_forward_warns_once():
+    from moe_peft import MoePeftWarning
+
+    layer = layer_of(nn.Linear(12, 8)).train()
+    x = torch.randn(2, 12)
+    with torch.no_grad():
+        layer(x)
+    with pytest.warns(MoePeftWarning, match="router losses, dropout and capacity are off"):
+        layer(x)
+    layer(x)

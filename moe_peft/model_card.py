@@ -19,7 +19,7 @@ def usage_section(method: str, equation: str, source: str, base_model: str | Non
     base = base_model or "path/or/name-of-the-base-model"
     return f"""{HEADING}
 
-A {method} adapter of the package [peft-moe](https://pypi.org/project/peft-moe/): `{equation}` ({source}).
+A {method} adapter of the package `peft-moe` (`pip install peft-moe`): `{equation}` ({source}).
 Importing `moe_peft` registers the adapter type with peft; without it loading stops with a `KeyError` of the type's
 name.
 

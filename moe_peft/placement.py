@@ -19,7 +19,7 @@ from .backbone import is_below, router_names
 if TYPE_CHECKING:
     from .config import MoeConfig
 
-# Second projections of gated FFNs, which MoLORA leaves alone.
+# Second projections of gated FFNs: they scale what the first one lets through, and the kind "all" leaves them out.
 UNGATED_NAMES = ("up_proj", "wi_1")
 CROSS_ATTENTION = re.compile(r"encdecattention|encoder_attn|cross_?attn|crossattention", re.IGNORECASE)
 DUMMY_TARGETS = "dummy-target-modules"

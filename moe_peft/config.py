@@ -13,6 +13,7 @@ from torch import nn
 
 from . import model_card
 from .adapter_files import check_adapter_files
+from .layer_losses import SCOPES
 from .ops import IMPLEMENTATIONS
 from .routers import ROUTERS, Router
 
@@ -90,6 +91,13 @@ class MoeConfig(PeftConfig):
     router: str = field(default="dense", metadata={"help": "Name of the router: dense, top_k or capacity."})
     router_aux_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the balance loss, per layer."})
     router_z_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the router z-loss, per layer."})
+    load_balancing_scope: str = field(
+        default="global_batch",
+        metadata={
+            "help": "What the router losses are measured on: 'micro_batch' (the batch of one process), 'global_batch' "
+            "(of all processes), or 'accumulation_window' (and the micro-batches before it, in a trainer)."
+        },
+    )
     router_jitter_noise: float = field(
         default=0.0, metadata={"help": "Half-width of multiplicative noise on the router's input in training."}
     )
@@ -172,6 +180,7 @@ class MoeConfig(PeftConfig):
             self.capacity_factor is None or self.capacity_factor > 0, "capacity_factor", "a positive number or None"
         )
         self._check_choice("capacity_order", ("position", "choice"))
+        self._check_choice("load_balancing_scope", SCOPES)
         self._check_choice("experts_implementation", tuple(IMPLEMENTATIONS))
         self._check(self.init_weights in (True, False, "gaussian"), "init_weights", "True, False or 'gaussian'")
         if self.top_k is not None:

@@ -11,118 +11,36 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from .batch import (
-    batch_shape,
-    check_groups,
-    groups_per_sequence,
-    named_inputs,
-    number_segments,
-    segments_of,
-    two_dimensional,
-)
+from .batch import batch_shape, check_groups, named_inputs, segments_of, two_dimensional
+from .forward_pass import ForwardPass
+from .layer_losses import ForwardLosses, LayerLosses, WindowSums, finish
 from .types import LossScale, MoePeftWarning, Routing, TokenContext
 
 TRACKER_ATTRIBUTE = "_moe_peft_tracker"
 HANDLES_ATTRIBUTE = "_moe_peft_handles"
 INFERENCE = TokenContext()
 
+OUTSIDE = (
+    "A routed layer in train mode ran outside a forward of its model: router losses, dropout and capacity are off "
+    "there. Call the model itself, as in model(**batch), not its forward method nor a part of it."
+)
+ACCUMULATION = (
+    "The gradients of several forwards add up before an optimizer step, and each adds its router losses with weight "
+    "one. In a trainer, call moe_peft.attach(trainer). In a loop over n micro-batches, call "
+    "((loss + moe_peft.router_loss(model)) / n).backward()."
+)
+NO_WINDOW = (
+    "load_balancing_scope='accumulation_window' needs to know where a window begins, which moe_peft.attach(trainer) "
+    "tells. Without it the balance is measured as with 'global_batch'."
+)
+
 Observer = Callable[[str, str, Routing], None]
-
-
-@dataclass
-class LayerLosses:
-    """The router losses of one layer in one pass: unscaled 0-d float32 values, and their coefficients."""
-
-    values: dict[str, torch.Tensor]
-    coefficients: dict[str, float]
-
-
-@dataclass
-class ForwardLosses:
-    """The router losses of one forward of the whole model, encoder and decoder together.
-
-    Attributes:
-        scale: Weight of their injected gradient.
-        layers: What each (place, adapter) contributed, in order.
-    """
-
-    scale: LossScale
-    layers: dict[tuple[str, str], list[LayerLosses]] = field(default_factory=dict)
-
-
-@dataclass
-class ForwardPass:
-    """One call of a backbone stack.
-
-    Attributes:
-        training: Whether the stack was in train mode with gradients enabled.
-        shape: (B, L) of the stack's input, or None when unknown.
-        attention_mask: (B, L) mask of the stack's own tokens, or longer when earlier tokens are cached.
-        encoder_attention_mask: (B, L') mask of the encoder states a decoder attends to.
-        segments: (B, L) document index of each token of packed rows.
-        groups: (B,) or (S,) group per sequence, or (B, L) group per token.
-        contexts: Token contexts made so far.
-    """
-
-    training: bool
-    losses: ForwardLosses
-    shape: tuple[int, int] | None = None
-    attention_mask: torch.Tensor | None = None
-    encoder_attention_mask: torch.Tensor | None = None
-    segments: torch.Tensor | None = None
-    groups: torch.Tensor | None = None
-    contexts: dict[tuple, TokenContext] = field(default_factory=dict)
-
-    def tokens(self, leading: tuple[int, ...], device: torch.device, from_encoder: bool = False) -> TokenContext:
-        """Describe the tokens of an input with the given leading shape.
-
-        Args:
-            leading: Shape of the input without its last dimension: (B, L), (T,) for flattened rows, or any other.
-            device: Device of the input.
-            from_encoder: Whether the input holds encoder states (keys and values of cross-attention).
-
-        Returns:
-            The context of the T = prod(leading) tokens, cached for the pass.
-        """
-        key = (leading, device, from_encoder)
-        if key not in self.contexts:
-            self.contexts[key] = self._describe(leading, device, from_encoder)
-        return self.contexts[key]
-
-    def _describe(self, leading: tuple[int, ...], device: torch.device, from_encoder: bool) -> TokenContext:
-        mask = self.encoder_attention_mask if from_encoder else self.attention_mask
-        rows = leading
-        if len(leading) == 1 and self.shape is not None and leading[0] == self.shape[0] * self.shape[1]:
-            rows = self.shape
-        valid_T = None
-        if mask is not None and len(rows) == 2 and mask.shape[0] == rows[0] and mask.shape[1] >= rows[1]:
-            valid_T = mask[:, mask.shape[1] - rows[1] :].reshape(-1).to(device).bool()
-        if self.segments is not None and not from_encoder and tuple(self.segments.shape) == rows:
-            sequences_T, num_sequences = number_segments(self.segments.to(device))
-        elif len(rows) >= 2:
-            sequences_T = torch.arange(rows[0], device=device).repeat_interleave(torch.Size(rows[1:]).numel())
-            num_sequences = rows[0]
-        elif self.shape is not None and rows == self.shape[:1]:
-            # One vector per row, as a pooled token.
-            sequences_T, num_sequences = torch.arange(rows[0], device=device), rows[0]
-        else:
-            sequences_T, num_sequences = None, 1
-        groups = None if self.groups is None else self.groups.to(device)
-        return TokenContext(
-            training=self.training,
-            valid=valid_T,
-            sequences=sequences_T,
-            num_sequences=num_sequences,
-            groups=groups_per_sequence(groups, sequences_T, num_sequences, rows),
-            loss_scale=self.losses.scale if self.training else None,
-        )
 
 
 class ForwardTracker:
@@ -133,6 +51,8 @@ class ForwardTracker:
         latest: Losses of the latest gradient-enabled forward, or None.
         in_reverse: The pass whose backward pass runs or ran last, which recomputations repeat; or None.
         loss_scale: Weight of the router losses in passes to come.
+        window: Sums of the accumulation window so far, set by the trainer's callback; None in a plain loop.
+        managed: Whether a trainer's callback keeps `loss_scale` and `window`.
         group_columns: Allowed group values by the name of the batch column that carries them.
         observers: Called with (place, adapter, routing) for every routing of a forward pass.
     """
@@ -142,12 +62,15 @@ class ForwardTracker:
         self.latest: ForwardLosses | None = None
         self.in_reverse: ForwardPass | None = None
         self.loss_scale = 1.0
+        self.window: WindowSums | None = None
+        self.managed = False
         self.group_columns: dict[str, frozenset[int]] = {}
         self.observers: list[Observer] = []
         self._open_losses: ForwardLosses | None = None
         self._groups: torch.Tensor | None = None
         self._groups_checked = False
-        self._warned_outside = False
+        self._last_parameter: tuple[int, int] | None = None
+        self._warned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the tensors of past passes out of copies and pickles."""
@@ -156,6 +79,7 @@ class ForwardTracker:
             "current": None,
             "latest": None,
             "in_reverse": None,
+            "window": None,
             "observers": [],
             "_open_losses": None,
             "_groups": None,
@@ -189,34 +113,69 @@ class ForwardTracker:
         recomputing = in_backward()
         forward_pass = self.in_reverse if recomputing else self.current
         if forward_pass is None and in_training and not recomputing and torch.is_grad_enabled():
-            self._warn_outside()
+            self._warn_once(OUTSIDE)
         if forward_pass is None or not (forward_pass.training or self.observers):
             return INFERENCE
         return forward_pass.tokens(tuple(x.shape[:-1]), x.device, from_encoder)
 
-    def record(self, place: str, adapter: str, routing: Routing, losses: LayerLosses | None) -> None:
-        """Keep what a layer decided, once per forward pass and never in a recomputation."""
+    def enter(self, place: str, adapter: str, measured: LayerLosses) -> LayerLosses:
+        """Keep the router losses of a layer in a training pass.
+
+        Args:
+            place: Name of the layer.
+            adapter: Name of the adapter.
+            measured: What the layer measured.
+
+        Returns:
+            The same; in a recomputation what the layer measured in the pass that is repeated, whose sums have been
+            joined.
+        """
+        if not in_backward():
+            assert self.current is not None
+            self.current.layers.setdefault((place, adapter), []).append(measured)
+            self.current.losses.layers.setdefault((place, adapter), []).append(measured)
+            return measured
+        repeated = self.in_reverse.layers.get((place, adapter), []) if self.in_reverse is not None else []
+        if not repeated:
+            finish({(place, adapter, 0): measured}, None)
+            return measured
+        if len(repeated) == 1:
+            return repeated[0]
+        # One module at several depths: the calls are repeated in reverse order, and told apart by what they measured.
+        return min(
+            repeated, key=lambda made: sum(float((made.own[n] - s).abs().sum()) for n, s in measured.own.items())
+        )
+
+    def record(self, place: str, adapter: str, routing: Routing) -> None:
+        """Show what a layer decided to the observers, once per forward pass and never in a recomputation."""
         if in_backward():
             return
-        if self.current is not None and losses is not None:
-            self.current.losses.layers.setdefault((place, adapter), []).append(losses)
         for observer in self.observers:
             observer(place, adapter, routing)
 
-    def _warn_outside(self) -> None:
-        if self._warned_outside:
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, MoePeftWarning, stacklevel=5)
+
+    def _warn_accumulation(self, model: nn.Module) -> None:
+        """Warn where a plain loop adds up gradients of several forwards without weighing the router losses."""
+        if self.managed or ACCUMULATION in self._warned:
             return
-        self._warned_outside = True
-        warnings.warn(
-            "A routed layer in train mode ran outside a forward of its model: router losses, dropout and capacity "
-            "are off there. Call the model itself, as in model(**batch), not its forward method nor a part of it.",
-            MoePeftWarning,
-            stacklevel=4,
-        )
+        parameter = next((p for p in model.parameters() if p.requires_grad), None)
+        if parameter is None:
+            return
+        seen = (id(parameter), parameter._version)
+        unweighed = self.latest is not None and self.latest.scale.injected > 0 and not self.latest.scale.replaced
+        if unweighed and self.loss_scale == 1.0 and parameter.grad is not None and seen == self._last_parameter:
+            self._warn_once(ACCUMULATION)
+        self._last_parameter = seen
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Start a forward of the whole model: take the sample groups out of its arguments."""
         self._open_losses = ForwardLosses(LossScale(self.loss_scale))
+        if model.training and torch.is_grad_enabled():
+            self._warn_accumulation(model)
         for column, allowed in self.group_columns.items():
             groups = kwargs.pop(column, None)
             if groups is None:
@@ -247,10 +206,20 @@ class ForwardTracker:
             self.latest = self.current.losses
 
     def _close(self, stack: nn.Module, args: tuple, output: Any) -> None:
-        if self.current is not None and self.current.training and not torch.compiler.is_compiling():
-            for node in _nodes(output):
-                node.register_prehook(partial(self._reverse, self.current))
+        if self.current is not None and self.current.training:
+            if self.current.layers:
+                self._finish(self.current)
+            if not torch.compiler.is_compiling():
+                for node in _nodes(output):
+                    node.register_prehook(partial(self._reverse, self.current))
         self.current = None
+
+    @torch.compiler.disable
+    def _finish(self, forward_pass: ForwardPass) -> None:
+        layers = {(*key, call): layer for key, made in forward_pass.layers.items() for call, layer in enumerate(made)}
+        if self.window is None and any(layer.scope == "accumulation_window" for layer in layers.values()):
+            self._warn_once(NO_WINDOW)
+        finish(layers, self.window)
 
     def _reverse(self, forward_pass: ForwardPass, grads: tuple) -> None:
         self.in_reverse = forward_pass

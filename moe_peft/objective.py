@@ -15,10 +15,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from .context import ForwardLosses, LayerLosses, find_tracker
-from .types import LossScale, Routing
+from .context import ForwardTracker, find_tracker
+from .layer_losses import ForwardLosses, LayerLosses
+from .types import LossScale, RouterLoss, Routing
 
 Loss = Callable[[Routing], torch.Tensor]
+
+
+class MeanLoss(RouterLoss):
+    """Any function of a routing as a loss; over several processes or micro-batches it is the mean of their values.
+
+    Args:
+        loss: Function of a routing that returns a 0-d tensor.
+    """
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+
+    def sums(self, routing: Routing) -> torch.Tensor:
+        """(2,) value of the loss, and one."""
+        value = self.loss(routing)
+        return torch.stack([value, torch.ones_like(value)])
+
+    @staticmethod
+    def value(sums: torch.Tensor) -> torch.Tensor:
+        """(...) mean of (..., 2) sums."""
+        return sums[..., 0] / sums[..., 1]
 
 
 class RouterObjective:
@@ -26,46 +48,55 @@ class RouterObjective:
 
     Args:
         losses: Name -> (loss, coefficient); a coefficient of zero leaves the loss out.
+        scope: What the losses are measured on: "micro_batch", "global_batch" or "accumulation_window".
     """
 
-    def __init__(self, losses: Mapping[str, tuple[Loss, float]]) -> None:
-        self.losses = {name: loss for name, (loss, coef) in losses.items() if coef != 0}
-        self.coefficients = {name: coef for name, (_, coef) in losses.items() if coef != 0}
+    def __init__(self, losses: Mapping[str, tuple[Loss, float]], *, scope: str = "global_batch") -> None:
+        kept = {name: (loss, coef) for name, (loss, coef) in losses.items() if coef != 0}
+        self.losses = {n: loss if isinstance(loss, RouterLoss) else MeanLoss(loss) for n, (loss, _) in kept.items()}
+        self.coefficients = {name: coef for name, (_, coef) in kept.items()}
+        self.scope = scope
 
     def __bool__(self) -> bool:
         return bool(self.losses)
 
-    def __call__(self, routing: Routing) -> tuple[Routing, LayerLosses]:
-        """Compute the losses and inject their gradient.
+    def __call__(self, routing: Routing, tracker: ForwardTracker, place: str, adapter: str) -> Routing:
+        """Measure the losses and inject their gradient.
 
         Args:
             routing: Decision of a training pass.
+            tracker: The model's tracker, which joins the measurement with that of other processes.
+            place: Name of the layer.
+            adapter: Name of the adapter.
 
         Returns:
-            The same decision, whose weights must be used, and the unscaled losses, detached.
+            The same decision, whose weights must be used.
         """
-        values = {name: loss(routing) for name, loss in self.losses.items()}
-        total = sum(self.coefficients[name] * value for name, value in values.items())
+        sums = {name: loss.sums(routing) for name, loss in self.losses.items()}
+        own = {name: value.detach() for name, value in sums.items()}
+        layer = tracker.enter(place, adapter, LayerLosses(self.losses, dict(self.coefficients), self.scope, own))
         scale = routing.context.loss_scale or LossScale()
         # A training pass without gradients is the first one of reentrant checkpointing; the recomputation attaches.
-        scale.attached += int(not torch.is_grad_enabled() or any(v.requires_grad for v in values.values()))
-        weights = _InjectLoss.apply(routing.weights, total, scale)
-        detached = {name: value.detach() for name, value in values.items()}
-        return replace(routing, weights=weights), LayerLosses(detached, self.coefficients)
+        scale.attached += int(not torch.is_grad_enabled() or any(value.requires_grad for value in sums.values()))
+        weights = _InjectLosses.apply(routing.weights, layer, scale, *sums.values())
+        return replace(routing, weights=weights)
 
 
-class _InjectLoss(torch.autograd.Function):
-    """Identity on the weights whose backward pass gives the loss its gradient."""
+class _InjectLosses(torch.autograd.Function):
+    """Identity on the weights whose backward pass gives the losses their gradient."""
 
     @staticmethod
-    def forward(ctx: Any, weights: torch.Tensor, loss: torch.Tensor, scale: LossScale) -> torch.Tensor:
-        ctx.scale, ctx.dtype, ctx.device = scale, loss.dtype, loss.device
+    def forward(
+        ctx: Any, weights: torch.Tensor, layer: LayerLosses, scale: LossScale, *sums: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.layer, ctx.scale = layer, scale
         return weights.view_as(weights)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         ctx.scale.injected += 1
-        return grad, torch.as_tensor(ctx.scale.value, dtype=ctx.dtype, device=ctx.device), None
+        gradients = ctx.layer.gradients
+        return grad, None, None, *(gradients[name] * ctx.scale.value for name in ctx.layer.losses)
 
 
 class _ScaleInjection(torch.autograd.Function):
@@ -84,7 +115,7 @@ class _ScaleInjection(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, None]:
         scale = ctx.scale
         already = scale.injected
-        scale.value = grad.detach()
+        scale.value, scale.replaced = grad.detach(), True
 
         def check() -> None:
             if scale.attached and scale.injected == already:
@@ -144,8 +175,13 @@ def router_loss_values(model: nn.Module) -> dict[str, torch.Tensor]:
         ValueError: The model has no routed adapter.
         RuntimeError: There was no forward in train mode with gradients enabled.
     """
+    return mean_values(_latest_losses(model, "router_loss_values"))
+
+
+def mean_values(losses: ForwardLosses) -> dict[str, torch.Tensor]:
+    """Unscaled router losses of a forward, averaged over the layers that have them: name -> 0-d tensor."""
     values: dict[str, list[torch.Tensor]] = {}
-    for layers in _latest_losses(model, "router_loss_values").layers.values():
+    for layers in losses.layers.values():
         for layer in layers:
             for name, value in layer.values.items():
                 values.setdefault(name, []).append(value)

@@ -85,7 +85,7 @@ def confidence(routing: Routing) -> torch.Tensor:
     Returns:
         0-d tensor in [1 / E, 1].
     """
-    return masked_sum(routing.probs.amax(-1), routing) / num_valid(routing)
+    return masked_sum(routing.probs.amax(-1), routing) / num_valid(routing).clamp_min(1)
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""What a router decides and what it may know: `Routing`, `TokenContext` and the shape legend.
+"""What a router decides, what it may know, and a loss on it: `Routing`, `TokenContext`, `RouterLoss`, shape legend.
 
 Shape suffixes of local tensors:
     B batch rows, L positions of a row, T tokens (B * L flattened), S sequences (rows, or documents of a packed row),
-    D input width, O output width, E experts, K experts a token uses, r rank of one expert, R = E * r.
+    D input width, O output width, E experts, K experts a token uses, r rank of one expert, R = E * r,
+    N length of a loss's sums.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ class LossScale:
         value: Factor applied to the gradient of every loss of the pass; a float or a 0-d tensor.
         attached: Number of losses that were, or will be in a recomputation, attached to the autograd graph.
         injected: Number of losses whose gradient has been injected so far.
+        replaced: Whether the gradient of `router_loss(model)` has set the value.
     """
 
     def __init__(self, value: float = 1.0) -> None:
         self.value: float | torch.Tensor = value
         self.attached = 0
         self.injected = 0
+        self.replaced = False
 
 
 @dataclass(frozen=True)
@@ -107,3 +110,37 @@ class Routing:
             requests_TE = self.probs.new_zeros(self.probs.shape[0], self.num_experts + 1)
             requests_TE = requests_TE.scatter_(1, self.experts, 1.0)[:, :-1]
         return requests_TE if self.valid is None else requests_TE * self.valid[:, None]
+
+
+class RouterLoss:
+    """A loss on a routing that is a function of sums, so that batches which no process sees whole can be joined.
+
+    loss(A and B together) = value(sums(A) + sums(B))
+    """
+
+    def sums(self, routing: Routing) -> torch.Tensor:
+        """Sum what the loss needs over the valid tokens, or over the sequences.
+
+        Args:
+            routing: Decision for T tokens.
+
+        Returns:
+            (N,) sums, N being the same for every batch; they carry the graph of the routing.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what it sums.")
+
+    @staticmethod
+    def value(sums: torch.Tensor) -> torch.Tensor:
+        """Turn sums into the loss; the same function for all instances of a class.
+
+        Args:
+            sums: (..., N), one row per layer.
+
+        Returns:
+            (...) unscaled losses.
+        """
+        raise NotImplementedError("A RouterLoss needs a value of its sums.")
+
+    def __call__(self, routing: Routing) -> torch.Tensor:
+        """The 0-d unscaled loss of one batch."""
+        return self.value(self.sums(routing))

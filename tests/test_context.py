@@ -380,6 +380,7 @@ def test_passes_of_past_steps_are_released():
     passes = []
     tracker.observers.append(lambda place, adapter, routing: passes.append(weakref.ref(tracker.current)))
     for _ in range(4):
+        model.zero_grad()
         model(**padded_batch([3, 5])).logits.sum().backward()
     gc.collect()
     alive = {id(found) for found in (ref() for ref in passes) if found is not None}

@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 from torch.nn import functional as F
 
-from moe_peft import LoraMoeConfig, MoloraConfig, RoutedConfig, SiraConfig, router_loss
+from moe_peft import LoraMoeConfig, MoePeftWarning, MoloraConfig, RoutedConfig, SiraConfig, router_loss
 from moe_peft.context import find_tracker
 from moe_peft.objective import router_loss_values
 from moe_peft.telemetry import record
@@ -369,9 +369,31 @@ def test_accumulated_micro_batches_add_up(checkpointing):
     one, two = batch_of("sira"), batch_of("sira", seed=2, lengths=(2, 6, 3))
     model = adapted("sira", checkpointing)
     task_loss(model, one).backward()
-    task_loss(model, two).backward()
+    with pytest.warns(MoePeftWarning, match="gradients of several forwards add up before an optimizer step"):
+        task_loss(model, two).backward()
+    task_loss(model, two)
     expected = added(explicit_gradients("sira", one), explicit_gradients("sira", two))
     assert_same_gradients(gradients(model), expected)
+
+
+def test_micro_batches_weighed_by_router_loss_do_not_warn():
+    batches = [batch_of("sira"), batch_of("sira", seed=2, lengths=(2, 6, 3))]
+    model = adapted("sira")
+    for batch in batches:
+        loss = task_loss(model, batch)
+        ((loss + router_loss(model)) / 2).backward()
+    expected = [explicit_gradients("sira", batch, divisor=2.0) for batch in batches]
+    assert_same_gradients(gradients(model), added(*expected))
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_optimizer_steps_between_forwards_do_not_warn(set_to_none):
+    model = adapted("sira")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(3):
+        task_loss(model, batch_of("sira")).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=set_to_none)
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)

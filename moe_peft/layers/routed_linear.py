@@ -115,10 +115,10 @@ class RoutedLinear(nn.Module, RoutedLayer):
 
     def _note(self, name: str, routing: Routing) -> Routing:
         """Inject the router losses of a training pass, and tell the tracker what was decided."""
-        objective, losses = self.objectives[name], None
+        objective = self.objectives[name]
         if objective and routing.context.training:
-            routing, losses = objective(routing)
-        self.tracker.record(self.place, name, routing, losses)
+            routing = objective(routing, self.tracker, self.place, name)
+        self.tracker.record(self.place, name, routing)
         return routing
 
     def _mixed_batch_forward(

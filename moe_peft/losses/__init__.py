@@ -1,4 +1,4 @@
-"""Router losses by name: functions of a `Routing` that return an unscaled 0-d float32 tensor."""
+"""Router losses by name. Called on a `Routing`, each returns an unscaled 0-d float32 tensor."""
 
 from __future__ import annotations
 

@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import torch
 
-from ..types import Routing
+from ..types import RouterLoss, Routing
 from .masking import masked_sum
 
 
-def importance(routing: Routing) -> torch.Tensor:
-    """Even out the experts' gate mass; works for dense and sparse decisions.
+class Importance(RouterLoss):
+    """Evens out the experts' gate mass, of dense and sparse decisions.
 
-    Args:
-        routing: Any decision.
-
-    Returns:
-        0-d loss, zero when all experts have the same mass and E - 1 when one has all of it.
+    Zero when all experts have the same mass and E - 1 when one has all of it.
     """
-    importance_E = masked_sum(routing.gate_matrix(), routing)
-    mean = importance_E.mean()
-    return (importance_E - mean).square().mean() / (mean.square() + 1e-10)
+
+    def sums(self, routing: Routing) -> torch.Tensor:
+        """(E,) gate mass of each expert."""
+        return masked_sum(routing.gate_matrix(), routing)
+
+    @staticmethod
+    def value(sums: torch.Tensor) -> torch.Tensor:
+        """(...) loss of (..., E) masses."""
+        mean = sums.mean(-1)
+        return (sums - mean[..., None]).square().mean(-1) / (mean.square() + 1e-10)
+
+
+importance = Importance()

@@ -12,37 +12,47 @@ from __future__ import annotations
 
 import torch
 
-from ..types import Routing
+from ..types import RouterLoss, Routing
 from .masking import masked_sum, num_valid
 
 
-def load_balancing(routing: Routing) -> torch.Tensor:
-    """Balance of a sparse router, with f summing to one.
+class LoadBalancing(RouterLoss):
+    """Balance of a sparse router, with f summing to one; a dense decision gives the constant one.
 
-    Args:
-        routing: Sparse decision; a dense one gives the constant one.
-
-    Returns:
-        0-d loss, 1 when balanced and E when all tokens ask for one expert.
+    1 when balanced, and E when all tokens ask for one expert.
     """
-    requests_E, probs_E = _requests_and_mean_probs(routing)
-    fractions_E = requests_E / requests_E.sum().clamp_min(1)
-    return routing.num_experts * (fractions_E * probs_E).sum()
+
+    def sums(self, routing: Routing) -> torch.Tensor:
+        """(2E + 1,) requests for each expert, its summed probability, and the number of valid tokens."""
+        requests_E, probs_E = routing.request_matrix().sum(0), masked_sum(routing.probs, routing)
+        return torch.cat([requests_E, probs_E, num_valid(routing)[None]])
+
+    @staticmethod
+    def value(sums: torch.Tensor) -> torch.Tensor:
+        """(...) loss of (..., 2E + 1) sums."""
+        requests_E, probs_E, tokens = _parts(sums)
+        fractions_E = requests_E / requests_E.sum(-1, keepdim=True).clamp_min(1)
+        return requests_E.shape[-1] * (fractions_E * probs_E / tokens).sum(-1)
 
 
-def gshard_load_balancing(routing: Routing) -> torch.Tensor:
+class GShardLoadBalancing(LoadBalancing):
     """Balance of a sparse router in GShard's scale.
 
-    Args:
-        routing: Sparse decision with K experts per token.
-
-    Returns:
-        0-d loss, K / E^2 when balanced and 1 / E when K = 1 and all tokens ask for one expert.
+    K / E^2 when balanced, and 1 / E when K = 1 and all tokens ask for one expert.
     """
-    requests_E, probs_E = _requests_and_mean_probs(routing)
-    return (requests_E / num_valid(routing) * probs_E).sum() / routing.num_experts
+
+    @staticmethod
+    def value(sums: torch.Tensor) -> torch.Tensor:
+        """(...) loss of (..., 2E + 1) sums."""
+        requests_E, probs_E, tokens = _parts(sums)
+        return (requests_E / tokens * probs_E / tokens).sum(-1) / requests_E.shape[-1]
 
 
-def _requests_and_mean_probs(routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
-    requests_E = routing.request_matrix().sum(0)
-    return requests_E, masked_sum(routing.probs, routing) / num_valid(routing)
+def _parts(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    num_experts = (sums.shape[-1] - 1) // 2
+    requests_E, probs_E, tokens = sums.split([num_experts, num_experts, 1], dim=-1)
+    return requests_E, probs_E, tokens.clamp_min(1)
+
+
+load_balancing = LoadBalancing()
+gshard_load_balancing = GShardLoadBalancing()

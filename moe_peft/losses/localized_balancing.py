@@ -15,13 +15,13 @@ from collections.abc import Sequence
 
 import torch
 
-from ..types import Routing
+from ..types import RouterLoss, Routing
 
 MODES = ("paper", "specialize")
 
 
-class LocalizedBalancing:
-    """Loss of one place.
+class LocalizedBalancing(RouterLoss):
+    """Loss of one place; zero when Z is constant.
 
     Args:
         expert_groups: Group of each expert, length E; None for one group of all, which balances without localizing.
@@ -44,14 +44,15 @@ class LocalizedBalancing:
         self.group_column = group_column
         self._groups_on: dict[torch.device, torch.Tensor] = {}
 
-    def __call__(self, routing: Routing) -> torch.Tensor:
-        """Compute the loss.
+    def sums(self, routing: Routing) -> torch.Tensor:
+        """Sum over the entries of Z that count; sequences without a valid token do not.
 
         Args:
             routing: Any decision; its context carries the sequences and, where experts have groups, their groups.
 
         Returns:
-            0-d loss, zero when Z is constant.
+            (4,) number n of entries, sum of Z - c, sum of (Z - c)^2, and n * c. The entries of a balanced routing are
+            c = 1 / E, and the variance of small differences from c keeps its digits.
 
         Raises:
             ValueError: The experts have groups, but the batch brings none.
@@ -67,7 +68,19 @@ class LocalizedBalancing:
         tokens_S = sequences_T.new_zeros(context.num_sequences).index_add(0, sequences_T, counts_T)
         mass_SE = gates_TE.new_zeros(context.num_sequences, routing.num_experts).index_add(0, sequences_T, gates_TE)
         Z_SE = self._shift(routing) * mass_SE / tokens_S.clamp_min(1)[:, None]
-        return _squared_variation(Z_SE, tokens_S > 0)
+        keep_SE = (tokens_S > 0)[:, None].expand_as(Z_SE).to(Z_SE.dtype)
+        centre = 1.0 / routing.num_experts
+        difference_SE, count = (Z_SE - centre) * keep_SE, keep_SE.sum()
+        return torch.stack([count, difference_SE.sum(), difference_SE.square().sum(), count * centre])
+
+    @staticmethod
+    def value(sums: torch.Tensor) -> torch.Tensor:
+        """(...) unbiased variance over squared mean, of (..., 4) sums."""
+        count, difference, square, centre = sums.unbind(-1)
+        at_least_one = count.clamp_min(1)
+        mean = (difference + centre) / at_least_one
+        variance = (square - difference.square() / at_least_one) / (count - 1).clamp_min(1)
+        return variance / (mean.square() + 1e-10)
 
     def _shift(self, routing: Routing) -> torch.Tensor | float:
         if self.expert_groups is None:
@@ -86,12 +99,3 @@ class LocalizedBalancing:
             self._groups_on[device] = torch.tensor(self.expert_groups, device=device)
         matches_SE = groups_S[:, None] == self._groups_on[device][None, :]
         return 1.0 + self.sign * self.delta * (2.0 * matches_SE.to(routing.probs.dtype) - 1.0)
-
-
-def _squared_variation(Z_SE: torch.Tensor, keep_S: torch.Tensor) -> torch.Tensor:
-    """Unbiased variance over squared mean of the kept rows' entries; sequences without a valid token do not count."""
-    keep_SE = keep_S[:, None].expand_as(Z_SE).to(Z_SE.dtype)
-    count = keep_SE.sum()
-    mean = (Z_SE * keep_SE).sum() / count.clamp_min(1)
-    variance = ((Z_SE - mean).square() * keep_SE).sum() / (count - 1).clamp_min(1)
-    return variance / (mean.square() + 1e-10)

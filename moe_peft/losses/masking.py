@@ -8,10 +8,10 @@ from ..types import Routing
 
 
 def num_valid(routing: Routing) -> torch.Tensor:
-    """Number of valid tokens, as a 0-d tensor of at least one so that means of nothing are zero."""
+    """Number of valid tokens, a 0-d tensor; divide by `num_valid(routing).clamp_min(1)`."""
     if routing.valid is None:
-        return routing.logits.new_tensor(float(max(routing.logits.shape[0], 1)))
-    return routing.valid.sum().to(routing.logits.dtype).clamp_min(1)
+        return routing.logits.new_tensor(float(routing.logits.shape[0]))
+    return routing.valid.sum().to(routing.logits.dtype)
 
 
 def masked_sum(values: torch.Tensor, routing: Routing) -> torch.Tensor:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from ..types import Routing
+from ..types import RouterLoss, Routing
 from .masking import masked_sum, num_valid
 
 
-def z_loss(routing: Routing) -> torch.Tensor:
-    """Keep the router logits small.
+class ZLoss(RouterLoss):
+    """Keeps the router logits small; zero when every token's logits have a log-sum-exp of zero."""
 
-    Args:
-        routing: Any decision.
+    def sums(self, routing: Routing) -> torch.Tensor:
+        """(2,) sum of the squares, and the number of valid tokens."""
+        squares_T = routing.logits.logsumexp(dim=-1).square()
+        return torch.stack([masked_sum(squares_T, routing), num_valid(routing)])
 
-    Returns:
-        0-d loss, zero when every token's logits have a log-sum-exp of zero.
-    """
-    return masked_sum(routing.logits.logsumexp(dim=-1).square(), routing) / num_valid(routing)
+    @staticmethod
+    def value(sums: torch.Tensor) -> torch.Tensor:
+        """(...) loss of (..., 2) sums."""
+        return sums[..., 0] / sums[..., 1].clamp_min(1)
+
+
+z_loss = ZLoss()

@@ -46,4 +46,6 @@ def build_parts(
         init_weights=config.init_weights,
         experts_implementation=config.experts_implementation,
     )
-    return RoutedParts(router=router, experts=bank, objective=RouterObjective(losses))
+    return RoutedParts(
+        router=router, experts=bank, objective=RouterObjective(losses, scope=config.load_balancing_scope)
+    )

@@ -10,7 +10,7 @@ from torch.optim import SGD
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from moe_peft import LoraMoeConfig, RoutedConfig, telemetry
+from moe_peft import LoraMoeConfig, MoePeftWarning, RoutedConfig, telemetry
 from moe_peft.context import find_tracker
 from moe_peft.integrations import GroupCollator, MoeCallback, attach
 from moe_peft.integrations.callback import restore_router_precision
@@ -92,7 +92,8 @@ def test_router_losses_are_the_mean_over_micro_batches(accumulation, tmp_path):
 
 def test_without_the_callback_accumulation_counts_the_losses_too_often(tmp_path):
     right = gradients_after_one_step(adapted(), 4, [MoeCallback()], tmp_path, seed=0)
-    wrong = gradients_after_one_step(adapted(), 4, [], tmp_path, seed=0)
+    with pytest.warns(MoePeftWarning, match=r"call moe_peft.attach\(trainer\)"):
+        wrong = gradients_after_one_step(adapted(), 4, [], tmp_path, seed=0)
     router = next(name for name in right if "layers.1.mlp.down_proj" in name and "router" in name)
     assert not torch.allclose(right[router], wrong[router], rtol=1e-2, atol=1e-6)
 

@@ -47,9 +47,9 @@ def test_without_a_mask_every_token_counts():
     assert num_valid(routing) == 3 and masked_sum(torch.arange(3.0), routing) == 3.0
 
 
-def test_mean_of_no_token_divides_by_one():
-    assert num_valid(random_routing(0, 2)) == 1
-    assert num_valid(padded(random_routing(0, 2), 2, 0, 0.0)) == 1
+def test_without_a_valid_token_there_are_none():
+    assert num_valid(random_routing(0, 2)) == 0
+    assert num_valid(padded(random_routing(0, 2), 2, 0, 0.0)) == 0
 
 
 @pytest.mark.parametrize("name", NAMES)

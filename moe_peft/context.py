@@ -55,6 +55,7 @@ class ForwardTracker:
         managed: Whether a trainer's callback keeps `loss_scale` and `window`.
         group_columns: Allowed group values by the name of the batch column that carries them.
         observers: Called with (place, adapter, routing) for every routing of a forward pass.
+        training_observers: Called likewise, for training passes alone.
     """
 
     def __init__(self) -> None:
@@ -66,6 +67,7 @@ class ForwardTracker:
         self.managed = False
         self.group_columns: dict[str, frozenset[int]] = {}
         self.observers: list[Observer] = []
+        self.training_observers: list[Observer] = []
         self._open_losses: ForwardLosses | None = None
         self._groups: torch.Tensor | None = None
         self._groups_checked = False
@@ -81,6 +83,7 @@ class ForwardTracker:
             "in_reverse": None,
             "window": None,
             "observers": [],
+            "training_observers": [],
             "_open_losses": None,
             "_groups": None,
         }
@@ -150,7 +153,8 @@ class ForwardTracker:
         """Show what a layer decided to the observers, once per forward pass and never in a recomputation."""
         if in_backward():
             return
-        for observer in self.observers:
+        observers = [*self.observers, *self.training_observers] if routing.context.training else self.observers
+        for observer in observers:
             observer(place, adapter, routing)
 
     def _warn_once(self, message: str) -> None:

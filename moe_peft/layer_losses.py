@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import distributed as dist
 
+from .processes import num_processes, sum_over_processes
 from .types import LossScale, RouterLoss
 
 SCOPES = ("micro_batch", "global_batch", "accumulation_window")
@@ -45,11 +45,6 @@ class LayerLosses:
     count: int = 1
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    @property
-    def values(self) -> dict[str, torch.Tensor]:
-        """Unscaled 0-d losses of the joined sums, by name, without graph."""
-        return {name: self.losses[name].value(sums) for name, sums in (self.joined or self.own).items()}
-
 
 @dataclass
 class ForwardLosses:
@@ -62,6 +57,28 @@ class ForwardLosses:
 
     scale: LossScale
     layers: dict[tuple[str, str], list[LayerLosses]] = field(default_factory=dict)
+
+    def all_layers(self) -> list[LayerLosses]:
+        """What all layers contributed, in order."""
+        return [layer for made in self.layers.values() for layer in made]
+
+    def mean_values(self) -> dict[str, torch.Tensor]:
+        """Unscaled losses averaged over the layers that have them: name -> 0-d tensor without graph."""
+        values: dict[str, list[torch.Tensor]] = {}
+        for (loss, *_), members in _alike(self.all_layers()).items():
+            values_G = loss.value(torch.stack([layer.joined[name] for layer, name in members]))
+            for (_, name), value in zip(members, values_G, strict=True):
+                values.setdefault(name, []).append(value)
+        return {name: torch.stack([v.to(parts[0]) for v in parts]).mean() for name, parts in values.items()}
+
+    def total(self) -> torch.Tensor | None:
+        """0-d sum of coefficient * loss over all layers, without graph; None without any loss."""
+        parts = []
+        for (loss, *_), members in _alike(self.all_layers()).items():
+            values_G = loss.value(torch.stack([layer.joined[name] for layer, name in members]))
+            weights_G = values_G.new_tensor([layer.coefficients[name] for layer, name in members])
+            parts.append((values_G * weights_G).sum())
+        return torch.stack([part.to(parts[0]) for part in parts]).sum() if parts else None
 
 
 class WindowSums:
@@ -97,16 +114,10 @@ def finish(layers: Mapping[tuple, LayerLosses], window: WindowSums | None) -> No
 
 
 def _join_processes(layers: Sequence[LayerLosses]) -> None:
-    if not layers or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
-    own = [sums for layer in layers for sums in layer.own.values()]
-    dtype = torch.float64 if any(sums.dtype == torch.float64 for sums in own) else torch.float32
-    flat = torch.cat([sums.to(own[0].device, dtype) for sums in own])
-    dist.all_reduce(flat)
-    parts = iter(flat.split([sums.numel() for sums in own]))
+    joined = iter(sum_over_processes([sums for layer in layers for sums in layer.own.values()]))
     for layer in layers:
-        layer.joined = {name: next(parts).to(sums) for name, sums in layer.own.items()}
-        layer.count = dist.get_world_size()
+        layer.joined = {name: next(joined) for name in layer.own}
+        layer.count = num_processes()
 
 
 def differentiate(layers: Sequence[LayerLosses]) -> None:
@@ -115,12 +126,7 @@ def differentiate(layers: Sequence[LayerLosses]) -> None:
     Args:
         layers: Layers of one process.
     """
-    groups: dict[tuple, list[tuple[LayerLosses, str]]] = {}
-    for layer in layers:
-        for name, sums in layer.joined.items():
-            kind = (type(layer.losses[name]), sums.shape, sums.dtype, sums.device)
-            groups.setdefault(kind, []).append((layer, name))
-    for (loss, *_), members in groups.items():
+    for (loss, *_), members in _alike(layers).items():
         gradients_GN = _derivative(loss, torch.stack([layer.joined[name] for layer, name in members]))
         weights_G = [layer.coefficients[name] * layer.count for layer, name in members]
         if len(set(weights_G)) == 1:
@@ -129,6 +135,16 @@ def differentiate(layers: Sequence[LayerLosses]) -> None:
             gradients_GN = gradients_GN * gradients_GN.new_tensor(weights_G)[:, None]
         for (layer, name), gradient_N in zip(members, gradients_GN, strict=True):
             layer.gradients[name] = gradient_N
+
+
+def _alike(layers: Sequence[LayerLosses]) -> dict[tuple, list[tuple[LayerLosses, str]]]:
+    """(layer, name of the loss) of losses that one call can evaluate: of the same class, size, dtype and device."""
+    groups: dict[tuple, list[tuple[LayerLosses, str]]] = {}
+    for layer in layers:
+        for name, sums in layer.joined.items():
+            kind = (type(layer.losses[name]), sums.shape, sums.dtype, sums.device)
+            groups.setdefault(kind, []).append((layer, name))
+    return groups
 
 
 def _derivative(loss: Any, sums_GN: torch.Tensor) -> torch.Tensor:

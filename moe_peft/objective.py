@@ -148,17 +148,10 @@ def router_loss(model: nn.Module) -> torch.Tensor:
             would be lost because the model's own loss is not part of it.
     """
     latest = _latest_losses(model, "router_loss")
-    parts = [
-        layer.coefficients[name] * value
-        for layers in latest.layers.values()
-        for layer in layers
-        for name, value in layer.values.items()
-    ]
-    if not parts:
+    total = latest.total()
+    if total is None:
         return torch.zeros(())
-    device = parts[-1].device
-    total = torch.stack([part.to(device) for part in parts]).sum()
-    anchor = torch.zeros((), device=device, requires_grad=True)
+    anchor = torch.zeros((), device=total.device, requires_grad=True)
     return _ScaleInjection.apply(anchor, total, latest.scale)
 
 
@@ -175,17 +168,7 @@ def router_loss_values(model: nn.Module) -> dict[str, torch.Tensor]:
         ValueError: The model has no routed adapter.
         RuntimeError: There was no forward in train mode with gradients enabled.
     """
-    return mean_values(_latest_losses(model, "router_loss_values"))
-
-
-def mean_values(losses: ForwardLosses) -> dict[str, torch.Tensor]:
-    """Unscaled router losses of a forward, averaged over the layers that have them: name -> 0-d tensor."""
-    values: dict[str, list[torch.Tensor]] = {}
-    for layers in losses.layers.values():
-        for layer in layers:
-            for name, value in layer.values.items():
-                values.setdefault(name, []).append(value)
-    return {name: torch.stack([v.to(parts[0].device) for v in parts]).mean() for name, parts in values.items()}
+    return _latest_losses(model, "router_loss_values").mean_values()
 
 
 def _latest_losses(model: nn.Module, caller: str) -> ForwardLosses:

@@ -1,6 +1,7 @@
 """What a routing says about the experts: load, importance, entropy, dead experts, drop rate, confidence.
 
-Pure functions of a `Routing`, over its valid tokens, in float32; `record` collects the routings of a model's forwards.
+Pure functions of a `Routing`, over its valid tokens, without gradient; `record` collects the routings of a model's
+forwards.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from .context import find_tracker
-from .losses.masking import masked_sum, num_valid
+from .routing_statistics import RoutingStatistics
 from .types import Routing
 
 
@@ -22,8 +23,7 @@ def load(routing: Routing) -> torch.Tensor:
     Returns:
         (E,) summing to one.
     """
-    requests_E = routing.request_matrix().sum(0)
-    return requests_E / requests_E.sum().clamp_min(1)
+    return RoutingStatistics.of(routing).load
 
 
 def importance(routing: Routing) -> torch.Tensor:
@@ -32,8 +32,7 @@ def importance(routing: Routing) -> torch.Tensor:
     Returns:
         (E,) summing to one.
     """
-    mass_E = masked_sum(routing.gate_matrix(), routing)
-    return mass_E / mass_E.sum().clamp_min(torch.finfo(mass_E.dtype).tiny)
+    return RoutingStatistics.of(routing).importance
 
 
 def load_entropy(routing: Routing) -> torch.Tensor:
@@ -42,10 +41,7 @@ def load_entropy(routing: Routing) -> torch.Tensor:
     Returns:
         0-d tensor; one for a single expert.
     """
-    share_E = importance(routing)
-    if share_E.numel() == 1:
-        return torch.ones_like(share_E[0])
-    return torch.special.entr(share_E).sum() / torch.log(torch.tensor(float(share_E.numel())))
+    return RoutingStatistics.of(routing).load_entropy
 
 
 def max_over_mean_load(routing: Routing) -> torch.Tensor:
@@ -54,8 +50,7 @@ def max_over_mean_load(routing: Routing) -> torch.Tensor:
     Returns:
         0-d tensor.
     """
-    share_E = load(routing)
-    return share_E.max() * share_E.numel()
+    return RoutingStatistics.of(routing).max_over_mean_load
 
 
 def dead_experts(routing: Routing) -> torch.Tensor:
@@ -64,7 +59,7 @@ def dead_experts(routing: Routing) -> torch.Tensor:
     Returns:
         0-d int64 tensor.
     """
-    return (routing.request_matrix().sum(0) == 0).sum()
+    return RoutingStatistics.of(routing).dead_experts
 
 
 def drop_rate(routing: Routing) -> torch.Tensor:
@@ -73,10 +68,7 @@ def drop_rate(routing: Routing) -> torch.Tensor:
     Returns:
         0-d tensor; zero without a capacity.
     """
-    if routing.dropped is None:
-        return routing.logits.new_zeros(())
-    requests = routing.request_matrix().sum().clamp_min(1)
-    return masked_sum(routing.dropped.to(requests.dtype), routing).sum() / requests
+    return RoutingStatistics.of(routing).drop_rate
 
 
 def confidence(routing: Routing) -> torch.Tensor:
@@ -85,7 +77,7 @@ def confidence(routing: Routing) -> torch.Tensor:
     Returns:
         0-d tensor in [1 / E, 1].
     """
-    return masked_sum(routing.probs.amax(-1), routing) / num_valid(routing).clamp_min(1)
+    return RoutingStatistics.of(routing).confidence
 
 
 @contextmanager

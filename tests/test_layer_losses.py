@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_peft import RoutedConfig
-from moe_peft.layer_losses import LayerLosses, WindowSums, differentiate, finish
+from moe_peft.layer_losses import ForwardLosses, LayerLosses, WindowSums, differentiate, finish
 from moe_peft.losses import LOSSES, LocalizedBalancing
 from moe_peft.objective import MeanLoss
-from moe_peft.types import RouterLoss, Routing, TokenContext
+from moe_peft.types import LossScale, RouterLoss, Routing, TokenContext
 from tests.compare import random_routing
 
 NAMES = sorted(LOSSES)
@@ -91,7 +91,7 @@ def test_window_joins_the_micro_batches_so_far_and_weighs_by_their_number(name):
     one, two = measured(name, first), measured(name, second)
     finish({("up", "default", 0): one}, window)
     finish({("up", "default", 0): two}, window)
-    torch.testing.assert_close(two.values[name], loss_of(name)(joined(first, second)))
+    torch.testing.assert_close(two.losses[name].value(two.joined[name]), loss_of(name)(joined(first, second)))
     assert (one.count, two.count) == (1, 2)
     leaf = (one.own[name] + two.own[name]).requires_grad_()
     (expected,) = torch.autograd.grad(0.5 * loss_of(name).value(leaf), leaf)
@@ -172,3 +172,23 @@ def test_recomputed_calls_of_a_shared_layer_find_what_they_measured(reentrant):
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, msg=lambda m, n=name: n + m)
+
+
+def test_total_and_means_of_a_forward_are_those_of_its_layers():
+    forward = ForwardLosses(LossScale())
+    expected, by_name = 0.0, {"z_loss": [], "importance": []}
+    for place, experts in (("up", 4), ("down", 6), ("gate", 4)):
+        routing = random_routing(7, experts, 2)
+        losses = {"importance": LOSSES["importance"], "z_loss": LOSSES["z_loss"]}
+        own = {name: loss.sums(routing).detach() for name, loss in losses.items()}
+        coefficients = {"importance": 0.1 * experts, "z_loss": 0.2}
+        layer = LayerLosses(losses, coefficients, "micro_batch", own)
+        finish({(place, "default", 0): layer}, None)
+        forward.layers[place, "default"] = [layer]
+        for name, loss in losses.items():
+            value = float(loss(routing).detach())
+            expected += coefficients[name] * value
+            by_name[name].append(value)
+    assert float(forward.total()) == pytest.approx(expected)
+    means = {name: float(value) for name, value in forward.mean_values().items()}
+    assert means == pytest.approx({name: sum(values) / 3 for name, values in by_name.items()})

@@ -7,23 +7,27 @@ from typing import Any
 from torch import nn
 
 from .callback import MoeCallback
+from .checks import check_training
 from .collator import GroupCollator
 
 
-def attach(trainer: Any) -> Any:
+def attach(trainer: Any, *, telemetry_steps: int = 1, layer_groups: int = 4) -> Any:
     """Prepare a transformers or TRL trainer whose model has routed adapters. Call it before `trainer.train()`.
 
-    Adds `MoeCallback`. Where an adapter balances by sample group, it also keeps the group's column through
-    `remove_unused_columns` and carries it past the trainer's collator. Attaching twice changes nothing.
+    Adds `MoeCallback`, and what it measures to the trainer's logs (keys "moe/..."). Where an adapter balances by
+    sample group, it also keeps the group's column through `remove_unused_columns` and carries it past the trainer's
+    collator. Attaching twice changes nothing.
 
     Args:
         trainer: A trainer that has been built.
+        telemetry_steps: Measure the routing in every n-th optimizer step; 0 switches telemetry off.
+        layer_groups: Groups of consecutive layers that get log entries of their own; 0 for none.
 
     Returns:
         The trainer.
 
     Raises:
-        ValueError: Its model has no routed adapter.
+        ValueError: Its model has no routed adapter, or its settings ask of the adapter what it cannot do.
     """
     configs = getattr(trainer.model, "peft_config", {})
     if not any(hasattr(config, "adapter_type") for config in configs.values()):
@@ -31,13 +35,40 @@ def attach(trainer: Any) -> Any:
             f"attach: {type(trainer.model).__name__} has no routed adapter. Give the trainer a peft_config of "
             "moe_peft, or a model from peft.get_peft_model."
         )
+    check_training(trainer.args, trainer.model)
     if not any(isinstance(callback, MoeCallback) for callback in trainer.callback_handler.callbacks):
-        trainer.add_callback(MoeCallback())
+        trainer.add_callback(MoeCallback(telemetry_steps, layer_groups))
+    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, MoeCallback))
+    if not isinstance(trainer.log, RoutingLog):
+        trainer.log = RoutingLog(trainer, callback)
     for column in sorted(group_columns(trainer.model)):
         trainer.args.remove_unused_columns = False
         if not _carries(trainer.data_collator, column):
             trainer.data_collator = GroupCollator(trainer.data_collator, column)
     return trainer
+
+
+class RoutingLog:
+    """Stands in for a trainer's `log` method: adds the routing's entries to those of training steps.
+
+    A callback's `on_log` is too late, as the trackers (tensorboard, wandb, trackio) and the log history have read the
+    entries by then.
+
+    Args:
+        trainer: The trainer.
+        callback: What measures its routing.
+    """
+
+    def __init__(self, trainer: Any, callback: MoeCallback) -> None:
+        self.trainer = trainer
+        self.callback = callback
+        self.log = trainer.log
+
+    def __call__(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with the entries "moe/..." where `logs` are of training steps; arguments as in `Trainer.log`."""
+        if "loss" in logs:
+            logs.update(self.callback.read_metrics(self.trainer.state.global_step))
+        self.log(logs, *args, **kwargs)
 
 
 def group_columns(model: nn.Module) -> set[str]:

@@ -1,16 +1,23 @@
-"""Keeps routed adapters right inside a trainer: weight of the router losses, and float32 routers."""
+"""Keeps routed adapters right inside a trainer, and measures their routing for the trainer's logs."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..context import find_tracker
+from ..context import ForwardTracker, find_tracker
+from ..layer_losses import WindowSums
 from ..routers import Router
+from .checks import check_training
+from .history import FILE_NAME, RoutingHistory
+from .meter import RoutingMeter, metrics_of
 
 
 class MoeCallback(TrainerCallback):
@@ -18,35 +25,115 @@ class MoeCallback(TrainerCallback):
 
     Router losses are injected with the weight `amp_scale / micro-batches of the accumulation window`, whatever way the
     trainer scales its own loss; never times the number of processes, over which gradients are averaged. Routers that a
-    trainer turned to 16 bit are float32 again before the first step.
+    trainer turned to 16 bit are float32 again before the first step. The routing is measured in training passes; its
+    history is saved beside every checkpoint. `moe_peft.attach(trainer)` adds this callback and puts what it measures
+    into the trainer's logs, which a callback alone cannot.
+
+    Args:
+        telemetry_steps: Measure in every n-th optimizer step; 0 switches telemetry off.
+        layer_groups: Groups of consecutive layers that get log entries of their own; 0 for none.
+
+    Raises:
+        ValueError: A number is negative.
     """
+
+    def __init__(self, telemetry_steps: int = 1, layer_groups: int = 4) -> None:
+        for name, value in (("telemetry_steps", telemetry_steps), ("layer_groups", layer_groups)):
+            if value < 0:
+                raise ValueError(f"MoeCallback: {name}={value} must be 0 (off) or a positive number.")
+        self.telemetry_steps = telemetry_steps
+        self.layer_groups = layer_groups
+        self.meter = RoutingMeter()
+        self.history = RoutingHistory()
+        self._measuring = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Restore the routers' precision before the optimizer has any state."""
-        restore_router_precision(kwargs["model"])
+        """Check what training would make impossible, and restore the routers' precision before the first step."""
+        check_training(args, kwargs["model"])
+        if not _uses_deepspeed(args):
+            restore_router_precision(kwargs["model"])
+        tracker = find_tracker(kwargs["model"])
+        if tracker is not None:
+            self._measure(tracker, False)
+        checkpoint = _checkpoint_folder(args, state)
+        resumes = state.global_step > 0 and (checkpoint / FILE_NAME).is_file()
+        self.history = RoutingHistory.load(checkpoint) if resumes else RoutingHistory()
+        self.meter = RoutingMeter()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Weigh the router losses of the accumulation window that begins."""
         tracker = find_tracker(kwargs["model"])
-        if tracker is not None:
-            micro_batches = _micro_batches(args, state, kwargs.get("train_dataloader"))
-            tracker.loss_scale = _amp_scale(kwargs.get("optimizer")) / micro_batches
+        if tracker is None:
+            return
+        micro_batches = _micro_batches(args, state, kwargs.get("train_dataloader"))
+        tracker.loss_scale = _amp_scale(kwargs.get("optimizer")) / micro_batches
+        tracker.window, tracker.managed = WindowSums(), True
+        self._measure(tracker, self.telemetry_steps > 0 and state.global_step % self.telemetry_steps == 0)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add the router losses of a micro-batch."""
+        tracker = find_tracker(kwargs["model"])
+        if tracker is not None and self._measuring:
+            self.meter.add_losses(tracker)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add the router losses of the window's last micro-batch."""
+        self.on_substep_end(args, state, control, **kwargs)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save the routing history beside the checkpoint."""
+        folder = _checkpoint_folder(args, state)
+        if state.is_world_process_zero and self.history.steps and folder.is_dir():
+            self.history.save(folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the model as a plain loop expects it."""
+        """Leave the model as a plain loop expects it, and save the routing history of the run."""
         tracker = find_tracker(kwargs["model"])
         if tracker is not None:
-            tracker.loss_scale = 1.0
+            self._measure(tracker, False)
+            tracker.loss_scale, tracker.window, tracker.managed = 1.0, None, False
+        folder = Path(args.output_dir or "")
+        if state.is_world_process_zero and self.history.steps and folder.is_dir():
+            self.history.save(folder)
+
+    def read_metrics(self, step: int) -> dict[str, float]:
+        """Read the meter into log entries and the history; every process must call it.
+
+        Args:
+            step: Optimizer steps so far.
+
+        Returns:
+            Entries with keys "moe/..."; empty when nothing was measured since the last reading.
+        """
+        reading = self.meter.read()
+        if not reading.places:
+            return {}
+        self.history.append(step, reading)
+        return metrics_of(reading, self.layer_groups)
+
+    def _measure(self, tracker: ForwardTracker, measuring: bool) -> None:
+        tracker.training_observers = [o for o in tracker.training_observers if o != self.meter.observe]
+        if measuring:
+            tracker.training_observers.append(self.meter.observe)
+        self._measuring = measuring
 
 
 def restore_router_precision(model: nn.Module) -> int:
-    """Turn trainable routers that were cast to 16 bit back to float32.
+    """Turn routers that were cast to 16 bit back to float32.
+
+    Parameters that FSDP split over processes keep their dtype, which its mixed precision sets to float32. Do not call
+    it on a model that DeepSpeed holds: it owns the storage, and keeps a float32 copy in its optimizer. Scores are
+    computed in float32 from weights of any dtype.
 
     Args:
         model: A model with routed adapters.
@@ -56,10 +143,21 @@ def restore_router_precision(model: nn.Module) -> int:
     """
     count = 0
     for module in model.modules():
-        if isinstance(module, Router) and module.weight.dtype in (torch.bfloat16, torch.float16):
+        if not isinstance(module, Router) or isinstance(module.weight, DTensor):
+            continue
+        if module.weight.dtype in (torch.bfloat16, torch.float16):
             module.weight.data = module.weight.data.float()
             count += 1
     return count
+
+
+def _uses_deepspeed(args: TrainingArguments) -> bool:
+    state = args.distributed_state
+    return state is not None and state.distributed_type == DistributedType.DEEPSPEED
+
+
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
 
 
 def _micro_batches(args: TrainingArguments, state: TrainerState, dataloader: Any) -> int:

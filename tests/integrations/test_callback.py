@@ -169,7 +169,7 @@ def test_sft_trainer_trains_saves_and_carries_the_sample_groups(checkpointing, t
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
-    assert "localized_balancing" in next(iter(find_tracker(trainer.model).latest.layers.values()))[0].values
+    assert "localized_balancing" in next(iter(find_tracker(trainer.model).latest.layers.values()))[0].losses
 
 
 @pytest.fixture

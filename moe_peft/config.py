@@ -16,6 +16,7 @@ from .adapter_files import check_adapter_files
 from .layer_losses import SCOPES
 from .ops import IMPLEMENTATIONS
 from .routers import ROUTERS, Router
+from .types import Place
 
 SCHEMA_VERSION = 1
 ROUTER_FIELDS = frozenset(name for router in ROUTERS.values() for name in router.fields)
@@ -23,23 +24,25 @@ ROUTER_FIELDS = frozenset(name for router in ROUTERS.values() for name in router
 
 @dataclass(frozen=True)
 class RoutedParts:
-    """What one layer needs for one adapter: a router, a bank of experts, and the router losses."""
+    """What one layer needs for one adapter: a bank of experts, a router unless the backbone routes, router losses."""
 
-    router: Router
     experts: nn.Module
-    objective: Callable | None
+    router: Router | None = None
+    objective: Callable | None = None
 
 
 @dataclass
 class MoeConfig(PeftConfig):
     """Fields shared by the routed adapter types; use one of its subclasses.
 
-    A subclass overrides defaults with its paper's values, names its `method` and `equation`, and implements `build`.
+    A subclass overrides defaults with its paper's values, names its `method`, its `equation` and the kind of module it
+    wraps (`placement`, see `layers.LAYERS`), and implements `build`.
     """
 
     method: ClassVar[str] = ""
     equation: ClassVar[str] = ""
     source: ClassVar[str] = ""
+    placement: ClassVar[str] = "linear"
     default_targets: ClassVar[Literal["ffn", "attention", "all"]] = "ffn"
     fixed_fields: ClassVar[dict[str, str]] = {}
     adapter_type: ClassVar[str] = ""
@@ -148,12 +151,11 @@ class MoeConfig(PeftConfig):
         """s, the factor of the routed sum of experts."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
-    def build(self, in_features: int, out_features: int) -> RoutedParts:
+    def build(self, place: Place) -> RoutedParts:
         """Build the parts of one layer.
 
         Args:
-            in_features: D, input width of the wrapped linear layer.
-            out_features: O, its output width.
+            place: The module that the layer will wrap.
         """
         raise NotImplementedError(
             f"{type(self).__name__} does not say how to build a layer; use one of its subclasses."

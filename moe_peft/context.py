@@ -166,7 +166,7 @@ class ForwardTracker:
         """Warn where a plain loop adds up gradients of several forwards without weighing the router losses."""
         if self.managed or ACCUMULATION in self._warned:
             return
-        parameter = next((p for p in model.parameters() if p.requires_grad), None)
+        parameter = next((p for n, p in model.named_parameters() if p.requires_grad and "_router." in n), None)
         if parameter is None:
             return
         seen = (id(parameter), parameter._version)

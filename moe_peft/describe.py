@@ -11,7 +11,8 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
 from .config import MoeConfig
-from .placement import Place, find_places, resolve_targets
+from .placement import find_places, resolve_targets
+from .types import Place
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ def describe(model: nn.Module, config: MoeConfig) -> Description:
     parameters = []
     for place in places:
         with torch.device("meta"):
-            parts = config.build(place.in_features, place.out_features)
-        modules = (parts.router, parts.experts)
+            parts = config.build(place)
+        modules = [module for module in (parts.router, parts.experts) if module is not None]
         parameters.append(sum(p.numel() for module in modules for p in module.parameters()))
     return Description(config, places, parameters, sum(_numel(p) for p in model.parameters()))
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -15,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .backbone import is_below, router_names
+from .types import Place
 
 if TYPE_CHECKING:
     from .config import MoeConfig
@@ -23,23 +23,6 @@ if TYPE_CHECKING:
 UNGATED_NAMES = ("up_proj", "wi_1")
 CROSS_ATTENTION = re.compile(r"encdecattention|encoder_attn|cross_?attn|crossattention", re.IGNORECASE)
 DUMMY_TARGETS = "dummy-target-modules"
-
-
-@dataclass(frozen=True)
-class Place:
-    """A linear layer that an adapter wraps.
-
-    Attributes:
-        name: Full module name.
-        in_features: D.
-        out_features: O.
-        kind: Class name of the wrapped module.
-    """
-
-    name: str
-    in_features: int
-    out_features: int
-    kind: str
 
 
 def linear_features(module: nn.Module, **quantization: Any) -> tuple[int, int] | None:
@@ -162,10 +145,27 @@ def find_places(model: nn.Module, config: MoeConfig, **quantization: Any) -> lis
             excluded = excluded or (match is not None and match is not False)
             continue
         _refuse_router(name, routers)
-        places.append(_place(name, module, modules[name.rpartition(".")[0]], **quantization))
+        places.append(place_of(name, module, modules[name.rpartition(".")[0]], config, **quantization))
     if not places and not excluded:
         raise ValueError(_no_match(model, config))
     return places
+
+
+def place_of(name: str, module: nn.Module, parent: nn.Module, config: MoeConfig, **quantization: Any) -> Place:
+    """Describe a module that a configuration matches.
+
+    Args:
+        name: Its full name.
+        module: The module, or a tuner layer around it.
+        parent: The module it is an attribute of.
+        config: The configuration.
+        **quantization: What `peft.utils.quantization_utils.get_quantization_kwargs` says of the model.
+
+    Raises:
+        TypeError: An adapter of this kind cannot wrap such a module.
+        ValueError: An adapter there would have no effect.
+    """
+    return PLACES[config.placement](name, module, parent, **quantization)
 
 
 def reads_encoder_states(name: str) -> bool:
@@ -173,7 +173,7 @@ def reads_encoder_states(name: str) -> bool:
     return bool(CROSS_ATTENTION.search(name)) and name.rpartition(".")[2][:1] in ("k", "v")
 
 
-def _place(name: str, module: nn.Module, parent: nn.Module, **quantization: Any) -> Place:
+def _linear_place(name: str, module: nn.Module, parent: nn.Module, **quantization: Any) -> Place:
     features = linear_features(module, **quantization)
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if features is None:
@@ -217,3 +217,7 @@ def _leaves(names: Iterable[str]) -> list[str]:
 def _endings(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
+
+
+# Kind of placement -> description of a matched module, for the layer of the same name in `layers.LAYERS`.
+PLACES: dict[str, Callable[..., Place]] = {"linear": _linear_place}

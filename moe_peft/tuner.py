@@ -15,8 +15,8 @@ from torch import nn
 
 from .config import MoeConfig
 from .context import ForwardTracker, find_tracker
-from .layers import RoutedLayer, RoutedLinear
-from .placement import find_places, linear_features, resolve_targets
+from .layers import LAYERS, RoutedLayer
+from .placement import find_places, place_of, resolve_targets
 
 
 class RoutedTuner(BaseTuner):
@@ -60,21 +60,19 @@ class RoutedTuner(BaseTuner):
         if parameter_name is not None:
             raise ValueError(f"{parameter_name}: routed adapters wrap modules, not parameters; use target_modules.")
         quantization = get_quantization_kwargs(self.model)
-        features = linear_features(target, **quantization)
-        if features is None:
-            raise TypeError(f"Target module {current_key} ({type(target).__name__}) is not supported.")
-        parts = peft_config.build(*features)
+        place = place_of(current_key, target, parent, peft_config, **quantization)
+        parts = peft_config.build(place)
         if isinstance(target, RoutedLayer) and target.prefix == self.prefix:
             target.update_layer(adapter_name, parts, inference_mode=peft_config.inference_mode)
             return
         tracker = find_tracker(self.model)
         assert tracker is not None
-        layer = RoutedLinear(
+        layer = LAYERS[peft_config.placement](
             target,
             adapter_name,
             parts=parts,
             prefix=self.prefix,
-            place=current_key,
+            place=place,
             tracker=tracker,
             quantization=quantization,
             inference_mode=peft_config.inference_mode,

@@ -1,4 +1,4 @@
-"""What a router decides, what it may know, and a loss on it: `Routing`, `TokenContext`, `RouterLoss`, shape legend.
+"""What a router decides, what it may know, and a loss on it: `Routing`, `TokenContext`, `RouterLoss`, `Place`.
 
 Shape suffixes of local tensors:
     B batch rows, L positions of a row, T tokens (B * L flattened), S sequences (rows, or documents of a packed row),
@@ -15,6 +15,23 @@ import torch
 
 class MoePeftWarning(UserWarning):
     """Every warning this package gives."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module of the backbone that an adapter wraps.
+
+    Attributes:
+        name: Full module name.
+        in_features: D.
+        out_features: O.
+        kind: Class name of the module.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    kind: str = "Linear"
 
 
 class LossScale:

@@ -13,7 +13,7 @@ from torch import nn
 from ..config import RoutedParts
 from ..context import ForwardTracker
 from ..routers import Router
-from ..types import MoePeftWarning
+from ..types import MoePeftWarning, Place, Routing
 
 
 class RoutedLayer(BaseTunerLayer):
@@ -26,17 +26,23 @@ class RoutedLayer(BaseTunerLayer):
     Args:
         base_layer: The wrapped module.
         prefix: Prefix of the adapter type.
-        place: Full name of the wrapped module.
+        place: What the wrapped module is, and its name.
         tracker: The model's forward tracker.
         quantization: What the quantization backend needs to know of the model.
     """
 
     def __init__(
-        self, base_layer: nn.Module, *, prefix: str, place: str, tracker: ForwardTracker, quantization: dict[str, Any]
+        self,
+        base_layer: nn.Module,
+        *,
+        prefix: str,
+        place: Place,
+        tracker: ForwardTracker,
+        quantization: dict[str, Any],
     ) -> None:
         self.base_layer = base_layer
         self.prefix = prefix
-        self.place = place
+        self.place = place.name
         self.tracker = tracker
         self.adapter_layer_names = (f"{prefix}experts", f"{prefix}router")
         self.other_param_names = ("objectives",)
@@ -68,13 +74,30 @@ class RoutedLayer(BaseTunerLayer):
             inference_mode: Whether its parameters stay frozen.
         """
         self.experts[adapter_name] = parts.experts
-        self.router[adapter_name] = parts.router
+        if parts.router is not None:
+            self.router[adapter_name] = parts.router
         self.objectives[adapter_name] = parts.objective
         _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         if dtype is not None and dtype.is_floating_point:
             parts.experts.to(dtype)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def note(self, adapter_name: str, routing: Routing) -> Routing:
+        """Inject the router losses of a training pass, and tell the tracker what was decided.
+
+        Args:
+            adapter_name: Whose decision it is.
+            routing: The decision.
+
+        Returns:
+            The same decision, whose weights must be used.
+        """
+        objective = self.objectives[adapter_name]
+        if objective and routing.context.training:
+            routing = objective(routing, self.tracker, self.place, adapter_name)
+        self.tracker.record(self.place, adapter_name, routing)
+        return routing
 
     def is_mergeable(self, adapter_name: str) -> bool:
         """Whether the adapter adds the same matrix to the base weight for every input."""
@@ -98,7 +121,8 @@ class RoutedLayer(BaseTunerLayer):
         """Move an adapter, keeping its precision: after loading, a cast to 16 bits would round it."""
         if device is None:
             device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        for module in (self.experts[adapter_name], self.router[adapter_name]):
+        modules = [bank[adapter_name] for bank in (self.experts, self.router) if adapter_name in bank]
+        for module in modules:
             if device is not None and not any(p.is_meta for p in module.parameters()):
                 module.to(device)
 

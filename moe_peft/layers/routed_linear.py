@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from ..config import RoutedParts
 from ..context import ForwardTracker
 from ..ops import cast_to_compute_dtype
-from ..placement import linear_features, reads_encoder_states
-from ..types import Routing, TokenContext
+from ..placement import reads_encoder_states
+from ..types import Place, TokenContext
 from .routed_layer import RoutedLayer
 
 
@@ -27,7 +27,7 @@ class RoutedLinear(nn.Module, RoutedLayer):
         adapter_name: Name of the first adapter.
         parts: Its router, experts and losses.
         prefix: Prefix of the adapter type.
-        place: Full name of the wrapped module.
+        place: What the wrapped module is, and its name.
         tracker: The model's forward tracker.
         quantization: What the quantization backend needs to know of the model.
         inference_mode: Whether the adapter's parameters stay frozen.
@@ -40,18 +40,15 @@ class RoutedLinear(nn.Module, RoutedLayer):
         *,
         parts: RoutedParts,
         prefix: str,
-        place: str,
+        place: Place,
         tracker: ForwardTracker,
         quantization: dict[str, Any],
         inference_mode: bool = False,
     ) -> None:
         super().__init__()
         RoutedLayer.__init__(self, base_layer, prefix=prefix, place=place, tracker=tracker, quantization=quantization)
-        features = linear_features(base_layer, **quantization)
-        if features is None:
-            raise TypeError(f"{place} ({type(self.get_base_layer()).__name__}) is not a linear layer.")
-        self.in_features, self.out_features = features
-        self.from_encoder = reads_encoder_states(place)
+        self.in_features, self.out_features = place.in_features, place.out_features
+        self.from_encoder = reads_encoder_states(place.name)
         # A plain layer's fresh output may be added to in place; anything else may keep or share its output.
         self._owns_output = type(base_layer) in (nn.Linear, Conv1D)
         self._active_adapter = adapter_name
@@ -98,9 +95,9 @@ class RoutedLinear(nn.Module, RoutedLayer):
         x_TD = cast_to_compute_dtype(x_TD)
         if self._shares_gemm(name, x_TD, context):
             h_TR, logits_TE = experts.project_with(x_TD, router.weight)
-            routing = self._note(name, router.decide(logits_TE, context))
+            routing = self.note(name, router.decide(logits_TE, context))
             return experts.combine(h_TR, out_TO, routing, in_place=in_place)
-        routing = self._note(name, router(x_TD, context))
+        routing = self.note(name, router(x_TD, context))
         return experts(x_TD, out_TO, routing, in_place=in_place)
 
     def _shares_gemm(self, name: str, x_TD: torch.Tensor, context: TokenContext) -> bool:
@@ -112,14 +109,6 @@ class RoutedLinear(nn.Module, RoutedLayer):
             and not router.jitters(context)
             and not (context.training and experts.lora_dropout > 0)
         )
-
-    def _note(self, name: str, routing: Routing) -> Routing:
-        """Inject the router losses of a training pass, and tell the tracker what was decided."""
-        objective = self.objectives[name]
-        if objective and routing.context.training:
-            routing = objective(routing, self.tracker, self.place, name)
-        self.tracker.record(self.place, name, routing)
-        return routing
 
     def _mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any

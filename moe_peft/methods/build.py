@@ -8,12 +8,12 @@ from ..config import MoeConfig, RoutedParts
 from ..experts import EXPERTS
 from ..objective import Loss, RouterObjective
 from ..routers import ROUTERS
+from ..types import Place
 
 
 def build_parts(
     config: MoeConfig,
-    in_features: int,
-    out_features: int,
+    place: Place,
     *,
     losses: Mapping[str, tuple[Loss, float]],
     experts: str = "low_rank",
@@ -23,22 +23,21 @@ def build_parts(
 
     Args:
         config: Where the numbers come from.
-        in_features: D, input width of the wrapped layer.
-        out_features: O, its output width.
+        place: The module that the layer will wrap.
         losses: Name -> (loss, coefficient).
         experts: Name of the expert kind.
         router_init_std: Standard deviation of the router's initialisation; None takes the one of `nn.Linear`.
     """
     router_cls = ROUTERS[config.router]
     router = router_cls(
-        in_features,
+        place.in_features,
         config.num_experts,
         init_std=router_init_std,
         **{name: getattr(config, name) for name in router_cls.fields},
     )
     bank = EXPERTS[experts](
-        in_features,
-        out_features,
+        place.in_features,
+        place.out_features,
         num_experts=config.num_experts,
         r=config.r,
         scaling=config.scaling,

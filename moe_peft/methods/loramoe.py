@@ -18,6 +18,7 @@ from ..losses import z_loss
 from ..objective import Loss
 from ..registration import extend_peft_type, register
 from ..tuner import RoutedTuner
+from ..types import Place
 from .build import build_parts
 from .localized import LocalizedBalancingConfig
 
@@ -53,13 +54,13 @@ class LoraMoeConfig(LocalizedBalancingConfig):
         super().__post_init__()
         self.peft_type = PEFT_TYPE
 
-    def build(self, in_features: int, out_features: int) -> RoutedParts:
-        """Build the parts of one layer; arguments as in `MoeConfig.build`."""
+    def build(self, place: Place) -> RoutedParts:
+        """Build the parts of one layer; see `MoeConfig.build`."""
         losses: dict[str, tuple[Loss, float]] = {
             "localized_balancing": (self.localized_balancing(), self.router_aux_loss_coef),
             "z_loss": (z_loss, self.router_z_loss_coef),
         }
-        return build_parts(self, in_features, out_features, losses=losses)
+        return build_parts(self, place, losses=losses)
 
 
 class LoraMoeModel(RoutedTuner):

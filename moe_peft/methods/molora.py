@@ -17,6 +17,7 @@ from ..losses import importance, z_loss
 from ..objective import Loss
 from ..registration import extend_peft_type, register
 from ..tuner import RoutedTuner
+from ..types import Place
 from .build import build_parts
 
 PEFT_TYPE = extend_peft_type("MOLORA")
@@ -55,13 +56,13 @@ class MoloraConfig(MoeConfig):
         self._check_choice("router", ("dense", "top_k"))
         super().validate()
 
-    def build(self, in_features: int, out_features: int) -> RoutedParts:
-        """Build the parts of one layer; arguments as in `MoeConfig.build`."""
+    def build(self, place: Place) -> RoutedParts:
+        """Build the parts of one layer; see `MoeConfig.build`."""
         losses: dict[str, tuple[Loss, float]] = {
             "importance": (importance, self.router_aux_loss_coef),
             "z_loss": (z_loss, self.router_z_loss_coef),
         }
-        return build_parts(self, in_features, out_features, losses=losses, router_init_std=0.02)
+        return build_parts(self, place, losses=losses, router_init_std=0.02)
 
 
 class MoloraModel(RoutedTuner):

@@ -18,6 +18,7 @@ from ..objective import Loss
 from ..registration import extend_peft_type, register
 from ..routers import ROUTERS
 from ..tuner import RoutedTuner
+from ..types import Place
 from .build import build_parts
 from .localized import LocalizedBalancingConfig
 
@@ -81,15 +82,15 @@ class RoutedConfig(LocalizedBalancingConfig):
     def _balance_name(self) -> str:
         return "importance" if self.router == "dense" else "load_balancing"
 
-    def build(self, in_features: int, out_features: int) -> RoutedParts:
-        """Build the parts of one layer; arguments as in `MoeConfig.build`."""
+    def build(self, place: Place) -> RoutedParts:
+        """Build the parts of one layer; see `MoeConfig.build`."""
         coefficients = {
             self._balance_name(): self.router_aux_loss_coef,
             "z_loss": self.router_z_loss_coef,
             **(self.losses or {}),
         }
         losses = {name: (self._loss(name), coef) for name, coef in coefficients.items()}
-        return build_parts(self, in_features, out_features, losses=losses, experts=self.experts)
+        return build_parts(self, place, losses=losses, experts=self.experts)
 
     def _loss(self, name: str) -> Loss:
         return self.localized_balancing() if name == "localized_balancing" else LOSSES[name]

@@ -13,6 +13,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, T
 
 from moe_peft import describe
 from moe_peft.methods import METHODS
+from moe_peft.types import Place
 
 ROOT = Path(__file__).parents[2]
 # Fields that have no flag: fixed by the scripts, by peft, or not supported.
@@ -79,7 +80,7 @@ def test_every_field_of_a_run_is_parsed_and_builds(path):
     assert (quantization is not None) == model.load_in_4bit
     if quantization is not None:
         assert quantization.bnb_4bit_quant_type == "nf4" and quantization.bnb_4bit_use_double_quant
-    assert config.build(16, 32).router.num_experts == config.num_experts
+    assert config.build(Place("up_proj", 16, 32)).router.num_experts == config.num_experts
 
 
 def test_the_gpu_run_fits_its_backbone():
@@ -104,7 +105,7 @@ def test_every_method_file_builds_and_names_its_source(path):
     assert "arXiv" in text.splitlines()[0]
     moe = common.MoeArguments(**yaml.safe_load(text))
     assert moe.moe_method == path.stem
-    common.moe_config(moe).build(16, 32)
+    common.moe_config(moe).build(Place("up_proj", 16, 32))
 
 
 def test_data_needs_exactly_one_source():

@@ -1,0 +1,96 @@
+"""Two processes on halves of a batch compute what one computes on the whole: gradients, losses, saved adapters."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.processes import worker
+
+pytestmark = pytest.mark.multi_process
+
+
+def run_processes(folder, wrapping, world=2):
+    """Run the worker in several processes of their own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-m", "tests.processes.worker"]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(world), str(folder), wrapping],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert not any(process.returncode for process in processes), "\n".join(outputs)[-4000:]
+    return folder, json.loads((folder / "facts.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory):
+    return run_processes(tmp_path_factory.mktemp("ddp"), "ddp")
+
+
+@pytest.fixture(scope="module")
+def fsdp(tmp_path_factory):
+    return run_processes(tmp_path_factory.mktemp("fsdp"), "fsdp")
+
+
+def single(case):
+    model = worker.model_of(case)
+    worker.task_loss(model, worker.batch_of(case, 0, 1), 1).backward()
+    loss = float(worker.router_loss(model).detach())
+    return model, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}, loss
+
+
+def assert_close(found, expected):
+    assert found.keys() == expected.keys() and expected
+    for name, wanted in expected.items():
+        atol = 2e-6 * float(wanted.abs().max())
+        torch.testing.assert_close(found[name], wanted, rtol=2e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("case", [case for case in worker.CASES if case != "micro"])
+def test_gradients_of_two_processes_are_those_of_one_on_the_whole_batch(case, ddp):
+    folder, facts = ddp
+    _, expected, loss = single(case)
+    assert_close(load_file(folder / f"{case}.safetensors"), expected)
+    assert [own["router_loss"] for own in facts[case]] == pytest.approx([loss] * 2, rel=1e-5)
+
+
+def test_balance_over_the_micro_batch_is_another_gradient(ddp):
+    folder, facts = ddp
+    _, expected, _ = single("micro")
+    with pytest.raises(AssertionError):
+        assert_close(load_file(folder / "micro.safetensors"), expected)
+    assert facts["micro"][0]["router_loss"] != facts["micro"][1]["router_loss"]
+
+
+@pytest.mark.parametrize("case", worker.CASES)
+def test_a_training_forward_costs_one_all_reduce_per_stack_and_nothing_else_costs_any(case, ddp):
+    _, facts = ddp
+    for own in facts[case]:
+        assert own["forward"] == {"micro": 0, "t5": 2}.get(case, 1)
+        assert own["backward"] == own["evaluation"] == 0
+
+
+@pytest.mark.parametrize("case", worker.FSDP_CASES)
+def test_sharded_parameters_train_as_whole_ones(case, fsdp):
+    folder, facts = fsdp
+    model, expected, loss = single(case)
+    found = load_file(folder / f"{case}.safetensors")
+    own = {name: value for name, value in found.items() if not name.startswith(("saved.", "logits."))}
+    assert_close(own, expected)
+    assert [value["router_loss"] for value in facts[case]] == pytest.approx([loss] * 2, rel=1e-5)
+    for name, value in worker.stepped(model.eval()).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(found["logits.on"], found["logits.off"])

@@ -1,0 +1,160 @@
+"""What each of several processes runs in the tests: forward and backward of its share of a batch.
+
+python -m tests.processes.worker <rank> <world size> <folder> <wrapping>
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from safetensors.torch import save_file
+from torch import distributed as dist
+from torch import nn
+
+from moe_peft import LoraMoeConfig, RoutedConfig, router_loss
+from tests.contract.cases import randomize
+from tests.tiny import padded_batch, tiny_llama, tiny_t5
+
+# Rows of unequal length, so that the processes hold unequal numbers of tokens.
+LENGTHS = [9, 7, 2, 3]
+GROUPS = [0, 1, 1, 0]
+SHARED = {"num_experts": 4, "lora_dropout": 0.0, "router_z_loss_coef": 0.2}
+CONFIGS = {
+    "top_k": lambda scope: RoutedConfig(router_aux_loss_coef=1.0, load_balancing_scope=scope, **SHARED),
+    "dense": lambda scope: RoutedConfig(
+        router="dense", router_aux_loss_coef=1.0, load_balancing_scope=scope, **SHARED
+    ),
+    "groups": lambda scope: LoraMoeConfig(
+        expert_groups=[0, 0, 1, 1],
+        localized_balancing_delta=0.4,
+        router_aux_loss_coef=1.0,
+        load_balancing_scope=scope,
+        **SHARED,
+    ),
+}
+# name -> (configuration, scope, checkpointing)
+CASES = {
+    "top_k": ("top_k", "global_batch", "off"),
+    "top_k-non-reentrant": ("top_k", "global_batch", "non-reentrant"),
+    "top_k-reentrant": ("top_k", "global_batch", "reentrant"),
+    "dense": ("dense", "global_batch", "off"),
+    "groups": ("groups", "global_batch", "off"),
+    "groups-reentrant": ("groups", "global_batch", "reentrant"),
+    "micro": ("top_k", "micro_batch", "off"),
+    "t5": ("top_k", "global_batch", "off"),
+}
+
+
+def model_of(case: str) -> nn.Module:
+    kind, scope, checkpointing = CASES[case]
+    base = tiny_t5(dropout_rate=0.0) if case == "t5" else tiny_llama()
+    model = get_peft_model(base, CONFIGS[kind](scope)).train()
+    randomize(model)
+    if checkpointing != "off":
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+    return model
+
+
+def batch_of(case: str, rank: int, world: int) -> dict[str, torch.Tensor]:
+    """This process's rows of the batch; all of them for a single process."""
+    batch = padded_batch(LENGTHS, seed=4)
+    if case == "t5":
+        batch["decoder_input_ids"] = batch["input_ids"].flip(0)
+        batch["decoder_attention_mask"] = batch["attention_mask"].flip(0)
+    if CASES[case][0] == "groups":
+        batch["task_type"] = torch.tensor(GROUPS)
+    size = len(LENGTHS) // world
+    return {name: value[rank * size : (rank + 1) * size] for name, value in batch.items()}
+
+
+def task_loss(model: nn.Module, batch: dict[str, torch.Tensor], world: int) -> torch.Tensor:
+    """A sum over valid tokens, scaled so that the mean over processes is that of a single one."""
+    logits = model(**batch, use_cache=False).logits
+    mask = batch.get("decoder_attention_mask", batch["attention_mask"])
+    return world * (logits.square().mean(-1) * mask).sum() / sum(LENGTHS)
+
+
+def measured(case: str, model: nn.Module, rank: int, world: int) -> tuple[dict[str, torch.Tensor], dict]:
+    """Gradients by name, and the value of the router losses and the all-reduces that were seen."""
+    calls = []
+    all_reduce = dist.all_reduce
+    dist.all_reduce = lambda tensor, *args, **kwargs: (
+        calls.append(tensor.numel()),
+        all_reduce(tensor, *args, **kwargs),
+    )[1]
+    try:
+        batch = batch_of(case, rank, world)
+        loss = task_loss(model, batch, world)
+        facts = {"forward": len(calls), "router_loss": float(router_loss(model).detach())}
+        loss.backward()
+        facts["backward"] = len(calls) - facts["forward"]
+        with torch.no_grad():
+            model(**batch, use_cache=False)
+        model.eval()(**batch, use_cache=False)
+        facts["evaluation"] = len(calls) - facts["forward"] - facts["backward"]
+    finally:
+        dist.all_reduce = all_reduce
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    named = {n: p.grad for n, p in inner.named_parameters() if p.requires_grad}
+    return {name: _whole(grad) for name, grad in named.items()}, facts
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.detach().clone().contiguous()
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    """FSDP2 around every decoder layer and the whole."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def run(rank: int, world: int, folder: Path, wrapping: str) -> None:
+    """Measure all cases, and let the first process write what it found."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=world)
+    facts = {}
+    for case in CASES if wrapping == "ddp" else FSDP_CASES:
+        model = model_of(case)
+        model = nn.parallel.DistributedDataParallel(model) if wrapping == "ddp" else sharded(model)
+        gradients, facts[case] = measured(case, model, rank, world)
+        if wrapping == "fsdp":
+            gradients |= stepped(model)
+        values = [None] * world
+        dist.all_gather_object(values, facts[case])
+        facts[case] = values
+        if rank == 0:
+            save_file(gradients, folder / f"{case}.safetensors")
+    if rank == 0:
+        (folder / "facts.json").write_text(json.dumps(facts))
+    dist.destroy_process_group()
+
+
+FSDP_CASES = ("top_k", "top_k-non-reentrant", "top_k-reentrant", "groups")
+
+
+def stepped(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter as peft would save it after a step of plain SGD, and the logits with the adapter on and off."""
+    from peft import get_peft_model_state_dict
+
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    saved = {f"saved.{name}": _whole(value) for name, value in get_peft_model_state_dict(model).items()}
+    batch = padded_batch(LENGTHS, seed=4)
+    with torch.no_grad():
+        saved["logits.on"] = model(**batch, use_cache=False).logits.clone()
+        with model.disable_adapter():
+            saved["logits.off"] = model(**batch, use_cache=False).logits.clone()
+    return saved
+
+
+if __name__ == "__main__":
+    run(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])

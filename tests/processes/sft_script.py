@@ -1,0 +1,98 @@
+"""One optimizer step of SFTTrainer, to be launched with any number of processes: the same global batch each time.
+
+accelerate launch tests/processes/sft_script.py <folder> <accumulation> <scope>
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState
+from accelerate.utils import FullyShardedDataParallelPlugin
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast, set_seed
+from trl import SFTConfig, SFTTrainer
+
+import moe_peft
+from tests.tiny import tiny_llama
+
+ROWS = 8
+
+
+def allow_fsdp_on_cpu() -> None:
+    """Accelerate turns processes on GPUs alone into FSDP; on CPU it would quietly train with DDP."""
+    plain = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin or FullyShardedDataParallelPlugin()
+
+    AcceleratorState.__init__ = init
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 64)}}
+    model = Tokenizer(models.WordLevel(vocab, unk_token="w3"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def main(folder: str, accumulation: int, scope: str) -> None:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        allow_fsdp_on_cpu()
+    ids = torch.randint(3, 60, (ROWS, 6), generator=torch.Generator().manual_seed(3)).tolist()
+    config = moe_peft.RoutedConfig(
+        task_type="CAUSAL_LM", num_experts=4, router_aux_loss_coef=1.0, init_weights=False, load_balancing_scope=scope
+    )
+    args = SFTConfig(
+        output_dir=folder,
+        max_steps=1,
+        per_device_train_batch_size=ROWS // world // accumulation,
+        gradient_accumulation_steps=accumulation,
+        optim="sgd",
+        learning_rate=0.5,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+    )
+    set_seed(0)
+    base = tiny_llama()
+    trainer = SFTTrainer(
+        model=base,
+        args=args,
+        train_dataset=Dataset.from_list([{"input_ids": row} for row in ids]),
+        processing_class=tokenizer(),
+        peft_config=config,
+    )
+    moe_peft.attach(trainer)
+    trainer.train()
+    trainer.save_model(folder)
+    if trainer.is_world_process_zero():
+        facts = {
+            "world": trainer.accelerator.num_processes,
+            "type": str(trainer.accelerator.distributed_type),
+            "sharded": any(type(p.data).__name__ == "DTensor" for p in trainer.model.parameters()),
+            "log": next(entry for entry in trainer.state.log_history if "loss" in entry),
+        }
+        (Path(folder) / "facts.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,100 @@
+"""SFTTrainer under `accelerate launch`: two processes save the adapter that one saves, and log the same routing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from moe_peft.integrations.history import RoutingHistory
+from tests.tiny import padded_batch, tiny_llama
+
+pytestmark = pytest.mark.multi_process
+
+DDP = {"distributed_type": "MULTI_GPU", "use_cpu": True, "num_processes": 2, "num_machines": 1}
+FSDP = {
+    **DDP,
+    "distributed_type": "FSDP",
+    "fsdp_config": {
+        "fsdp_version": 2,
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+        "fsdp_state_dict_type": "FULL_STATE_DICT",
+        "fsdp_reshard_after_forward": True,
+        "fsdp_cpu_ram_efficient_loading": False,
+    },
+}
+SINGLE = {"distributed_type": "NO", "use_cpu": True, "num_processes": 1, "num_machines": 1}
+LAUNCHES = {"one": SINGLE, "ddp": DDP, "fsdp": FSDP}
+
+
+def launch(folder: Path, how: str, accumulation: int = 1, scope: str = "global_batch") -> Path:
+    """Train with accelerate's launcher in a folder of its own."""
+    target = folder / f"{how}-{accumulation}-{scope}"
+    target.mkdir()
+    config = target / "accelerate.yaml"
+    config.write_text(
+        yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", "mixed_precision": "no", **LAUNCHES[how]})
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--main_process_port", "0", "tests/processes/sft_script.py", str(target), str(accumulation), scope]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    return target
+
+
+def facts_of(folder: Path) -> dict:
+    return json.loads((folder / "facts.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return launch(tmp_path_factory.mktemp("one"), "one")
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_two_processes_train_save_and_log_as_one(how, one, tmp_path):
+    two = launch(tmp_path, how)
+    facts, single = facts_of(two), facts_of(one)
+    assert facts["world"] == 2 and single["world"] == 1
+    assert facts["sharded"] == (how == "fsdp")
+    found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (two, one))
+    assert found.keys() == expected.keys()
+    for name, wanted in expected.items():
+        torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    keys = {key for key in single["log"] if key.startswith("moe/")}
+    assert {"moe/load_balancing", "moe/load_entropy", "moe/max_over_mean_load", "moe/dead_experts"} <= keys
+    assert {key: facts["log"][key] for key in keys} == pytest.approx(
+        {key: single["log"][key] for key in keys}, rel=1e-4
+    )
+    history, alone = RoutingHistory.load(two).tensors(), RoutingHistory.load(one).tensors()
+    assert history.keys() == alone.keys()
+    for name, rows in alone.items():
+        torch.testing.assert_close(history[name], rows, rtol=1e-4, atol=1e-6)
+    logits = [
+        PeftModel.from_pretrained(tiny_llama(), folder).eval()(**padded_batch([5, 3])).logits for folder in (two, one)
+    ]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_step_is_large_enough_to_tell_a_wrong_balance(one, tmp_path):
+    local = launch(tmp_path, "ddp", scope="micro_batch")
+    found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (local, one))
+    assert any(not torch.allclose(found[name], wanted, rtol=1e-4, atol=1e-5) for name, wanted in expected.items())
+
+
+def test_accumulation_on_two_processes_equals_accumulation_on_one_with_the_same_micro_batches(tmp_path):
+    two = launch(tmp_path, "ddp", accumulation=2, scope="accumulation_window")
+    alone = launch(tmp_path, "one", accumulation=2, scope="accumulation_window")
+    found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (two, alone))
+    for name, wanted in expected.items():
+        torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

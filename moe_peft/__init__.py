@@ -16,7 +16,7 @@ else:
 
 from . import experts, losses, routers, telemetry
 from .describe import describe
-from .integrations import MoeCallback, attach
+from .integrations import CoefficientSchedule, FreezeCallback, MoeCallback, attach
 from .methods import LoraMoeConfig, MoloraConfig, RoutedConfig, SiraConfig
 from .objective import router_loss
 from .types import MoePeftWarning
@@ -27,6 +27,8 @@ except PackageNotFoundError:
     __version__ = "0+unknown"
 
 __all__ = [
+    "CoefficientSchedule",
+    "FreezeCallback",
     "LoraMoeConfig",
     "MoeCallback",
     "MoePeftWarning",

@@ -5,5 +5,7 @@ from __future__ import annotations
 from .attach import attach
 from .callback import MoeCallback
 from .collator import GroupCollator
+from .freezing import FreezeCallback
+from .schedules import CoefficientSchedule
 
-__all__ = ["GroupCollator", "MoeCallback", "attach"]
+__all__ = ["CoefficientSchedule", "FreezeCallback", "GroupCollator", "MoeCallback", "attach"]

@@ -9,9 +9,17 @@ from torch import nn
 from .callback import MoeCallback
 from .checks import check_training
 from .collator import GroupCollator
+from .parameter_groups import set_learning_rates
 
 
-def attach(trainer: Any, *, telemetry_steps: int = 1, layer_groups: int = 4) -> Any:
+def attach(
+    trainer: Any,
+    *,
+    telemetry_steps: int = 1,
+    layer_groups: int = 4,
+    router_lr: float | None = None,
+    lora_plus_ratio: float | None = None,
+) -> Any:
     """Prepare a transformers or TRL trainer whose model has routed adapters. Call it before `trainer.train()`.
 
     Adds `MoeCallback`, and what it measures to the trainer's logs (keys "moe/..."). Where an adapter balances by
@@ -22,6 +30,9 @@ def attach(trainer: Any, *, telemetry_steps: int = 1, layer_groups: int = 4) -> 
         trainer: A trainer that has been built.
         telemetry_steps: Measure the routing in every n-th optimizer step; 0 switches telemetry off.
         layer_groups: Groups of consecutive layers that get log entries of their own; 0 for none.
+        router_lr: Learning rate of the routers; None for the trainer's.
+        lora_plus_ratio: Learning rate of the experts' up matrices over the trainer's (LoRA+, arXiv 2402.12354); None
+            for one.
 
     Returns:
         The trainer.
@@ -36,6 +47,7 @@ def attach(trainer: Any, *, telemetry_steps: int = 1, layer_groups: int = 4) -> 
             "moe_peft, or a model from peft.get_peft_model."
         )
     check_training(trainer.args, trainer.model)
+    set_learning_rates(trainer, router_lr, lora_plus_ratio)
     if not any(isinstance(callback, MoeCallback) for callback in trainer.callback_handler.callbacks):
         trainer.add_callback(MoeCallback(telemetry_steps, layer_groups))
     callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, MoeCallback))

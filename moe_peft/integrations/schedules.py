@@ -1,0 +1,91 @@
+"""Changes the coefficient of a router loss in the course of training."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..layers import RoutedLayer
+
+
+class CoefficientSchedule(TrainerCallback):
+    """Multiplies the configured coefficient of a router loss by a factor that is piecewise linear in the step.
+
+    The factor depends on the step alone, so a resumed run continues where it was.
+
+    Args:
+        loss: Name of the loss, as in the logs: "load_balancing", "z_loss", ...
+        points: Optimizer step -> factor; constant before the first and after the last.
+
+    Raises:
+        ValueError: There is no point, or a step or factor is negative.
+    """
+
+    def __init__(self, loss: str, points: Mapping[int, float]) -> None:
+        if not points or any(step < 0 or factor < 0 for step, factor in points.items()):
+            raise ValueError(
+                f"CoefficientSchedule: points={dict(points)!r} must map optimizer steps to factors, neither negative, "
+                "as {0: 1.0, 1000: 0.1}."
+            )
+        self.loss = loss
+        self.points = sorted((int(step), float(factor)) for step, factor in points.items())
+        self._configured: list[tuple[dict[str, float], float]] = []
+
+    def factor(self, step: int) -> float:
+        """Factor of the coefficient in an optimizer step."""
+        after = bisect_right([own for own, _ in self.points], step)
+        if after == 0:
+            return self.points[0][1]
+        if after == len(self.points):
+            return self.points[-1][1]
+        (left, low), (right, high) = self.points[after - 1], self.points[after]
+        return low + (high - low) * (step - left) / (right - left)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remember the configured coefficients.
+
+        Raises:
+            ValueError: No adapter of the model has the loss.
+        """
+        self._restore()
+        objectives = list(_coefficients(kwargs["model"]))
+        self._configured = [(own, own[self.loss]) for own in objectives if self.loss in own]
+        if not self._configured:
+            names = sorted({name for own in objectives for name in own})
+            raise ValueError(
+                f"CoefficientSchedule: the model has no loss {self.loss!r}; it has {names}. A loss whose configured "
+                "coefficient is 0 is left out: configure it with its largest value."
+            )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the coefficients of the step that begins."""
+        for coefficients, configured in self._configured:
+            coefficients[self.loss] = configured * self.factor(state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Restore the configured coefficients."""
+        self._restore()
+
+    def _restore(self) -> None:
+        for coefficients, configured in self._configured:
+            coefficients[self.loss] = configured
+        self._configured = []
+
+
+def _coefficients(model: nn.Module) -> Iterator[dict[str, float]]:
+    """The coefficients of every layer's losses, which a forward reads."""
+    for module in model.modules():
+        if isinstance(module, RoutedLayer):
+            for objective in module.objectives.values():
+                if objective is not None:
+                    yield objective.coefficients

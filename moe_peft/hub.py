@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig, PeftModel
 from torch import nn
 
-from .adapter_files import WEIGHTS, num_parameters
+from .adapter_files import WEIGHTS, check_adapter_files, num_parameters
 from .config import MoeConfig
 from .hub_card import hub_card, is_hub_name, read_card
 from .types import MoePeftWarning
@@ -27,6 +27,8 @@ CONFIG, CARD = "adapter_config.json", "README.md"
 # A tokenizer's and a processor's files; everything else in a training folder stays there unless it is asked for.
 BESIDE = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"]
 BESIDE += ["chat_template*", "additional_chat_templates/*", "*processor_config.json"]
+
+NETWORK_ERRORS = (HTTPError, ConnectionError, TimeoutError)
 
 
 def push_adapter(
@@ -145,6 +147,7 @@ def _read_config(folder: Path) -> MoeConfig:
     except KeyError as error:
         raise ValueError(f"{path} has the unknown peft_type {error}. Upgrade peft-moe, or peft.") from error
     _check_routed(config, str(path))
+    check_adapter_files(str(folder), None, num_experts=config.num_experts, r=config.r)
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"{folder} holds no {WEIGHTS}. Save the adapter again with model.save_pretrained(folder).")
     return config
@@ -190,7 +193,8 @@ def _explained(repo_id: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        cause = _network_cause(error)
+        status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
         reason = " ".join(str(error).split())
         kind: type[OSError] = OSError
         fix = "Correct what the Hub names, and"
@@ -203,10 +207,18 @@ def _explained(repo_id: str, folder: Path) -> Iterator[None]:
         elif status == 403:
             kind, reason = PermissionError, f"the token may not write there ({reason})"
             fix = "Take a token with write access to this name, or a name of your own, and"
-        elif status is None and isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
-            kind, reason = ConnectionError, f"the connection broke ({type(error).__name__}: {reason})"
+        elif status is None and isinstance(cause, NETWORK_ERRORS):
+            kind, reason = ConnectionError, f"the connection broke ({type(cause).__name__}: {cause})"
             fix = "Once the Hub can be reached,"
         raise kind(
             f"The upload to {repo_id} did not finish: {reason}. The adapter lies complete and unchanged in {folder}. "
             f"{fix} call moe_peft.push_adapter({str(folder)!r}, {repo_id!r}, ...) again."
         ) from error
+
+
+def _network_cause(error: BaseException) -> BaseException | None:
+    """The first error of the network among an error and its causes; the Hub's library wraps those of single files."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, NETWORK_ERRORS):
+        cause = cause.__cause__
+    return cause

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -50,11 +51,11 @@ def read_card(path: Path) -> ModelCard:
     """
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     try:
-        return ModelCard(text if text.lstrip().startswith("---") else f"---\n---\n{text}")
+        return ModelCard(text if text.lstrip().startswith("---") else f"---\n{{}}\n---\n{text}")
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise ValueError(
-            f"The metadata at the top of {path} cannot be read ({error}). Correct the lines between the two `---`, or "
-            "delete the file; the adapter has not been changed."
+            f"The metadata at the top of {path} cannot be read ({' '.join(str(error).split())}). Correct the lines "
+            "between the two `---`, or delete the file."
         ) from error
 
 
@@ -72,20 +73,21 @@ def hub_card(card: ModelCard, facts: AdapterFacts) -> str:
         The whole README.md.
     """
     base_model = facts.base_model if is_hub_name(facts.base_model) else None
-    _complete_metadata(card.data, facts, base_model)
+    facts = dataclasses.replace(facts, base_model=base_model)
+    _complete_metadata(card.data, facts)
     base_text = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a model outside the Hub"
     text = card.text.replace("\r\n", "\n").replace(NO_BASE, base_text)
     card.text = _complete_body(text, facts)
     return str(card)
 
 
-def _complete_metadata(data: CardData, facts: AdapterFacts, base_model: str | None) -> None:
+def _complete_metadata(data: CardData, facts: AdapterFacts) -> None:
     tags = {tag for tag in data.get("tags") or [] if not tag.startswith("base_model:")}
     tags |= {"moe-peft", "peft", facts.adapter_type.lower()}
-    data["base_model"] = base_model
-    data["base_model_relation"] = "adapter" if base_model else None
-    if base_model:
-        tags.add(f"base_model:adapter:{base_model}")
+    data["base_model"] = facts.base_model
+    data["base_model_relation"] = "adapter" if facts.base_model else None
+    if facts.base_model:
+        tags.add(f"base_model:adapter:{facts.base_model}")
     data["tags"] = sorted(tags)
     data["library_name"] = "peft"
     data["pipeline_tag"] = data.get("pipeline_tag") or PIPELINES.get(facts.task_type or "")

@@ -1,17 +1,18 @@
-"""What the training scripts do for `--push_to_hub`: save without the stock upload, then push with a card that is right.
+"""What the training scripts do for `--push_to_hub`: save without the stock upload, then push with a card of our own.
 
-The stock trainer makes the repository when it is built, so a run without a valid token stops before it trains, and with
-`--hub_strategy every_save` (its default) it uploads the adapter of every checkpoint, with TRL's card. The last commit
-is ours: it replaces that card.
+The stock trainer makes the repository when it is built, so a run without a valid token stops before it trains. By its
+default, `--hub_strategy every_save`, it uploads the adapter of every checkpoint with TRL's card. The last commit is
+ours and replaces that card.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import moe_peft
-from moe_peft.hub_card import is_hub_name
+from moe_peft.hub_card import is_hub_name, read_card
 from moe_peft.model_card import write_section
 
 # Endings of the entries of a trainer's log that measure the machine, not the model.
@@ -69,6 +70,8 @@ def write_card(trainer: Any, dataset_name: str | None) -> None:
         dataset_name=dataset_name if is_hub_name(dataset_name) else None,
     )
     model = trainer.accelerator.unwrap_model(trainer.model)
+    # peft replaces the card's tags by those of the model.
+    model.get_base_model().add_model_tags(read_card(Path(folder) / "README.md").data.get("tags") or [])
     model.create_or_update_model_card(folder)
     write_section(folder, model.peft_config[model.active_adapter].facts())
 

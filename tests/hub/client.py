@@ -107,8 +107,8 @@ def push_folder(folder: str, name: str, **arguments: Any) -> str:
     return push_adapter(folder, name, **arguments).commit_url
 
 
-def load(way: str, base: str, name: str, logits: str) -> str | None:
-    """Load an adapter the given way and save its logits; returns the folder it came from."""
+def load(way: str, base: str, name: str, logits: str) -> None:
+    """Load an adapter the given way and save its logits."""
     import peft
     from transformers import AutoModelForCausalLM
 
@@ -122,6 +122,12 @@ def load(way: str, base: str, name: str, logits: str) -> str | None:
         model = AutoModelForCausalLM.from_pretrained(base)
         model.load_adapter(name)
     save_logits(model, logits)
+
+
+def run_example(example: str, logits: str) -> None:
+    names: dict[str, Any] = {}
+    exec(example, names)
+    save_logits(names["model"], logits)
 
 
 def main() -> None:

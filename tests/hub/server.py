@@ -20,6 +20,7 @@ import yaml
 
 REPO = r"([\w.-]+/[\w.-]+)"
 MODEL_ID = re.compile(r"([\w.-]+/)?[\w.-]+")
+LICENSE = re.compile(r"[a-z0-9.-]+")
 FRONT_MATTER = re.compile(r"---\n(.*?)\n---", re.DOTALL)
 
 
@@ -137,8 +138,10 @@ class LocalHub:
         data = (yaml.safe_load(match[1]) if match else None) or {}
         names = [data.get("base_model") or "none", *(data.get("datasets") or [])]
         wrong = [name for name in names if not MODEL_ID.fullmatch(name)]
-        if wrong:
-            errors = [{"message": f"{name!r} is not the name of a repository on the Hub"} for name in wrong]
+        errors = [{"message": f"{name!r} is not the name of a repository on the Hub"} for name in wrong]
+        if not LICENSE.fullmatch(data.get("license", "none")):
+            errors.append({"message": f"{data['license']!r} is not a license"})
+        if errors:
             raise Refusal(400, "Invalid metadata", errors=errors, warnings=[])
         return {"errors": [], "warnings": []}
 

@@ -72,6 +72,14 @@ def push_base(name: str, token: str) -> None:
     tiny_llama().push_to_hub(name, token=token)
 
 
+def upload(folder: str, name: str, token: str) -> None:
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(name)
+    api.upload_folder(repo_id=name, folder_path=folder)
+
+
 def adapted(base: str):
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM

@@ -16,6 +16,7 @@ else:
 
 from . import experts, losses, routers, telemetry
 from .describe import describe
+from .hub import push_adapter
 from .integrations import CoefficientSchedule, FreezeCallback, MoeCallback, attach
 from .methods import LoraMoeConfig, MoloraConfig, RoutedConfig, SiraConfig
 from .objective import router_loss
@@ -39,6 +40,7 @@ __all__ = [
     "describe",
     "experts",
     "losses",
+    "push_adapter",
     "router_loss",
     "routers",
     "telemetry",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -32,15 +33,7 @@ def check_adapter_files(folder: str, subfolder: str | None, *, num_experts: int,
                 "safetensors.torch.save_file."
             )
         return
-    try:
-        with safe_open(weights, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"{weights} cannot be read as safetensors ({error}): the file is truncated or damaged. Copy or download "
-            "it again; the base model has not been touched."
-        ) from error
-    for key, shape in shapes.items():
+    for key, shape in _shapes(weights).items():
         if not key.endswith(("_experts.A", "_experts.B")):
             continue
         if shape[:2] != (num_experts, r):
@@ -49,3 +42,27 @@ def check_adapter_files(folder: str, subfolder: str | None, *, num_experts: int,
                 f"and r={r}, that is ({num_experts}, {r}, width). The two files do not belong together: copy both "
                 "from the same save."
             )
+
+
+def num_parameters(folder: str | Path) -> int | None:
+    """Number of weights in a folder's safetensors file, read from its header; None when it has no such file.
+
+    Args:
+        folder: Adapter folder.
+
+    Raises:
+        ValueError: The file is truncated or damaged.
+    """
+    weights = Path(folder) / WEIGHTS
+    return sum(math.prod(shape) for shape in _shapes(weights).values()) if weights.is_file() else None
+
+
+def _shapes(weights: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(weights, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{weights} cannot be read as safetensors ({error}): the file is truncated or damaged. Copy or download "
+            "it again; the base model has not been touched."
+        ) from error

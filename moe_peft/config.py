@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Literal
 from peft.config import PeftConfig
 from torch import nn
 
-from . import model_card
 from .adapter_files import check_adapter_files
 from .layer_losses import SCOPES
+from .model_card import SETTINGS, AdapterFacts, write_section
 from .ops import IMPLEMENTATIONS
 from .routers import ROUTERS, Router
 from .types import Place
@@ -246,4 +246,21 @@ class MoeConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the configuration, and say in the folder's model card how to load the adapter; arguments as in peft."""
         super().save_pretrained(save_directory, **kwargs)
-        model_card.add_usage(save_directory, self.method, self.equation, self.source, self.base_model_name_or_path)
+        write_section(save_directory, self.facts())
+
+    def facts(self) -> AdapterFacts:
+        """What a model card can say about this adapter without its weights."""
+        settings: dict[str, object] = {}
+        for name in SETTINGS:
+            value = getattr(self, name)
+            if name not in self.fixed_fields and value not in (None, False, 0.0):
+                settings[name] = sorted(value) if isinstance(value, set) else value
+        return AdapterFacts(
+            method=self.method,
+            adapter_type=self.adapter_type,
+            equation=self.equation,
+            source=self.source,
+            task_type=self.task_type,
+            settings=settings,
+            base_model=self.base_model_name_or_path,
+        )

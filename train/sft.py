@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from common import MoeArguments, dry_run, load_data, model_init_kwargs, moe_config, refuse_plain_lora
+from hub import push_to_hub, save_model
 from report import Report
 
 import moe_peft
@@ -49,11 +50,11 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     if report:
         report.before()
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model(training_args.output_dir)
+    save_model(trainer)
     if report:
         report.after(training_args.output_dir, model_args.model_name_or_path)
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        push_to_hub(trainer, script_args)
 
 
 if __name__ == "__main__":

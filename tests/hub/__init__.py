@@ -1,0 +1,1 @@
+"""Uploads and downloads through a local stand-in for the Hub."""

@@ -1,0 +1,89 @@
+"""What the training scripts do for `--push_to_hub`: save without the stock upload, then push with a card of our own.
+
+The stock trainer makes the repository when it is built, so a run without a valid token stops before it trains. By its
+default, `--hub_strategy every_save`, it uploads the adapter of every checkpoint with TRL's card. The last commit is
+ours and replaces that card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import moe_peft
+from moe_peft.hub_card import is_hub_name, read_card
+from moe_peft.model_card import write_section
+
+# Endings of the entries of a trainer's log that measure the machine, not the model.
+TIMINGS = ("runtime", "_per_second", "total_flos")
+
+
+def save_model(trainer: Any) -> None:
+    """Save the adapter in the output folder; call it in every process.
+
+    With `--push_to_hub` the trainer's own `save_model` also uploads the folder, training_args.bin included.
+
+    Args:
+        trainer: A trainer.
+    """
+    trainer.save_model(trainer.args.output_dir, _internal_call=True)
+
+
+def push_to_hub(trainer: Any, script_args: Any, metrics: Mapping[str, float] | None = None) -> None:
+    """Push the adapter in the output folder; call it in every process, the main one alone uploads.
+
+    Args:
+        trainer: A TRL trainer whose adapter has been saved.
+        script_args: TRL's `ScriptArguments`; the card names its `dataset_name`, if that is one on the Hub.
+        metrics: Results for the card; None takes the last ones of the run, see `last_metrics`.
+
+    Raises:
+        OSError: The upload failed; the message says why, and that the output folder still holds the adapter.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    write_card(trainer, script_args.dataset_name)
+    args = trainer.args
+    commit = moe_peft.push_adapter(
+        args.output_dir,
+        trainer.hub_model_id,
+        token=args.hub_token,
+        private=args.hub_private_repo,
+        revision=args.hub_revision,
+        commit_message="End of training",
+        metrics=last_metrics(trainer) if metrics is None else metrics,
+    )
+    print(f"pushed to {commit.repo_url}", flush=True)
+
+
+def write_card(trainer: Any, dataset_name: str | None) -> None:
+    """Write TRL's card into the output folder, with peft's metadata and our section, as saving a model would.
+
+    Args:
+        trainer: A TRL trainer.
+        dataset_name: Name or path of its data.
+    """
+    folder = trainer.args.output_dir
+    trainer.create_model_card(
+        model_name=trainer.hub_model_id.split("/")[-1],
+        dataset_name=dataset_name if is_hub_name(dataset_name) else None,
+    )
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    # peft replaces the card's tags by those of the model.
+    model.get_base_model().add_model_tags(read_card(Path(folder) / "README.md").data.get("tags") or [])
+    model.create_or_update_model_card(folder)
+    write_section(folder, model.peft_config[model.active_adapter].facts())
+
+
+def last_metrics(trainer: Any) -> dict[str, float]:
+    """The last evaluation's and the whole training's results of a trainer, without its timings.
+
+    Args:
+        trainer: A trainer that has trained.
+    """
+    metrics: dict[str, float] = {}
+    for key in ("train_loss", "eval_loss"):
+        entries = [entry for entry in trainer.state.log_history if key in entry]
+        metrics |= entries[-1] if entries else {}
+    return {name: value for name, value in metrics.items() if not name.endswith(TIMINGS)}

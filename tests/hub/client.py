@@ -20,9 +20,10 @@ MARK = "result of the call: "
 
 def environment(hub: LocalHub, home: Path, token: str | None = None) -> dict[str, str]:
     """Variables of a process that knows no Hub but the local one and starts with an empty cache."""
+    home.mkdir(parents=True, exist_ok=True)
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     variables |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
-    variables |= {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT)}
+    variables |= {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(home)}
     return variables if token is None else {**variables, "HF_TOKEN": token}
 
 

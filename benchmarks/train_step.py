@@ -19,6 +19,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import moe_peft
+from moe_peft.context import find_tracker
+from moe_peft.integrations.meter import RoutingMeter, metrics_of
 
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
 
@@ -54,10 +56,15 @@ def loop_over_experts(model: nn.Module, num_experts: int, r: int, scaling: float
     return model
 
 
-def training_step(model: nn.Module, input_ids: torch.Tensor, coef: float = 0.0) -> Callable[[], None]:
-    """One forward, backward and AdamW step on a fixed batch."""
+def training_step(
+    model: nn.Module, input_ids: torch.Tensor, coef: float = 0.0, meter: RoutingMeter | None = None
+) -> Callable[[], None]:
+    """One forward, backward and AdamW step on a fixed batch; a meter is read in every step, its worst case."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     layers = [m for m in model.modules() if isinstance(m, LoopedExperts)]
+    tracker = find_tracker(model)
+    if meter is not None:
+        tracker.training_observers.append(meter.observe)
     model.train()
 
     def step() -> None:
@@ -67,6 +74,9 @@ def training_step(model: nn.Module, input_ids: torch.Tensor, coef: float = 0.0) 
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if meter is not None:
+            meter.add_losses(tracker)
+            metrics_of(meter.read(), layer_groups=4)
 
     return step
 
@@ -126,6 +136,9 @@ def main() -> None:
         "peft LoRA r=32": training_step(get_peft_model(copy.deepcopy(base), lora), input_ids),
         "LoRAMoE E=8 r=4, balance on": training_step(get_peft_model(copy.deepcopy(base), loramoe), input_ids),
         "top-2 of 8 r=4, balance and z-loss on": training_step(get_peft_model(copy.deepcopy(base), top_2), input_ids),
+        "top-2 of 8 r=4, losses and telemetry on": training_step(
+            get_peft_model(copy.deepcopy(base), top_2), input_ids, meter=RoutingMeter()
+        ),
         "loop over experts, balance on": training_step(
             loop_over_experts(copy.deepcopy(base), 8, 4, 8.0), input_ids, coef=0.1
         ),

@@ -29,6 +29,33 @@ def test_the_programs_of_the_readme_run_as_printed(tmp_path):
     assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
 
 
+def test_the_programs_of_the_training_page_run_as_printed(tmp_path):
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    import moe_peft
+    from tests.integrations.trainers import tokenizer
+
+    tiny_llama().save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    attached, grouped, pushed = re.findall(r"```python\n(.*?)```", (ROOT / "docs/training.md").read_text(), re.DOTALL)
+    settings = {"max_steps": 3, "logging_steps": 1, "use_cpu": True, "bf16": False, "save_strategy": "no"}
+    args = SFTConfig(str(tmp_path / "run"), report_to=[], **settings)
+    data = Dataset.from_list([{"text": f"w{3 + i} w{4 + i} w{5 + i}"} for i in range(8)])
+    names = {"model": AutoModelForCausalLM.from_pretrained(tmp_path), "args": args, "data": data}
+    exec(attached, names)
+    assert any("moe/load_entropy" in entry for entry in names["trainer"].state.log_history)
+    assert 1e-4 in {group["initial_lr"] for group in names["trainer"].optimizer.param_groups}
+    config = moe_peft.RoutedConfig(task_type="CAUSAL_LM")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    trainer = SFTTrainer(model, args, train_dataset=data, peft_config=config)
+    exec(grouped, {"moe_peft": moe_peft, "trainer": trainer})
+    trainer.train()
+    assert len({group["initial_lr"] for group in trainer.optimizer.param_groups}) == 3
+    assert pushed.startswith("moe_peft.push_adapter(")
+
+
 @pytest.mark.parametrize(
     "document", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
 )

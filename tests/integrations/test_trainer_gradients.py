@@ -94,7 +94,7 @@ def explicit_gradients(model, window, bf16):
 def check(name, folder, accumulation, *, bf16=False, breaking=None, **fields):
     """Compare the gradient with the losses, less the one without, with the explicit gradient, window by window."""
     fields["bf16"] = bf16
-    _, with_losses = watched(name, folder, (COEF, Z_COEF), accumulation, breaking=breaking, **fields)
+    trainer, with_losses = watched(name, folder, (COEF, Z_COEF), accumulation, breaking=breaking, **fields)
     base, without = watched(name, folder, (0.0, 0.0), accumulation, **fields)
     assert [len(window) for window in with_losses.windows] == [len(window) for window in without.windows]
     for number, window in enumerate(without.windows):
@@ -108,6 +108,8 @@ def check(name, folder, accumulation, *, bf16=False, breaking=None, **fields):
             torch.testing.assert_close(
                 found, wanted, rtol=0, atol=(4e-2 if bf16 else 3e-6) * noise, msg=lambda m, k=key: f"{k}: {m}"
             )
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert entries and all(entry["moe/load_balancing"] > 0 and entry["moe/z_loss"] > 0 for entry in entries)
     routers = [g for key, g in expected.items() if "_router." in key]
     assert routers and any(float(g.abs().max()) > 1e-4 for g in routers)
     return with_losses

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -45,7 +46,7 @@ def linear_features(module: nn.Module, **quantization: Any) -> tuple[int, int] |
 
 def linear_names(model: nn.Module) -> list[str]:
     """Names of the linear layers an adapter may wrap: none below a router or a tuner layer, nor the output head."""
-    head = cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    heads = _output_heads(model)
     routers = router_names(model)
     names: list[str] = []
     inside: set[str] = set()
@@ -55,9 +56,16 @@ def linear_names(model: nn.Module) -> list[str]:
         if isinstance(module, (BaseTunerLayer, nn.MultiheadAttention)):
             inside.add(name)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if linear_features(module) is not None and base is not head and not is_below(name, routers):
+        if linear_features(module) is not None and base not in heads and not is_below(name, routers):
             names.append(name)
     return names
+
+
+def _output_heads(model: nn.Module) -> list[nn.Module]:
+    """The layer that predicts tokens, or that classifies or scores a sequence."""
+    embeddings = cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    heads = [embeddings] if embeddings is not None else [getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES]
+    return [head for head in heads if isinstance(head, nn.Module)]
 
 
 def default_target_modules(model: nn.Module, kind: str) -> list[str]:

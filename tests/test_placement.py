@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClassification
 
-from moe_peft import LoraMoeConfig, MoloraConfig, SiraConfig, describe
+from moe_peft import LoraMoeConfig, MoloraConfig, RoutedConfig, SiraConfig, describe
+from moe_peft.layers import RoutedLayer
 from moe_peft.placement import default_target_modules, linear_names, shortest_endings
 from tests.contract.cases import tiny_olmoe, tiny_qwen3
 from tests.tiny import tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_t5
@@ -142,3 +145,13 @@ def test_shortest_endings_match_all_names_and_no_other():
     names, others = ["a.0.mlp.proj", "a.1.mlp.proj"], ["a.0.attn.proj", "a.1.attn.proj", "head"]
     assert shortest_endings(names, others) == ["mlp.proj"]
     assert shortest_endings(["x.proj"], ["y.x.proj", "proj"]) == ["x.proj"]
+
+
+def test_all_linear_leaves_out_the_head_that_scores_a_sequence():
+    config = RoutedConfig(task_type="SEQ_CLS", num_experts=2, target_modules="all-linear")
+    for model in (tiny_bert(), LlamaForSequenceClassification(tiny_llama().config)):
+        names = [place.name for place in describe(model, config).places]
+        adapted = get_peft_model(model, copy.deepcopy(config))
+        assert names == [name for name, module in model.named_modules() if isinstance(module, RoutedLayer)]
+        assert names and not {"score", "classifier"} & set(names)
+        assert [n for n, p in adapted.named_parameters() if p.requires_grad and "modules_to_save" in n]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
 import moe_peft
 from moe_peft.config import MoeConfig
 from moe_peft.methods import METHODS
+from moe_peft.types import MoePeftWarning
 
 PREFIX = "moe_"
 # Fields of TRL's ModelConfig that describe plain LoRA, which these scripts do not train.
@@ -42,6 +45,10 @@ class MoeArguments:
     moe_experts: str | None = field(default=None, metadata={"help": "Name of the expert kind (method routed)."})
     moe_router_aux_loss_coef: float | None = field(default=None, metadata={"help": "Weight of the balance loss."})
     moe_router_z_loss_coef: float | None = field(default=None, metadata={"help": "Weight of the router z-loss."})
+    moe_load_balancing_scope: str | None = field(
+        default=None,
+        metadata={"help": "micro_batch, global_batch or accumulation_window: over which tokens balance is measured."},
+    )
     moe_router_jitter_noise: float | None = field(default=None, metadata={"help": "Noise on the router's input."})
     moe_norm_topk_prob: bool | None = field(default=None, metadata={"help": "Rescale kept weights to sum to one."})
     moe_routed_scaling_factor: float | None = field(default=None, metadata={"help": "Factor of all weights."})
@@ -56,15 +63,16 @@ class MoeArguments:
     moe_group_column: str | None = field(
         default=None, metadata={"help": "Data column with the group of each sample, for localized balancing."}
     )
-    moe_report: bool = field(
-        default=False,
-        metadata={
-            "help": "Print held-out loss and an answer before and after, and the expert load; reload and compare."
-        },
+    moe_router_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the routers; default: learning_rate."}
+    )
+    moe_lora_plus_ratio: float | None = field(
+        default=None, metadata={"help": "Learning rate of the experts' up matrices over learning_rate (LoRA+)."}
     )
 
 
-SCRIPT_FIELDS = ("moe_method", "moe_report")
+# Flags that are no fields of the adapter.
+SCRIPT_FIELDS = ("moe_method", "moe_report", "moe_router_lr", "moe_lora_plus_ratio")
 
 
 def moe_config(arguments: MoeArguments, task_type: str = "CAUSAL_LM") -> MoeConfig:
@@ -122,17 +130,20 @@ def model_init_kwargs(model_args: Any, training_args: Any) -> dict[str, Any]:
     from accelerate import PartialState
     from trl import get_quantization_config
 
+    quantization = get_quantization_config(model_args)
+    on_gpu = quantization is not None and torch.cuda.is_available()
     kwargs = {
+        # The trainer moves the model, except a quantized one, which is packed where it will be. TRL's own default
+        # would spread the layers over all GPUs that one process sees.
+        "device_map": {"": PartialState().local_process_index} if on_gpu else None,
         "revision": model_args.model_revision,
         "trust_remote_code": getattr(training_args, "trust_remote_code", False),
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    quantization = get_quantization_config(model_args)
     if quantization is not None:
-        device_map = {"": PartialState().local_process_index} if torch.cuda.is_available() else None
-        kwargs |= {"quantization_config": quantization, "device_map": device_map}
+        kwargs["quantization_config"] = quantization
     return kwargs
 
 
@@ -148,20 +159,83 @@ def dry_run(model_args: Any, training_args: Any, config: MoeConfig) -> moe_peft.
         The description that was printed.
 
     Raises:
-        ValueError: The configuration does not fit the model; nothing has been loaded yet.
+        ValueError: There is no model to train, or the configuration does not fit it; nothing has been loaded yet.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
+    if not model_args.model_name_or_path:
+        raise ValueError("--model_name_or_path is missing: give a model's name on the Hub, or its folder.")
     remote = {"trust_remote_code": getattr(training_args, "trust_remote_code", False)}
     model_config = AutoConfig.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, **remote
     )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, **remote)
+    warn_of_backbone_loss(model_config, training_args)
+    model = meta_model(model_config, config.task_type, **remote)
     description = moe_peft.describe(model, config)
     if training_args.local_process_index == 0:
         print(description, flush=True)
+        for name, count in trained_in_full(model, config).items():
+            print(f"and {name} in full: {count:,} trainable parameters", flush=True)
     return description
+
+
+def warn_of_backbone_loss(model_config: Any, training_args: Any) -> None:
+    """Warn where TRL would add the balance loss of a mixture-of-experts backbone, whose routers are frozen here.
+
+    Args:
+        model_config: Configuration of the base model.
+        training_args: The trainer's arguments; TRL's for rewards have no such loss.
+    """
+    text_config = model_config.get_text_config()
+    coef = getattr(text_config, "router_aux_loss_coef", 0.0)
+    if (
+        hasattr(text_config, "output_router_logits")
+        and coef
+        and getattr(training_args, "router_aux_loss_coef", 0.0) is None
+    ):
+        warnings.warn(
+            f"TRL adds the backbone's own balance loss, with its default weight router_aux_loss_coef={coef}. Its "
+            "routers are frozen, so only the adapters below them would follow it. Write router_aux_loss_coef: 0.0 to "
+            "leave it out, or the weight to keep it; the adapter's own is moe_router_aux_loss_coef.",
+            MoePeftWarning,
+            stacklevel=2,
+        )
+
+
+def trained_in_full(model: Any, config: MoeConfig) -> dict[str, int]:
+    """Modules that are trained and saved beside the adapter: those of `modules_to_save`, and a score head.
+
+    Args:
+        model: The base model.
+        config: The adapter's configuration.
+
+    Returns:
+        Name -> number of parameters.
+    """
+    wanted = {*(config.modules_to_save or []), *(SEQ_CLS_HEAD_NAMES if config.task_type == "SEQ_CLS" else [])}
+    found = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in wanted}
+    return {name: sum(p.numel() for p in module.parameters()) for name, module in found.items()}
+
+
+def meta_model(model_config: Any, task_type: str, trust_remote_code: bool = False) -> Any:
+    """Build the model that the trainer will load, on the meta device.
+
+    Args:
+        model_config: Configuration of the base model.
+        task_type: "SEQ_CLS" gives it a head with one output, a reward; otherwise the class is the checkpoint's own.
+        trust_remote_code: Whether code of the checkpoint may run.
+    """
+    import transformers
+
+    with torch.device("meta"):
+        if task_type == "SEQ_CLS":
+            model_config.num_labels = 1
+            auto_class = transformers.AutoModelForSequenceClassification
+            return auto_class.from_config(model_config, trust_remote_code=trust_remote_code)
+        own_class = getattr(transformers, (model_config.architectures or [""])[0], None)
+        if own_class is not None:
+            return own_class(model_config)
+        return transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
 
 
 def load_data(script_args: Any, dataset_args: Any) -> Any:
@@ -184,3 +258,29 @@ def load_data(script_args: Any, dataset_args: Any) -> Any:
     return load_dataset(
         script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
     )
+
+
+def splits(dataset: Any, script_args: Any, evaluates: bool) -> tuple[Any, Any]:
+    """The rows to train on, and those to evaluate on.
+
+    Args:
+        dataset: Split name -> rows.
+        script_args: TRL's `ScriptArguments`.
+        evaluates: Whether the second split is needed.
+
+    Returns:
+        Both; None for the second where it is not needed.
+
+    Raises:
+        ValueError: The data has no split of that name.
+    """
+    wanted = {"dataset_train_split": script_args.dataset_train_split}
+    if evaluates:
+        wanted["dataset_test_split"] = script_args.dataset_test_split
+    for flag, name in wanted.items():
+        if name not in dataset:
+            raise ValueError(
+                f"--{flag} {name}: the data has the splits {sorted(dataset)}. Name one of them, set test_split_size "
+                "with `datasets`, or switch evaluation off with --eval_strategy no."
+            )
+    return dataset[script_args.dataset_train_split], dataset[wanted["dataset_test_split"]] if evaluates else None

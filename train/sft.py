@@ -7,54 +7,52 @@ accelerate launch train/sft.py --model_name_or_path Qwen/Qwen3-8B --dataset_name
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
-from common import MoeArguments, dry_run, load_data, model_init_kwargs, moe_config, refuse_plain_lora
-from hub import push_to_hub, save_model
+from common import MoeArguments, load_data, splits
 from report import Report
+from templates import complete_tied_head, model_and_tokenizer
+from training import prepare, train
 
-import moe_peft
+
+@dataclass
+class SftMoeArguments(MoeArguments):
+    """The adapter's fields, and a report of the run."""
+
+    moe_report: bool = field(
+        default=False,
+        metadata={
+            "help": "Print held-out loss and an answer before and after, and the expert load; reload and compare."
+        },
+    )
 
 
 def make_parser() -> Any:
     """The parser of all flags; unknown keys of the YAML file are refused."""
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
-    return TrlParser((ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, MoeArguments))
+    return TrlParser((ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, SftMoeArguments))
 
 
-def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, moe_args: MoeArguments) -> None:
-    """Train, evaluate and save."""
-    from transformers import AutoModelForCausalLM
+def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, moe_args: SftMoeArguments) -> Any:
+    """Train, evaluate and save; returns the trainer."""
     from trl import SFTTrainer
 
-    refuse_plain_lora(model_args)
-    config = moe_config(moe_args)
-    dry_run(model_args, training_args, config)
-
-    dataset = load_data(script_args, dataset_args)
-    model = AutoModelForCausalLM.from_pretrained(
-        model_args.model_name_or_path, **model_init_kwargs(model_args, training_args)
-    )
+    config = prepare(model_args, training_args, moe_args)
     evaluates = training_args.eval_strategy != "no" or moe_args.moe_report
+    train_dataset, eval_dataset = splits(load_data(script_args, dataset_args), script_args, evaluates)
+    model, tokenizer = model_and_tokenizer(model_args, training_args, config)
     trainer = SFTTrainer(
         model=model,
+        processing_class=tokenizer,
         args=training_args,
-        train_dataset=dataset[script_args.dataset_train_split],
-        eval_dataset=dataset[script_args.dataset_test_split] if evaluates else None,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         peft_config=config,
     )
-    moe_peft.attach(trainer)
-
-    report = Report(trainer, dataset[script_args.dataset_test_split]) if moe_args.moe_report else None
-    if report:
-        report.before()
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    save_model(trainer)
-    if report:
-        report.after(training_args.output_dir, model_args.model_name_or_path)
-    if training_args.push_to_hub:
-        push_to_hub(trainer, script_args)
+    complete_tied_head(trainer.model)
+    return train(trainer, script_args, moe_args, Report(trainer, eval_dataset) if moe_args.moe_report else None)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 
-from .callback import MoeCallback
+from .callback import MoeCallback, restore_router_precision, uses_deepspeed
 from .checks import check_training
 from .collator import GroupCollator
 from .parameter_groups import set_learning_rates
@@ -22,7 +24,8 @@ def attach(
 ) -> Any:
     """Prepare a transformers or TRL trainer whose model has routed adapters. Call it before `trainer.train()`.
 
-    Adds `MoeCallback`, and what it measures to the trainer's logs (keys "moe/..."). Where an adapter balances by
+    Adds `MoeCallback`, and what it measures to the trainer's logs (keys "moe/..."). Routers that the trainer cast to
+    16 bit are float32 again, and a checkpoint resumes in the precision it was saved in. Where an adapter balances by
     sample group, it also keeps the group's column through `remove_unused_columns` and carries it past the trainer's
     collator. Attaching twice changes nothing.
 
@@ -48,6 +51,7 @@ def attach(
         )
     check_training(trainer.args, trainer.model)
     set_learning_rates(trainer, router_lr, lora_plus_ratio)
+    _keep_precision_on_resume(trainer)
     if not any(isinstance(callback, MoeCallback) for callback in trainer.callback_handler.callbacks):
         trainer.add_callback(MoeCallback(telemetry_steps, layer_groups))
     callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, MoeCallback))
@@ -58,6 +62,20 @@ def attach(
         if not _carries(trainer.data_collator, column):
             trainer.data_collator = GroupCollator(trainer.data_collator, column)
     return trainer
+
+
+def _keep_precision_on_resume(trainer: Any) -> None:
+    """Let the trainer copy a checkpoint into weights of the dtype that they train in.
+
+    It copies before any callback runs, so routers must be float32 by then; and it calls peft's `load_adapter`, whose
+    default turns the experts of a quantized model, which TRL trains in bfloat16, to float32.
+    """
+    if not uses_deepspeed(trainer.args):
+        restore_router_precision(trainer.model)
+    if isinstance(trainer.model, PeftModel) and not isinstance(trainer.model.load_adapter, partial):
+        trainer.model.load_adapter = partial(  # type: ignore[method-assign]
+            trainer.model.load_adapter, autocast_adapter_dtype=False
+        )
 
 
 class RoutingLog:

@@ -52,14 +52,12 @@ class MoeCallback(TrainerCallback):
     ) -> None:
         """Check what training would make impossible, and restore the routers' precision before the first step."""
         check_training(args, kwargs["model"])
-        if not _uses_deepspeed(args):
+        if not uses_deepspeed(args):
             restore_router_precision(kwargs["model"])
         tracker = find_tracker(kwargs["model"])
         if tracker is not None:
             self._measure(tracker, False)
-        checkpoint = _checkpoint_folder(args, state)
-        resumes = state.global_step > 0 and (checkpoint / FILE_NAME).is_file()
-        self.history = RoutingHistory.load(checkpoint) if resumes else RoutingHistory()
+        self.history = _resumed_history(args, state) if state.global_step > 0 else RoutingHistory()
         self.meter = RoutingMeter()
 
     def on_step_begin(
@@ -87,11 +85,23 @@ class MoeCallback(TrainerCallback):
     ) -> None:
         """Add the router losses of the window's last micro-batch."""
         self.on_substep_end(args, state, control, **kwargs)
+        if control.should_save:
+            self.on_save(args, state, control, **kwargs)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save the entry that was added, where a checkpoint of this step follows."""
+        if control.should_save:
+            self.on_save(args, state, control, **kwargs)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save the routing history beside the checkpoint."""
+        """Save the routing history beside the checkpoint.
+
+        Called before the trainer writes its checkpoint as well, which ends with the file that marks it as complete: a
+        process that is killed in between would leave a complete checkpoint without a history.
+        """
         folder = _checkpoint_folder(args, state)
-        if state.is_world_process_zero and self.history.steps and folder.is_dir():
+        if state.is_world_process_zero and self.history.steps:
+            folder.mkdir(parents=True, exist_ok=True)
             self.history.save(folder)
 
     def on_train_end(
@@ -151,13 +161,22 @@ def restore_router_precision(model: nn.Module) -> int:
     return count
 
 
-def _uses_deepspeed(args: TrainingArguments) -> bool:
+def uses_deepspeed(args: TrainingArguments) -> bool:
+    """Whether DeepSpeed holds the weights of the model that is trained."""
     state = args.distributed_state
     return state is not None and state.distributed_type == DistributedType.DEEPSPEED
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
+
+
+def _resumed_history(args: TrainingArguments, state: TrainerState) -> RoutingHistory:
+    """History of the checkpoint that training resumes from, which may lie in another run's folder."""
+    for folder in (args.resume_from_checkpoint, _checkpoint_folder(args, state)):
+        if isinstance(folder, (str, Path)) and (Path(folder) / FILE_NAME).is_file():
+            return RoutingHistory.load(folder)
+    return RoutingHistory()
 
 
 def _micro_batches(args: TrainingArguments, state: TrainerState, dataloader: Any) -> int:

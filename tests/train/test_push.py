@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from safetensors.torch import load
 from transformers import AutoModelForCausalLM
 
 from moe_peft import LoraMoeConfig
@@ -22,6 +24,9 @@ pytestmark = pytest.mark.hub
 BASE = "user/base"
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 TWO_PROCESSES = ["--multi_gpu", "--num_processes", "2"]
+
+# Keys of the quickstart's file that a run of `train/reward.py` on these pairs cannot have.
+NOT_FOR_REWARDS = ("moe_report", "moe_expert_groups", "moe_localized_balancing_mode", "moe_group_column")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +47,15 @@ def inputs(hub, tmp_path_factory):
     return folder
 
 
-def launch(hub, inputs: Path, output: Path, launcher: list[str] = (), token: str | None = LocalHub.token, **fields):
+def launch(
+    hub,
+    inputs: Path,
+    output: Path,
+    launcher: list[str] = (),
+    token: str | None = LocalHub.token,
+    script="sft",
+    **fields,
+):
     run = yaml.safe_load((ROOT / "configs/runs/quickstart.yaml").read_text())
     run |= {
         "model_name_or_path": BASE,
@@ -56,10 +69,11 @@ def launch(hub, inputs: Path, output: Path, launcher: list[str] = (), token: str
         "push_to_hub": True,
         **fields,
     }
+    run = {name: value for name, value in run.items() if value is not None}
     output.mkdir(parents=True)
     (output / "run.yaml").write_text(yaml.safe_dump(run))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1", *launcher]
-    command += [str(ROOT / "train/sft.py"), "--config", str(output / "run.yaml")]
+    command += [str(ROOT / f"train/{script}.py"), "--config", str(output / "run.yaml")]
     variables = environment(hub, output.parent / "home", token) | {"HF_DATASETS_CACHE": str(inputs / "cache")}
     return subprocess.run(command, capture_output=True, text=True, env=variables, cwd=output)
 
@@ -98,6 +112,24 @@ def test_a_run_without_a_token_stops_before_it_trains(hub, inputs, tmp_path):
     result = launch(hub, inputs, tmp_path / "run", token=None, hub_model_id="user/none")
     assert result.returncode != 0 and "401" in result.stderr
     assert not (tmp_path / "run/adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_reward_model_is_pushed_with_its_score_head_and_the_right_class_in_the_card(hub, inputs, tmp_path):
+    rows = [{"chosen": f"good {i} enough", "rejected": f"bad {i}"} for i in range(8)]
+    for split in ("train", "test"):
+        path = tmp_path / f"pairs/{split}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {"hub_model_id": "user/reward", "hub_strategy": "end", "dataset_name": str(path.parent)}
+    fields |= dict.fromkeys(NOT_FOR_REWARDS)
+    result = launch(hub, inputs, tmp_path / "run", script="reward", **fields)
+    assert result.returncode == 0, result.stderr[-3000:]
+    files = hub.files("user/reward")
+    assert files.keys() == FILES and "score.weight" in str(load(files["adapter_model.safetensors"]).keys())
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.pipeline_tag == "text-classification" and "AutoModelForSequenceClassification" in card.text
+    assert {"reward-trainer", "moe-peft"} <= set(card.data.tags)
 
 
 @pytest.mark.slow

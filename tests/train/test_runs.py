@@ -1,0 +1,153 @@
+"""Every file of configs/runs: its script's parser takes every key, and its adapter fits its model at full size."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import re
+from pathlib import Path
+
+import common
+import pytest
+import torch
+import yaml
+from peft import get_peft_model
+from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
+
+from moe_peft import describe
+from tests.train.tiny_run import ROOT
+
+RUNS = sorted((ROOT / "configs/runs").glob("*.yaml"))
+HUB_RUNS = [path for path in RUNS if path.stem != "quickstart"]
+# The sizes that each model's config.json on the Hub gives; no network is needed to build it on the meta device.
+MODELS = {
+    "Qwen/Qwen3-1.7B": Qwen3Config(
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    ),
+    "Qwen/Qwen3-4B": Qwen3Config(
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    ),
+    "Qwen/Qwen3-8B": Qwen3Config(
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+    ),
+    "Qwen/Qwen3-30B-A3B": Qwen3MoeConfig(
+        hidden_size=2048,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        vocab_size=151936,
+    ),
+    "meta-llama/Llama-3.1-8B-Instruct": LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    ),
+}
+# Adapted layers and trainable parameters, by hand: N r (in + out) for the experts and N in for the router of a layer.
+SIZES = {
+    # gate and up 4096 -> 12288, down 12288 -> 4096
+    "qwen3_8b_4bit_loramoe": (3 * 36, 36 * (3 * 6 * 4 * (4096 + 12288) + 6 * (2 * 4096 + 12288))),
+    # q, o 4096 -> 4096, k, v 4096 -> 1024, gate 4096 -> 14336, down 14336 -> 4096; no up, as in MoLORA's T5
+    "llama31_8b_4bit_dpo_molora": (
+        6 * 32,
+        32 * 8 * (4 * (2 * 8192 + 2 * 5120 + 2 * 18432) + 5 * 4096 + 14336),
+    ),
+    # q 2560 -> 4096, k, v 2560 -> 1024, o 4096 -> 2560
+    "qwen3_4b_kto_sira": (4 * 36, 36 * 16 * (4 * (2 * 6656 + 2 * 3584) + 3 * 2560 + 4096)),
+    # gate and up 2560 -> 9728, down 9728 -> 2560; the score head is 2560 -> 1
+    "qwen3_4b_reward_loramoe": (3 * 36, 36 * 6 * (3 * 4 * (2560 + 9728) + 2 * 2560 + 9728)),
+    # gate and up 2048 -> 6144, down 6144 -> 2048
+    "qwen3_1b7_grpo_routed": (3 * 28, 28 * 8 * (3 * 4 * (2048 + 6144) + 2 * 2048 + 6144)),
+    # q 2048 -> 4096, k, v 2048 -> 512, o 4096 -> 2048
+    "qwen3_30b_a3b_sira": (4 * 48, 48 * 16 * (4 * (2 * 6144 + 2 * 2560) + 3 * 2048 + 4096)),
+}
+SCORE_HEAD = {"qwen3_4b_reward_loramoe": 2560}
+
+
+def command(path: Path) -> str:
+    """The command in the comment that a file begins with, on one line."""
+    comment = "\n".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    return comment[comment.index("accelerate launch") :].replace("\\\n", "").splitlines()[0]
+
+
+def parse(path: Path):
+    """The parsed arguments of a file by the script that its command names, on a CPU without bfloat16."""
+    module = importlib.import_module(re.search(r"train/(\w+)\.py", command(path))[1])
+    arguments = ["--config", str(path), "--use_cpu", "true", "--bf16", "false"]
+    return module.make_parser().parse_args_and_config(arguments)
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_a_run_begins_with_its_command_and_every_key_takes_effect(path):
+    assert re.sub(" +", " ", command(path)).endswith(f"--config configs/runs/{path.name}")
+    script, training, model, dataset, moe = parse(path)
+    parsed = {}
+    for part in (script, training, model, dataset, moe):
+        parsed |= {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+    for key, value in yaml.safe_load(path.read_text()).items():
+        if key not in ("bf16", "use_cpu", "report_to"):
+            assert str(getattr(parsed[key], "value", parsed[key])) == str(value), key
+    common.refuse_plain_lora(model)
+    quantization = common.model_init_kwargs(model, training).get("quantization_config")
+    assert (quantization is not None) == model.load_in_4bit
+    if quantization is not None:
+        assert quantization.bnb_4bit_quant_type == "nf4" and quantization.bnb_4bit_use_double_quant
+
+
+def test_every_script_has_a_run_and_every_run_of_the_hub_a_size():
+    scripts = {re.search(r"train/(\w+)\.py", command(path))[1] for path in RUNS}
+    assert scripts == {"sft", "dpo", "grpo", "reward", "kto"}
+    assert {path.stem for path in HUB_RUNS} == set(SIZES)
+
+
+@pytest.mark.parametrize("path", HUB_RUNS, ids=lambda path: path.stem)
+def test_the_adapter_of_a_run_fits_its_model_at_full_size(path):
+    *_, model_args, _, moe = parse(path)
+    task_type = "SEQ_CLS" if "train/reward.py" in command(path) else "CAUSAL_LM"
+    config = common.moe_config(moe, task_type)
+    model = common.meta_model(MODELS[model_args.model_name_or_path], task_type)
+    description = describe(model, config)
+    assert (len(description.places), description.num_parameters) == SIZES[path.stem]
+    with torch.device("meta"):
+        adapted = get_peft_model(model, config)
+    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert trainable == description.num_parameters + SCORE_HEAD.get(path.stem, 0)
+    assert all(p.is_meta for p in adapted.parameters())
+
+
+def test_runs_on_a_mixture_of_experts_backbone_switch_its_own_balance_loss_off():
+    found = []
+    for path in HUB_RUNS:
+        run = yaml.safe_load(path.read_text())
+        if hasattr(MODELS[run["model_name_or_path"]], "num_experts"):
+            found.append(run["router_aux_loss_coef"])
+    assert found == [0.0]

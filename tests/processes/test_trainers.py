@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,11 @@ FSDP = {
 }
 SINGLE = {"distributed_type": "NO", "use_cpu": True, "num_processes": 1, "num_machines": 1}
 LAUNCHES = {"one": SINGLE, "ddp": DDP, "fsdp": FSDP}
+for stage in (2, 3):
+    # DeepSpeed finds that there is no GPU by itself, and its launcher is not told so.
+    zero = {"zero_stage": stage, "zero3_init_flag": stage == 3}
+    LAUNCHES[f"zero{stage}"] = {**DDP, "distributed_type": "DEEPSPEED", "use_cpu": False, "deepspeed_config": zero}
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
 
 def launch(folder: Path, how: str, accumulation: int = 1, scope: str = "global_batch") -> Path:
@@ -61,7 +67,10 @@ def one(tmp_path_factory):
     return launch(tmp_path_factory.mktemp("one"), "one")
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+ZERO = [pytest.param(f"zero{stage}", marks=needs_deepspeed) for stage in (2, 3)]
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp", *ZERO])
 def test_two_processes_train_save_and_log_as_one(how, one, tmp_path):
     two = launch(tmp_path, how)
     facts, single = facts_of(two), facts_of(one)
@@ -92,8 +101,9 @@ def test_the_step_is_large_enough_to_tell_a_wrong_balance(one, tmp_path):
     assert any(not torch.allclose(found[name], wanted, rtol=1e-4, atol=1e-5) for name, wanted in expected.items())
 
 
-def test_accumulation_on_two_processes_equals_accumulation_on_one_with_the_same_micro_batches(tmp_path):
-    two = launch(tmp_path, "ddp", accumulation=2, scope="accumulation_window")
+@pytest.mark.parametrize("how", ["ddp", *ZERO])
+def test_accumulation_on_two_processes_equals_accumulation_on_one_with_the_same_micro_batches(how, tmp_path):
+    two = launch(tmp_path, how, accumulation=2, scope="accumulation_window")
     alone = launch(tmp_path, "one", accumulation=2, scope="accumulation_window")
     found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (two, alone))
     for name, wanted in expected.items():

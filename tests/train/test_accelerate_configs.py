@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 from accelerate import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import load_config_from_file
@@ -13,7 +15,18 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from moe_peft import RoutedConfig
 from tests.tiny import tiny_llama
-from tests.train.tiny_run import ROOT, launch, log_entries, make_base, make_data, words, write_run
+from tests.train.tiny_run import (
+    ROOT,
+    assert_trained,
+    launch,
+    log_entries,
+    logits,
+    make_base,
+    make_data,
+    reloaded,
+    words,
+    write_run,
+)
 
 FOLDER = ROOT / "configs/accelerate"
 # File -> distributed type, processes, mixed precision.
@@ -111,3 +124,19 @@ def test_two_cpu_processes_really_are_two_and_train_one_adapter(tmp_path):
     # Two processes see two batches of two in every step: 3 steps are 12 of the 8 rows, one and a half epochs.
     assert log_entries(out / "checkpoint-3", "epoch")[-1] == 1.5
     assert len(load_file(out / "adapter_model.safetensors")) == 3 * 6
+
+
+@pytest.mark.multi_process
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_files_train_save_whole_and_resume_on_two_processes(stage, tmp_path):
+    base = make_base(tmp_path / "base")
+    data = make_data(tmp_path / "data", [{"text": words(i, 6)} for i in range(10)])
+    run = write_run(tmp_path, model_name_or_path=base, dataset_name=data)
+    zero = ("--config_file", str(FOLDER / f"zero{stage}.yaml"), "--num_processes", "2", "--mixed_precision", "no")
+    launch("sft", run, "--max_steps", "2", launcher=zero)
+    launch("sft", run, "--resume_from_checkpoint", "true", launcher=zero)
+    out = tmp_path / "out"
+    assert_trained(out, num_tensors=3 * 6)
+    assert {path.name for path in (out / "checkpoint-3").glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    assert logits(reloaded(base, out)).shape == (2, 7, 64)

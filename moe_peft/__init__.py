@@ -18,7 +18,7 @@ from . import experts, losses, routers, telemetry
 from .describe import describe
 from .hub import push_adapter
 from .integrations import CoefficientSchedule, FreezeCallback, MoeCallback, attach
-from .methods import LoraMoeConfig, MoloraConfig, RoutedConfig, SiraConfig
+from .methods import EsftConfig, LoraMoeConfig, MoloraConfig, MovConfig, PerftConfig, RoutedConfig, SiraConfig
 from .objective import router_loss
 from .types import MoePeftWarning
 
@@ -29,11 +29,14 @@ except PackageNotFoundError:
 
 __all__ = [
     "CoefficientSchedule",
+    "EsftConfig",
     "FreezeCallback",
     "LoraMoeConfig",
     "MoeCallback",
     "MoePeftWarning",
     "MoloraConfig",
+    "MovConfig",
+    "PerftConfig",
     "RoutedConfig",
     "SiraConfig",
     "attach",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -11,14 +12,13 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"
 
 
-def check_adapter_files(folder: str, subfolder: str | None, *, num_experts: int, r: int) -> None:
+def check_adapter_files(folder: str, subfolder: str | None, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Check the weights in a local folder; a name on the Hub is left to the download's own checks.
 
     Args:
         folder: Adapter folder or name on the Hub.
         subfolder: Folder inside it, if any.
-        num_experts: E of the configuration.
-        r: Rank of the configuration.
+        expected: How shapes must begin, by the end of the tensors' names.
 
     Raises:
         ValueError: The weights are pickled, cannot be read, or have other experts than the configuration says.
@@ -34,14 +34,12 @@ def check_adapter_files(folder: str, subfolder: str | None, *, num_experts: int,
             )
         return
     for key, shape in _shapes(weights).items():
-        if not key.endswith(("_experts.A", "_experts.B")):
-            continue
-        if shape[:2] != (num_experts, r):
-            raise ValueError(
-                f"{weights} holds {key} of shape {shape}, but its adapter_config.json says num_experts={num_experts} "
-                f"and r={r}, that is ({num_experts}, {r}, width). The two files do not belong together: copy both "
-                "from the same save."
-            )
+        for ending, begin in expected.items():
+            if key.endswith(ending) and shape[: len(begin)] != begin:
+                raise ValueError(
+                    f"{weights} holds {key} of shape {shape}, but by its adapter_config.json (num_experts, r) it must "
+                    f"begin with {begin}. The two files do not belong together: copy both from the same save."
+                )
 
 
 def num_parameters(folder: str | Path) -> int | None:

@@ -16,36 +16,46 @@ from .layer_losses import SCOPES
 from .model_card import SETTINGS, AdapterFacts, write_section
 from .ops import IMPLEMENTATIONS
 from .routers import ROUTERS, Router
-from .types import Place
+from .types import MoeLayer, Place
 
 SCHEMA_VERSION = 1
+# Name of the router of adapters whose experts follow the backbone's own routing.
+BACKBONE = "backbone"
 ROUTER_FIELDS = frozenset(name for router in ROUTERS.values() for name in router.fields)
 
 
 @dataclass(frozen=True)
 class RoutedParts:
-    """What one layer needs for one adapter: a bank of experts, a router unless the backbone routes, router losses."""
+    """What one layer needs for one adapter.
+
+    Attributes:
+        experts: Bank of experts.
+        router: Decides about them; None where the backbone's routing is followed.
+        objective: Router losses.
+        selection: Experts of the backbone that the bank's experts go with, ascending; None for all of them.
+    """
 
     experts: nn.Module
     router: Router | None = None
     objective: Callable | None = None
+    selection: tuple[int, ...] | None = None
 
 
 @dataclass
 class MoeConfig(PeftConfig):
     """Fields shared by the routed adapter types; use one of its subclasses.
 
-    A subclass overrides defaults with its paper's values, names its `method`, its `equation` and the kind of module it
-    wraps (`placement`, see `layers.LAYERS`), and implements `build`.
+    A subclass overrides defaults with its paper's values, names its `method` and its `equation`, implements `build`,
+    and says which kind of module it wraps (`placement`) where that is not a linear layer.
     """
 
     method: ClassVar[str] = ""
     equation: ClassVar[str] = ""
     source: ClassVar[str] = ""
-    placement: ClassVar[str] = "linear"
     default_targets: ClassVar[Literal["ffn", "attention", "all"]] = "ffn"
     fixed_fields: ClassVar[dict[str, str]] = {}
     adapter_type: ClassVar[str] = ""
+    init_choices: ClassVar[tuple[bool | str, ...]] = (True, False, "gaussian")
 
     r: int = field(default=4, metadata={"help": "Rank of one expert."})
     lora_alpha: float = field(
@@ -147,6 +157,11 @@ class MoeConfig(PeftConfig):
         self.validate()
 
     @property
+    def placement(self) -> str:
+        """Kind of module that is wrapped, see `layers.LAYERS`."""
+        return "linear"
+
+    @property
     def scaling(self) -> float:
         """s, the factor of the routed sum of experts."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
@@ -171,7 +186,7 @@ class MoeConfig(PeftConfig):
             self.schema_version <= SCHEMA_VERSION, "schema_version", f"at most {SCHEMA_VERSION}; upgrade peft-moe"
         )
         self._check(self.r >= 1, "r", "a rank of at least 1")
-        self._check(self.num_experts >= 1, "num_experts", "at least 1")
+        self._check(self.num_experts is None or self.num_experts >= 1, "num_experts", "at least 1")
         self._check(self.lora_alpha > 0, "lora_alpha", "a positive number")
         for name in ("lora_dropout", "expert_dropout", "router_jitter_noise"):
             self._check(0 <= getattr(self, name) < 1, name, "a number from 0 up to, but not including, 1")
@@ -184,7 +199,7 @@ class MoeConfig(PeftConfig):
         self._check_choice("capacity_order", ("position", "choice"))
         self._check_choice("load_balancing_scope", SCOPES)
         self._check_choice("experts_implementation", tuple(IMPLEMENTATIONS))
-        self._check(self.init_weights in (True, False, "gaussian"), "init_weights", "True, False or 'gaussian'")
+        self._check_choice("init_weights", self.init_choices)
         if self.top_k is not None:
             hint = f"between 1 and num_experts={self.num_experts}"
             self._check(1 <= self.top_k <= self.num_experts, "top_k", hint)
@@ -193,10 +208,15 @@ class MoeConfig(PeftConfig):
             "target_parameters",
             "None: experts are adapted as modules; name the modules in target_modules",
         )
-        self._check_choice("router", tuple(ROUTERS))
+        self._check_choice("router", (*ROUTERS, BACKBONE))
+        self._check(
+            self.router != BACKBONE or self.placement in ("experts", "slices"),
+            "router",
+            f"one of {', '.join(map(repr, ROUTERS))}: only adapters around the backbone's experts follow its routing",
+        )
         for name, reason in self.fixed_fields.items():
             self._check_left_alone(name, reason)
-        taken = ROUTERS[self.router].fields
+        taken = ROUTERS[self.router].fields if self.router in ROUTERS else ()
         for name in sorted(ROUTER_FIELDS - set(taken)):
             self._check_left_alone(name, f"the {self.router!r} router does not use it", of=MoeConfig)
         self._check("top_k" not in taken or self.top_k is not None, "top_k", f"set for the {self.router!r} router")
@@ -216,7 +236,7 @@ class MoeConfig(PeftConfig):
         default = next(f for f in dataclasses.fields(of or type(self)) if f.name == name).default
         self._check(getattr(self, name) == default, name, f"left at {default!r}: {reason}")
 
-    def _check_choice(self, name: str, choices: Sequence[str]) -> None:
+    def _check_choice(self, name: str, choices: Sequence[object]) -> None:
         self._check(getattr(self, name) in choices, name, f"one of {', '.join(map(repr, choices))}")
 
     @classmethod
@@ -240,8 +260,29 @@ class MoeConfig(PeftConfig):
             ValueError: The folder's weights are truncated, not safetensors, or do not fit the configuration.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        check_adapter_files(pretrained_model_name_or_path, subfolder, num_experts=config.num_experts, r=config.r)
+        check_adapter_files(pretrained_model_name_or_path, subfolder, config.expected_shapes())
         return config
+
+    def resolve(self, model: nn.Module, layers: Sequence[MoeLayer]) -> None:
+        """Fill in and check what depends on the model, before any weight is changed.
+
+        Args:
+            model: The model to adapt.
+            layers: Its sparse layers.
+        """
+
+    def adapts(self, layer: MoeLayer) -> bool:
+        """Whether a sparse layer of the model gets an adapter by default."""
+        return True
+
+    def expected_shapes(self) -> dict[str, tuple[int, ...]]:
+        """How the shapes of saved tensors begin, by the end of their names."""
+        return {"_experts.A": (self.num_experts, self.r), "_experts.B": (self.num_experts, self.r)}
+
+    def summary(self) -> str:
+        """Experts and router in a few words, for the dry run."""
+        experts = f"{self.num_experts} experts of rank {self.r}, router {self.router}"
+        return experts if self.top_k is None else f"{experts}, top {self.top_k}"
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the configuration, and say in the folder's model card how to load the adapter; arguments as in peft."""

@@ -39,9 +39,6 @@ class Description:
     def __str__(self) -> str:
         """One line per place, then the total."""
         config = self.config
-        experts = f"{config.num_experts} experts of rank {config.r}, router {config.router}"
-        if config.top_k is not None:
-            experts += f", top {config.top_k}"
         rows = [("place", "layer", "in -> out", "trainable")]
         for place, count in zip(self.places, self.parameters, strict=True):
             rows.append((place.name, place.kind, f"{place.in_features} -> {place.out_features}", f"{count:,}"))
@@ -52,8 +49,8 @@ class Description:
         ]
         share = 100 * self.num_parameters / max(self.base_parameters, 1)
         lines.append(
-            f"{config.method}: {experts}; {len(self.places)} places, {self.num_parameters:,} trainable parameters "
-            f"({share:.2f}% of the base model's {self.base_parameters:,})"
+            f"{config.method}: {config.summary()}; {len(self.places)} places, {self.num_parameters:,} trainable "
+            f"parameters ({share:.2f}% of the base model's {self.base_parameters:,})"
         )
         return "\n".join(lines)
 

@@ -147,7 +147,7 @@ def _read_config(folder: Path) -> MoeConfig:
     except KeyError as error:
         raise ValueError(f"{path} has the unknown peft_type {error}. Upgrade peft-moe, or peft.") from error
     _check_routed(config, str(path))
-    check_adapter_files(str(folder), None, num_experts=config.num_experts, r=config.r)
+    check_adapter_files(str(folder), None, config.expected_shapes())
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"{folder} holds no {WEIGHTS}. Save the adapter again with model.save_pretrained(folder).")
     return config

@@ -14,14 +14,19 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .backbone import is_below, router_names
-from .types import Place
+from .backbone import find_moe_layers, is_below, router_names
+from .block_places import block_names, block_place, experts_names, experts_place
+from .types import MoeLayer, Place
 
 if TYPE_CHECKING:
     from .config import MoeConfig
 
 # Second projections of gated FFNs: they scale what the first one lets through, and the kind "all" leaves them out.
 UNGATED_NAMES = ("up_proj", "wi_1")
+KEY_VALUE_NAMES = ("k_proj", "v_proj", "k", "v", "key", "value", "key_proj", "value_proj")
+# Projections that hold queries, keys and values (or keys and values) in one matrix.
+FUSED_NAMES = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "qkv", "kv_b_proj")
+ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 CROSS_ATTENTION = re.compile(r"encdecattention|encoder_attn|cross_?attn|crossattention", re.IGNORECASE)
 DUMMY_TARGETS = "dummy-target-modules"
 
@@ -83,7 +88,7 @@ def default_target_modules(model: nn.Module, kind: str) -> list[str]:
         ValueError: The model has no such layer, as an FFN of fused experts.
     """
     linears = [name for name in linear_names(model) if re.search(r"\.\d+\.", name)]
-    attention = {name for name in linears if re.search(r"attn|attention", name, re.IGNORECASE)}
+    attention = {name for name in linears if ATTENTION.search(name)}
     if kind == "attention":
         chosen = attention
     elif kind == "ffn":
@@ -96,6 +101,47 @@ def default_target_modules(model: nn.Module, kind: str) -> list[str]:
             f"`target_modules`; its linear layers are called {_leaves(linear_names(model))}."
         )
     return shortest_endings(chosen, set(dict(model.named_modules())) - chosen)
+
+
+def key_value_names(model: nn.Module) -> list[str]:
+    """The key and value projections of a model, or the fused ones where there are no others, as in peft's (IA)3.
+
+    Args:
+        model: A transformers model.
+
+    Raises:
+        ValueError: It has neither.
+    """
+    linears = linear_names(model)
+    inside = [name for name in linears if ATTENTION.search(name)]
+    for wanted in (KEY_VALUE_NAMES, FUSED_NAMES):
+        names = [name for name in inside if name.rpartition(".")[2] in wanted]
+        if names:
+            return names
+    raise ValueError(
+        f"{type(model).__name__} has no key and value projections. Please specify `target_modules`; its linear "
+        f"layers are called {_leaves(linears)}."
+    )
+
+
+def ffn_output_names(model: nn.Module) -> list[str]:
+    """The last layers of a model's FFNs, which read the intermediate.
+
+    Args:
+        model: Any model.
+    """
+    modules = dict(model.named_modules())
+    siblings: dict[str, list[str]] = {}
+    for name in linear_names(model):
+        if re.search(r"\.\d+\.", name) and not ATTENTION.search(name):
+            siblings.setdefault(name.rpartition(".")[0], []).append(name)
+    found = []
+    for names in siblings.values():
+        widths = [linear_features(modules[name]) or (0, 0) for name in names]
+        alone = len(names) == 1 and widths[0][0] > widths[0][1]
+        if alone or (len(names) > 1 and widths[-1][1] == widths[0][0]):
+            found.append(names[-1])
+    return found
 
 
 def shortest_endings(names: Iterable[str], others: Iterable[str]) -> list[str]:
@@ -114,8 +160,12 @@ def resolve_targets(model: nn.Module, config: MoeConfig) -> None:
     Raises:
         ValueError: It is None, and the model has no structure to choose by.
     """
-    targets = config.target_modules
-    if targets is None:
+    layers, targets = find_moe_layers(model), config.target_modules
+    config.resolve(model, layers)
+    if config.placement != "linear" and (targets is None or targets == INCLUDE_LINEAR_LAYERS_SHORTHAND):
+        names = NAMES[config.placement](model, [layer for layer in layers if config.adapts(layer)])
+        config.target_modules = set(shortest_endings(names, set(dict(model.named_modules())) - set(names)))  # type: ignore[assignment]
+    elif targets is None:
         if not hasattr(getattr(model, "config", None), "model_type"):
             raise ValueError(
                 f"Please specify `target_modules` in {type(config).__name__}: {type(model).__name__} is not a "
@@ -139,9 +189,10 @@ def find_places(model: nn.Module, config: MoeConfig, **quantization: Any) -> lis
     """
     if config.target_modules in (DUMMY_TARGETS, {DUMMY_TARGETS}):
         return []
-    routers, modules = router_names(model), dict(model.named_modules())
+    routers, modules, layers = router_names(model), dict(model.named_modules()), find_moe_layers(model)
     places: list[Place] = []
     inside: set[str] = set()
+    taken: set[str] = set()
     excluded = False
     for name, module in modules.items():
         if not name or is_below(name.rpartition(".")[0], inside):
@@ -153,27 +204,18 @@ def find_places(model: nn.Module, config: MoeConfig, **quantization: Any) -> lis
             excluded = excluded or (match is not None and match is not False)
             continue
         _refuse_router(name, routers)
-        places.append(place_of(name, module, modules[name.rpartition(".")[0]], config, **quantization))
+        if is_below(name, taken):
+            raise ValueError(f"target_modules matches {name}, which lies inside another match; name only one of both.")
+        if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
+            raise ValueError(
+                f"Target module {name} belongs to torch.nn.MultiheadAttention, which reads its weight without calling "
+                "it, so an adapter there would have no effect. Remove it from target_modules."
+            )
+        places.append(PLACES[config.placement](name, module, layers, quantization))
+        taken.add(name)
     if not places and not excluded:
         raise ValueError(_no_match(model, config))
     return places
-
-
-def place_of(name: str, module: nn.Module, parent: nn.Module, config: MoeConfig, **quantization: Any) -> Place:
-    """Describe a module that a configuration matches.
-
-    Args:
-        name: Its full name.
-        module: The module, or a tuner layer around it.
-        parent: The module it is an attribute of.
-        config: The configuration.
-        **quantization: What `peft.utils.quantization_utils.get_quantization_kwargs` says of the model.
-
-    Raises:
-        TypeError: An adapter of this kind cannot wrap such a module.
-        ValueError: An adapter there would have no effect.
-    """
-    return PLACES[config.placement](name, module, parent, **quantization)
 
 
 def reads_encoder_states(name: str) -> bool:
@@ -181,18 +223,13 @@ def reads_encoder_states(name: str) -> bool:
     return bool(CROSS_ATTENTION.search(name)) and name.rpartition(".")[2][:1] in ("k", "v")
 
 
-def _linear_place(name: str, module: nn.Module, parent: nn.Module, **quantization: Any) -> Place:
+def _linear_place(name: str, module: nn.Module, layers: list[MoeLayer], quantization: dict[str, Any]) -> Place:
     features = linear_features(module, **quantization)
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if features is None:
         raise TypeError(
             f"Target module {name} ({type(base).__name__}) is not supported. Currently, only `torch.nn.Linear` "
             "(optionally quantized) and transformers' `Conv1D` can be adapted; remove it from target_modules."
-        )
-    if isinstance(parent, nn.MultiheadAttention):
-        raise ValueError(
-            f"Target module {name} belongs to torch.nn.MultiheadAttention, which reads its weight without calling "
-            "it, so an adapter there would have no effect. Remove it from target_modules."
         )
     return Place(name, *features, kind=type(base).__name__)
 
@@ -228,4 +265,17 @@ def _endings(name: str) -> list[str]:
 
 
 # Kind of placement -> description of a matched module, for the layer of the same name in `layers.LAYERS`.
-PLACES: dict[str, Callable[..., Place]] = {"linear": _linear_place}
+PLACES: dict[str, Callable[..., Place]] = {
+    "linear": _linear_place,
+    "scaled": _linear_place,
+    "block": block_place,
+    "experts": experts_place,
+    "slices": experts_place,
+}
+# Kind of placement -> names of all modules of that kind.
+NAMES: dict[str, Callable[[nn.Module, list[MoeLayer]], list[str]]] = {
+    "block": lambda model, layers: block_names(model, layers, linear_names(model)),
+    "scaled": lambda model, layers: key_value_names(model) + ffn_output_names(model),
+    "experts": experts_names,
+    "slices": experts_names,
+}

@@ -12,11 +12,13 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .config import MoeConfig
 from .context import ForwardTracker, find_tracker
 from .layers import LAYERS, RoutedLayer
-from .placement import find_places, place_of, resolve_targets
+from .placement import find_places, resolve_targets
 
 
 class RoutedTuner(BaseTuner):
@@ -36,7 +38,10 @@ class RoutedTuner(BaseTuner):
     def _prepare_model(self, peft_config: MoeConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Resolve and check all places, then let the model tell the layers what a forward pass knows."""
         resolve_targets(model, peft_config)
-        find_places(model, peft_config, **get_quantization_kwargs(model))
+        places = find_places(model, peft_config, **get_quantization_kwargs(model))
+        self._places = {place.name: place for place in places}
+        if peft_config.placement != "linear":
+            _record_router_outputs(model)
         tracker = find_tracker(model)
         if tracker is None:
             tracker = ForwardTracker()
@@ -59,8 +64,11 @@ class RoutedTuner(BaseTuner):
     ) -> None:
         if parameter_name is not None:
             raise ValueError(f"{parameter_name}: routed adapters wrap modules, not parameters; use target_modules.")
-        quantization = get_quantization_kwargs(self.model)
-        place = place_of(current_key, target, parent, peft_config, **quantization)
+        place = self._places.get(current_key)
+        if place is None:
+            raise ValueError(
+                f"{current_key} is not among the places of {type(peft_config).__name__}, {sorted(self._places)}."
+            )
         parts = peft_config.build(place)
         if isinstance(target, RoutedLayer) and target.prefix == self.prefix:
             target.update_layer(adapter_name, parts, inference_mode=peft_config.inference_mode)
@@ -74,7 +82,7 @@ class RoutedTuner(BaseTuner):
             prefix=self.prefix,
             place=place,
             tracker=tracker,
-            quantization=quantization,
+            quantization=get_quantization_kwargs(self.model),
             inference_mode=peft_config.inference_mode,
         )
         if adapter_name not in self.active_adapters:
@@ -95,10 +103,10 @@ class RoutedTuner(BaseTuner):
             for name in names:
                 if name in layer.experts and not layer.is_mergeable(name):
                     raise ValueError(
-                        f"The adapter {name!r} ({type(self.peft_config[name]).__name__}) weighs its experts by the "
-                        f"input of {layer.place}, so no fixed weight equals it and it cannot be merged. Keep it "
-                        "as an adapter (model.save_pretrained), call unload() to get the base model back, or train "
-                        "with num_experts=1, which merges exactly."
+                        f"The adapter {name!r} ({type(self.peft_config[name]).__name__}) depends on the input of "
+                        f"{layer.place}, so no fixed weight equals it and it cannot be merged. Keep it as an adapter "
+                        "(model.save_pretrained), or call unload() to get the base model back. Adapters of linear "
+                        "layers merge exactly with num_experts=1."
                     )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -182,6 +190,13 @@ class RoutedTuner(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         _check_adapter_tensors(cls.prefix, model.state_dict(), adapter_name, remapped)
         return remapped
+
+
+def _record_router_outputs(model: nn.Module) -> None:
+    """Install the hooks of `output_router_logits`, some of which look a router up by a path that wrapping changes."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            maybe_install_capturing_hooks(module)
 
 
 def _pass_adapter_names(

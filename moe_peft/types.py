@@ -1,4 +1,6 @@
-"""What a router decides, what it may know, and a loss on it: `Routing`, `TokenContext`, `RouterLoss`, `Place`.
+"""What a router decides, what it may know, a loss on it, and where it acts.
+
+`Routing`, `TokenContext`, `RouterLoss`, `Place`, `MoeLayer`.
 
 Shape suffixes of local tensors:
     B batch rows, L positions of a row, T tokens (B * L flattened), S sequences (rows, or documents of a packed row),
@@ -11,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 
 class MoePeftWarning(UserWarning):
@@ -26,12 +29,43 @@ class Place:
         in_features: D.
         out_features: O.
         kind: Class name of the module.
+        num_experts: Experts of the backbone there; None where it has none.
+        layer_index: Index of the decoder layer, for a place with experts of the backbone.
+        base: The module itself, for adapters that start from its weights.
     """
 
     name: str
     in_features: int
     out_features: int
     kind: str = "Linear"
+    num_experts: int | None = None
+    layer_index: int | None = None
+    base: nn.Module | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class MoeLayer:
+    """One sparse layer of a backbone.
+
+    Attributes:
+        index: Index of the decoder layer.
+        experts: Full name of the fused experts module.
+        block: Full name of the block that owns them; None where the decoder layer itself does.
+        router: Full name of the router beside the experts.
+        shared_experts: Full names of the modules beside them that every token uses.
+        num_experts: E.
+        in_features: Width of the experts' input.
+        out_features: Width of their output.
+    """
+
+    index: int
+    experts: str
+    block: str | None
+    router: str | None
+    shared_experts: tuple[str, ...]
+    num_experts: int
+    in_features: int
+    out_features: int
 
 
 class LossScale:

@@ -31,7 +31,7 @@ CONFIGS = [LoraMoeConfig, MoloraConfig, SiraConfig, RoutedConfig]
         ("capacity_factor", 0.0, "capacity_factor=0.0 must be a positive number or None"),
         ("capacity_order", "random", "capacity_order='random' must be one of 'position', 'choice'"),
         ("experts_implementation", "fast", "experts_implementation='fast' must be one of 'eager', 'dense'"),
-        ("init_weights", "zero", "init_weights='zero' must be True, False or 'gaussian'"),
+        ("init_weights", "zero", "init_weights='zero' must be one of True, False, 'gaussian'"),
         ("target_parameters", ["w"], "experts are adapted as modules; name the modules in target_modules"),
         ("schema_version", 99, "schema_version=99 must be at most 1; upgrade peft-moe"),
     ],

@@ -42,7 +42,21 @@ class MoeArguments:
     moe_num_experts: int | None = field(default=None, metadata={"help": "Experts at each adapted layer."})
     moe_top_k: int | None = field(default=None, metadata={"help": "Experts a token uses."})
     moe_router: str | None = field(default=None, metadata={"help": "Name of the router (method routed)."})
-    moe_experts: str | None = field(default=None, metadata={"help": "Name of the expert kind (method routed)."})
+    moe_experts: str | None = field(
+        default=None, metadata={"help": "Name of the expert kind (methods routed and perft)."}
+    )
+    moe_activation: str | None = field(default=None, metadata={"help": "Activation of the kind bottleneck."})
+    moe_wraps: str | None = field(default=None, metadata={"help": "linear, block or experts (method routed)."})
+    moe_variant: str | None = field(default=None, metadata={"help": "R, E, D or S (method perft)."})
+    moe_expert_adapter: str | None = field(default=None, metadata={"help": "full or lora (method esft)."})
+    moe_train_shared_experts: bool | None = field(default=None, metadata={"help": "Also train shared experts (esft)."})
+    moe_train_router: bool | None = field(default=None, metadata={"help": "Also train the backbone's routers (esft)."})
+    moe_feedforward_modules: list[str] | None = field(
+        default=None, metadata={"help": "Targets that are scaled at their input (method mov)."}
+    )
+    moe_router_input: str | None = field(default=None, metadata={"help": "activation or hidden (method mov)."})
+    moe_router_granularity: str | None = field(default=None, metadata={"help": "head or token (method mov)."})
+    moe_head_dim: int | None = field(default=None, metadata={"help": "Width of a key or value head (method mov)."})
     moe_router_aux_loss_coef: float | None = field(default=None, metadata={"help": "Weight of the balance loss."})
     moe_router_z_loss_coef: float | None = field(default=None, metadata={"help": "Weight of the router z-loss."})
     moe_load_balancing_scope: str | None = field(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
-
+from .bottleneck import BottleneckExperts
 from .low_rank import LowRankExperts
+from .slices import ExpertSlices
+from .vector import VectorExperts
 
-EXPERTS: dict[str, type[nn.Module]] = {"low_rank": LowRankExperts}
+EXPERTS: dict[str, type[LowRankExperts]] = {"low_rank": LowRankExperts, "bottleneck": BottleneckExperts}
 
-__all__ = ["EXPERTS", "LowRankExperts"]
+__all__ = ["EXPERTS", "BottleneckExperts", "ExpertSlices", "LowRankExperts", "VectorExperts"]

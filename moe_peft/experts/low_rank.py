@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -23,16 +24,21 @@ class LowRankExperts(nn.Module):
         scaling: s, the factor of the routed sum.
         lora_dropout: Probability that an input element is dropped in training passes; one mask for all experts.
         init_weights: True: A uniform as in `nn.Linear`, B zero, so that the adapter starts as the identity.
-            "gaussian": A normal with standard deviation 0.02, B zero. False: both uniform, for tests.
+            "gaussian": A normal with standard deviation 0.02, B zero. "perft": A normal with variance 2 / r, B normal
+            with standard deviation 1e-6. False: both uniform, for tests.
         experts_implementation: Name of the op that computes the sum, see `moe_peft.ops.IMPLEMENTATIONS`.
 
     Attributes:
+        fields: Names of the config's fields and properties that the constructor takes by keyword, beside the sizes.
         A: (E, r, D) down matrices.
         B: (E, r, O) up matrices, stored transposed so that both GEMMs read them without a copy.
         mergeable: Whether the experts are linear in x.
+        act: Elementwise function between the two matrices; None for the identity.
     """
 
-    mergeable = True
+    fields: tuple[str, ...] = ("scaling", "lora_dropout", "init_weights", "experts_implementation")
+    mergeable: bool = True
+    act: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __init__(
         self,
@@ -58,6 +64,8 @@ class LowRankExperts(nn.Module):
         """Initialise A and B; see the class for the meaning of `init_weights`."""
         if init_weights == "gaussian":
             nn.init.normal_(self.A, std=0.02)
+        elif init_weights == "perft":
+            nn.init.normal_(self.A, std=math.sqrt(2 / self.A.shape[1]))
         else:
             # Each (r, D) slice is initialised as a Linear of its own; the fan of a 3-D tensor would be r * D.
             bound = math.sqrt(1.0 / self.A.shape[-1])
@@ -65,6 +73,8 @@ class LowRankExperts(nn.Module):
         if init_weights is False:
             bound = math.sqrt(1.0 / self.B.shape[1])
             nn.init.uniform_(self.B, -bound, bound)
+        elif init_weights == "perft":
+            nn.init.normal_(self.B, std=1e-6)
         else:
             nn.init.zeros_(self.B)
 
@@ -84,7 +94,7 @@ class LowRankExperts(nn.Module):
         """
         x_TD = self.drop(x_TD, routing.context)
         op = IMPLEMENTATIONS[self.experts_implementation]
-        return op(x_TD, base_out_TO, self.A, self.B, routing, scaling=self.scaling, in_place=in_place)
+        return op(x_TD, base_out_TO, self.A, self.B, routing, scaling=self.scaling, act=self.act, in_place=in_place)
 
     def drop(self, x_TD: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """Apply `lora_dropout` in training passes."""
@@ -111,7 +121,9 @@ class LowRankExperts(nn.Module):
     ) -> torch.Tensor:
         """Add the routed sum to the base output, given the down projections of `project_with`."""
         gates_TE = routing.gate_matrix()
-        return combine_experts(h_TR, base_out_TO, self.B, gates_TE, scaling=self.scaling, in_place=in_place)
+        return combine_experts(
+            h_TR, base_out_TO, self.B, gates_TE, scaling=self.scaling, act=self.act, in_place=in_place
+        )
 
     def delta_weight(self, weights_E: torch.Tensor) -> torch.Tensor:
         """The matrix that the experts add to the base weight under a constant routing.

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..context import ForwardTracker, find_tracker
 from ..layer_losses import WindowSums
-from ..routers import Router
+from ..routers import LinearRouter
 from .checks import check_training
 from .history import FILE_NAME, RoutingHistory
 from .meter import RoutingMeter, metrics_of
@@ -153,7 +153,7 @@ def restore_router_precision(model: nn.Module) -> int:
     """
     count = 0
     for module in model.modules():
-        if not isinstance(module, Router) or isinstance(module.weight, DTensor):
+        if not isinstance(module, LinearRouter) or isinstance(module.weight, DTensor):
             continue
         if module.weight.dtype in (torch.bfloat16, torch.float16):
             module.weight.data = module.weight.data.float()

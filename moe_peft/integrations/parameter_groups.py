@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..experts import LowRankExperts
-from ..routers import Router
+from ..routers import LinearRouter
 
 
 class OptimizerFactory:
@@ -63,7 +63,7 @@ class OptimizerFactory:
         """Learning rate by id of those parameters that have another than the trainer's."""
         rates: dict[int, float] = {}
         for module in model.modules():
-            if isinstance(module, Router) and self.router_lr is not None:
+            if isinstance(module, LinearRouter) and self.router_lr is not None:
                 rates.update({id(parameter): self.router_lr for parameter in module.parameters()})
             elif isinstance(module, LowRankExperts) and self.lora_plus_ratio is not None:
                 rates[id(module.B)] = lr * self.lora_plus_ratio
@@ -102,7 +102,7 @@ def set_learning_rates(trainer: Any, router_lr: float | None, lora_plus_ratio: f
             f"attach: {wanted} have no effect on the optimizer that the DeepSpeed configuration defines. Remove its "
             "'optimizer' section, so that the trainer makes the optimizer."
         )
-    known = (Router,) if lora_plus_ratio is None else (LowRankExperts,)
+    known = (LinearRouter,) if lora_plus_ratio is None else (LowRankExperts,)
     if not any(isinstance(module, known) for module in trainer.model.modules()):
         raise ValueError(f"attach: {wanted} fit no parameter: the adapter has no {known[0].__name__}.")
     optimizer_cls, kwargs = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(

@@ -5,9 +5,19 @@
 
 from __future__ import annotations
 
+from .routed_block import RoutedBlock
+from .routed_experts import RoutedExperts
 from .routed_layer import RoutedLayer
 from .routed_linear import RoutedLinear
+from .scaled_linear import ScaledLinear
+from .sliced_experts import SlicedExperts
 
-LAYERS: dict[str, type[RoutedLinear]] = {"linear": RoutedLinear}
+LAYERS: dict[str, type[RoutedLayer]] = {
+    "linear": RoutedLinear,
+    "scaled": ScaledLinear,
+    "block": RoutedBlock,
+    "experts": RoutedExperts,
+    "slices": SlicedExperts,
+}
 
-__all__ = ["LAYERS", "RoutedLayer", "RoutedLinear"]
+__all__ = ["LAYERS", "RoutedBlock", "RoutedExperts", "RoutedLayer", "RoutedLinear", "ScaledLinear", "SlicedExperts"]

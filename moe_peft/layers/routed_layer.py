@@ -7,17 +7,17 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.quantization_utils import resolve_quantization_backend
+from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 
 from ..config import RoutedParts
 from ..context import ForwardTracker
 from ..routers import Router
-from ..types import MoePeftWarning, Place, Routing
+from ..types import MoePeftWarning, Place, Routing, TokenContext
 
 
-class RoutedLayer(BaseTunerLayer):
-    """Mixin of all layers that hold routed adapters.
+class RoutedLayer(nn.Module, BaseTunerLayer):
+    """Base of all layers that hold routed adapters.
 
     Parameters live at `<prefix>experts.<adapter>.<param>` and `<prefix>router.<adapter>.<param>`: a dictionary of flat
     modules by adapter name, which is the only form that saving, loading under another name, and the reference copy of
@@ -25,35 +25,48 @@ class RoutedLayer(BaseTunerLayer):
 
     Args:
         base_layer: The wrapped module.
+        adapter_name: Name of the first adapter.
+        parts: Its router, experts and losses.
         prefix: Prefix of the adapter type.
         place: What the wrapped module is, and its name.
         tracker: The model's forward tracker.
         quantization: What the quantization backend needs to know of the model.
+        inference_mode: Whether the adapter's parameters stay frozen.
     """
 
     def __init__(
         self,
         base_layer: nn.Module,
+        adapter_name: str,
         *,
+        parts: RoutedParts,
         prefix: str,
         place: Place,
         tracker: ForwardTracker,
         quantization: dict[str, Any],
+        inference_mode: bool = False,
     ) -> None:
+        super().__init__()
         self.base_layer = base_layer
         self.prefix = prefix
         self.place = place.name
+        self.in_features, self.out_features = place.in_features, place.out_features
+        self.num_backbone_experts = place.num_experts or 0
         self.tracker = tracker
         self.adapter_layer_names = (f"{prefix}experts", f"{prefix}router")
-        self.other_param_names = ("objectives",)
+        self.other_param_names = ("objectives", "selections")
         setattr(self, f"{prefix}experts", nn.ModuleDict())
         setattr(self, f"{prefix}router", nn.ModuleDict())
         self.objectives: dict[str, Any] = {}
+        self.selections: dict[str, tuple[int, ...]] = {}
+        self._local_indices: dict[tuple[str, torch.device], torch.Tensor] = {}
         self.frozen_peft_weight_names = {}
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization)
         self._disable_adapters = False
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, parts, inference_mode=inference_mode)
 
     @property
     def experts(self) -> dict[str, Any]:
@@ -77,6 +90,9 @@ class RoutedLayer(BaseTunerLayer):
         if parts.router is not None:
             self.router[adapter_name] = parts.router
         self.objectives[adapter_name] = parts.objective
+        if parts.selection is not None:
+            self.selections[adapter_name] = parts.selection
+        self._local_indices.clear()
         _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         if dtype is not None and dtype.is_floating_point:
             parts.experts.to(dtype)
@@ -99,9 +115,57 @@ class RoutedLayer(BaseTunerLayer):
         self.tracker.record(self.place, adapter_name, routing)
         return routing
 
+    def route(self, adapter_name: str, x_TD: torch.Tensor, context: TokenContext) -> Routing:
+        """Let an adapter's own router decide, and note the decision.
+
+        Args:
+            adapter_name: Whose router.
+            x_TD: (T, D) its input.
+            context: What is known about the tokens.
+        """
+        return self.note(adapter_name, self.router[adapter_name](x_TD, context))
+
+    def local_index(self, adapter_name: str, index_TK: torch.Tensor) -> torch.Tensor:
+        """Number the experts that an adapter selects.
+
+        Args:
+            adapter_name: Its name.
+            index_TK: (T, K) int64 expert of the backbone in each slot.
+
+        Returns:
+            (T, K) int64 place in the adapter's selection, its length where the expert is not selected.
+        """
+        selection = self.selections[adapter_name]
+        key = (adapter_name, index_TK.device)
+        if key not in self._local_indices:
+            table = torch.full((self.num_backbone_experts + 1,), len(selection), device=index_TK.device)
+            table[list(selection)] = torch.arange(len(selection), device=index_TK.device)
+            self._local_indices[key] = table
+        return self._local_indices[key][index_TK.clamp(max=self.num_backbone_experts)]
+
+    def active_names(self) -> list[str]:
+        """Adapters that act in this forward: active, present here and not merged."""
+        return [name for name in self.active_adapters if name in self.experts and name not in self.merged_adapters]
+
     def is_mergeable(self, adapter_name: str) -> bool:
-        """Whether the adapter adds the same matrix to the base weight for every input."""
-        return bool(self.router[adapter_name].mergeable and self.experts[adapter_name].mergeable)
+        """Whether merging the adapter into the base weights is exact; a layer that can merge overrides this."""
+        return False
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse to merge; a layer that can overrides this.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(f"The adapters at {self.place} cannot be merged: no weight of the base layer equals them.")
+
+    def unmerge(self) -> None:
+        """Undo a merge; there is none to undo."""
+        warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+
+    def extra_repr(self) -> str:
+        """Say how the base layer is quantized."""
+        return quantization_extra_repr(self)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """A routed sum depends on the token, so no single low-rank pair can replace it."""

@@ -3,56 +3,29 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from peft.utils.quantization_utils import quantization_extra_repr
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..config import RoutedParts
-from ..context import ForwardTracker
+from ..experts import LowRankExperts
 from ..ops import cast_to_compute_dtype
 from ..placement import reads_encoder_states
-from ..types import Place, TokenContext
+from ..routers import LinearRouter
+from ..types import TokenContext
 from .routed_layer import RoutedLayer
 
 
-class RoutedLinear(nn.Module, RoutedLayer):
-    """Wraps a linear layer, plain or quantized.
+class RoutedLinear(RoutedLayer):
+    """Wraps a linear layer, plain or quantized."""
 
-    Args:
-        base_layer: The linear layer.
-        adapter_name: Name of the first adapter.
-        parts: Its router, experts and losses.
-        prefix: Prefix of the adapter type.
-        place: What the wrapped module is, and its name.
-        tracker: The model's forward tracker.
-        quantization: What the quantization backend needs to know of the model.
-        inference_mode: Whether the adapter's parameters stay frozen.
-    """
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        *,
-        parts: RoutedParts,
-        prefix: str,
-        place: Place,
-        tracker: ForwardTracker,
-        quantization: dict[str, Any],
-        inference_mode: bool = False,
-    ) -> None:
-        super().__init__()
-        RoutedLayer.__init__(self, base_layer, prefix=prefix, place=place, tracker=tracker, quantization=quantization)
-        self.in_features, self.out_features = place.in_features, place.out_features
-        self.from_encoder = reads_encoder_states(place.name)
-        # A plain layer's fresh output may be added to in place; anything else may keep or share its output.
-        self._owns_output = type(base_layer) in (nn.Linear, Conv1D)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, parts, inference_mode=inference_mode)
+    @cached_property
+    def from_encoder(self) -> bool:
+        """Whether the input holds encoder states."""
+        return reads_encoder_states(self.place)
 
     def forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
@@ -74,7 +47,7 @@ class RoutedLinear(nn.Module, RoutedLayer):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
-        names = [name for name in self.active_adapters if name in self.experts]
+        names = self.active_names()
         if self.merged or not names:
             return self.base_layer(x, *args, **kwargs)
 
@@ -83,7 +56,8 @@ class RoutedLinear(nn.Module, RoutedLayer):
         out_TO = self.base_layer(x_TD, *args, **kwargs)
         if self.quantization_backend is not None:
             out_TO = self.quantization_backend.maybe_clone_base_result(out_TO)
-        in_place = self._owns_output and not self.base_layer._forward_hooks
+        # A plain layer's fresh output may be added to in place; anything else may keep or share its output.
+        in_place = type(self.base_layer) in (nn.Linear, Conv1D) and not self.base_layer._forward_hooks
         for name in names:
             out_TO = self._add_adapter(name, x_TD, out_TO, context, in_place)
         return out_TO.view(*x.shape[:-1], out_TO.shape[-1])
@@ -91,20 +65,21 @@ class RoutedLinear(nn.Module, RoutedLayer):
     def _add_adapter(
         self, name: str, x_TD: torch.Tensor, out_TO: torch.Tensor, context: TokenContext, in_place: bool
     ) -> torch.Tensor:
-        experts, router = self.experts[name], self.router[name]
+        experts, router = self.experts[name], cast(Any, self.router[name])
         x_TD = cast_to_compute_dtype(x_TD)
         if self._shares_gemm(name, x_TD, context):
             h_TR, logits_TE = experts.project_with(x_TD, router.weight)
             routing = self.note(name, router.decide(logits_TE, context))
             return experts.combine(h_TR, out_TO, routing, in_place=in_place)
-        routing = self.note(name, router(x_TD, context))
-        return experts(x_TD, out_TO, routing, in_place=in_place)
+        return experts(x_TD, out_TO, self.route(name, x_TD, context), in_place=in_place)
 
     def _shares_gemm(self, name: str, x_TD: torch.Tensor, context: TokenContext) -> bool:
         """Whether router and experts read the same input in the router's precision, so one GEMM serves both."""
         experts, router = self.experts[name], self.router[name]
         return (
-            experts.experts_implementation == "dense"
+            isinstance(router, LinearRouter)
+            and isinstance(experts, LowRankExperts)
+            and experts.experts_implementation == "dense"
             and x_TD.dtype == router.weight.dtype == experts.A.dtype
             and not router.jitters(context)
             and not (context.training and experts.lora_dropout > 0)
@@ -136,6 +111,10 @@ class RoutedLinear(nn.Module, RoutedLayer):
             )
             result[rows] = added.view(part_out.shape)
         return result
+
+    def is_mergeable(self, adapter_name: str) -> bool:
+        """Whether the adapter adds the same matrix to the base weight for every input."""
+        return self.router[adapter_name].mergeable and self.experts[adapter_name].mergeable
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' matrices to the base weight; exact with a single expert, refused otherwise.
@@ -172,8 +151,8 @@ class RoutedLinear(nn.Module, RoutedLayer):
             (O, D), or (D, O) for a `Conv1D`: the layout of the base weight.
         """
         router, experts = self.router[adapter_name], self.experts[adapter_name]
-        logits_TE = router.weight.new_zeros(1, router.num_experts)
-        weights_E = router.decide(logits_TE, TokenContext()).gate_matrix()[0]
+        x_TD = experts.A.new_zeros(1, self.in_features)
+        weights_E = router(x_TD, TokenContext()).gate_matrix()[0]
         delta_OD = experts.delta_weight(weights_E)
         return delta_OD.T if isinstance(self.get_base_layer(), Conv1D) else delta_OD
 
@@ -185,7 +164,3 @@ class RoutedLinear(nn.Module, RoutedLayer):
         if check_finite and not torch.isfinite(merged).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         self.set_base_weight(merged)
-
-    def extra_repr(self) -> str:
-        """Say how the base layer is quantized."""
-        return quantization_extra_repr(self)

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from .esft import EsftConfig
 from .loramoe import LoraMoeConfig
 from .molora import MoloraConfig
+from .mov import MovConfig
+from .perft import PerftConfig
 from .routed import RoutedConfig
 from .sira import SiraConfig
 
-METHODS = {"loramoe": LoraMoeConfig, "molora": MoloraConfig, "sira": SiraConfig, "routed": RoutedConfig}
+METHODS = {
+    "loramoe": LoraMoeConfig,
+    "molora": MoloraConfig,
+    "sira": SiraConfig,
+    "mov": MovConfig,
+    "perft": PerftConfig,
+    "esft": EsftConfig,
+    "routed": RoutedConfig,
+}
 
-__all__ = ["METHODS", "LoraMoeConfig", "MoloraConfig", "RoutedConfig", "SiraConfig"]
+__all__ = [
+    "METHODS",
+    "EsftConfig",
+    "LoraMoeConfig",
+    "MoloraConfig",
+    "MovConfig",
+    "PerftConfig",
+    "RoutedConfig",
+    "SiraConfig",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..config import MoeConfig, RoutedParts
+from ..config import BACKBONE, MoeConfig, RoutedParts
 from ..experts import EXPERTS
 from ..objective import Loss, RouterObjective
 from ..routers import ROUTERS
@@ -19,7 +19,7 @@ def build_parts(
     experts: str = "low_rank",
     router_init_std: float | None = None,
 ) -> RoutedParts:
-    """Build a router, a bank of experts and their losses.
+    """Build a router, a bank of experts and their losses; without a router where the backbone routes.
 
     Args:
         config: Where the numbers come from.
@@ -28,22 +28,25 @@ def build_parts(
         experts: Name of the expert kind.
         router_init_std: Standard deviation of the router's initialisation; None takes the one of `nn.Linear`.
     """
+    follows = config.router == BACKBONE
+    num_experts = place.num_experts if follows else config.num_experts
+    assert num_experts is not None
+    experts_cls = EXPERTS[experts]
+    bank = experts_cls(
+        place.in_features,
+        place.out_features,
+        num_experts=num_experts,
+        r=config.r,
+        **{name: getattr(config, name) for name in experts_cls.fields},
+    )
+    if follows:
+        return RoutedParts(experts=bank)
     router_cls = ROUTERS[config.router]
     router = router_cls(
         place.in_features,
-        config.num_experts,
+        num_experts,
         init_std=router_init_std,
         **{name: getattr(config, name) for name in router_cls.fields},
-    )
-    bank = EXPERTS[experts](
-        place.in_features,
-        place.out_features,
-        num_experts=config.num_experts,
-        r=config.r,
-        scaling=config.scaling,
-        lora_dropout=config.lora_dropout,
-        init_weights=config.init_weights,
-        experts_implementation=config.experts_implementation,
     )
     return RoutedParts(
         router=router, experts=bank, objective=RouterObjective(losses, scope=config.load_balancing_scope)

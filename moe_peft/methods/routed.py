@@ -11,12 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..config import RoutedParts
+from ..config import BACKBONE, RoutedParts
 from ..experts import EXPERTS
+from ..experts.bottleneck import ACTIVATIONS
 from ..losses import LOSSES
 from ..objective import Loss
 from ..registration import extend_peft_type, register
-from ..routers import ROUTERS
+from ..routers import ROUTERS, LinearRouter
 from ..tuner import RoutedTuner
 from ..types import Place
 from .build import build_parts
@@ -41,12 +42,23 @@ class RoutedConfig(LocalizedBalancingConfig):
         default=None,
         metadata={"help": "Experts a token uses; None means 2 with a sparse router, and all with the dense one."},
     )
+    wraps: str = field(
+        default="linear",
+        metadata={
+            "help": "What the adapter stands beside: 'linear' layers, 'block' (mixture-of-experts blocks, or the MLPs "
+            "of a dense model), or 'experts' (a backbone's experts modules)."
+        },
+    )
+    activation: str = field(default="silu", metadata={"help": f"Of the kind 'bottleneck': {', '.join(ACTIVATIONS)}."})
     experts: str = field(
         default="low_rank", metadata={"help": "Name of the expert kind, see moe_peft.experts.EXPERTS."}
     )
     router_aux_loss_coef: float = field(
         default=0.01,
-        metadata={"help": "Weight of load_balancing per layer, or of importance with the dense router."},
+        metadata={
+            "help": "Weight of load_balancing per layer, or of importance with the dense router; without effect where "
+            "the router learns nothing."
+        },
     )
     losses: dict[str, float] | None = field(
         default=None,
@@ -59,10 +71,24 @@ class RoutedConfig(LocalizedBalancingConfig):
         super().__post_init__()
         self.peft_type = PEFT_TYPE
 
+    @property
+    def placement(self) -> str:
+        """See `MoeConfig.placement`."""
+        return self.wraps
+
     def validate(self) -> None:
         """Check every field; see `MoeConfig.validate`."""
+        self._check_choice("wraps", ("linear", "block", "experts"))
         super().validate()
         self._check_choice("experts", tuple(EXPERTS))
+        self._check_choice("activation", tuple(ACTIVATIONS))
+        if self.experts != "bottleneck":
+            self._check_left_alone("activation", f"the kind {self.experts!r} has none")
+        if self.router == BACKBONE:
+            self._check_left_alone("num_experts", "there is one expert for each of the backbone's")
+        if not self._router_learns():
+            self._check(not self.losses, "losses", f"None: the {self.router!r} router learns nothing")
+            self._check_left_alone("router_z_loss_coef", f"the {self.router!r} router learns nothing")
         for name, coef in (self.losses or {}).items():
             self._check(name in LOSSES, "losses", f"a dict with names out of {', '.join(map(repr, LOSSES))}")
             self._check(coef >= 0, "losses", "a dict with weights that are zero or positive")
@@ -79,11 +105,20 @@ class RoutedConfig(LocalizedBalancingConfig):
                 f"without {name!r} while {shorthand} sets its weight too; set {shorthand}=0.0",
             )
 
+    def _router_learns(self) -> bool:
+        return self.router in ROUTERS and issubclass(ROUTERS[self.router], LinearRouter)
+
     def _balance_name(self) -> str:
         return "importance" if self.router == "dense" else "load_balancing"
 
+    def expected_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `MoeConfig.expected_shapes`."""
+        return {} if self.router == BACKBONE else super().expected_shapes()
+
     def build(self, place: Place) -> RoutedParts:
         """Build the parts of one layer; see `MoeConfig.build`."""
+        if not self._router_learns():
+            return build_parts(self, place, losses={}, experts=self.experts)
         coefficients = {
             self._balance_name(): self.router_aux_loss_coef,
             "z_loss": self.router_z_loss_coef,

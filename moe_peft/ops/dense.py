@@ -1,7 +1,7 @@
 """Routed sum of low-rank experts as two GEMMs over all experts at once.
 
     h = x A_all^T            (T, R), R = E * r
-    h_e *= G_e               zero where a token does not use expert e
+    h_e = act(h_e) * G_e               zero where a token does not use expert e
     y = base + s * h B_all   added in place on the frozen layer's fresh output
 
 Exact for dense and sparse gates alike: static shapes, no sort, every parameter used in every step. The gradient of the
@@ -9,6 +9,8 @@ gates is a dot product in rank space, so nothing of size tokens x experts x widt
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
@@ -38,6 +40,7 @@ def combine_experts(
     gates_TE: torch.Tensor,
     *,
     scaling: float,
+    act: Callable[[torch.Tensor], torch.Tensor] | None = None,
     in_place: bool = False,
 ) -> torch.Tensor:
     """Weigh each expert's columns by its gate and add the up projection to the base output.
@@ -48,12 +51,14 @@ def combine_experts(
         B: (E, r, O) up matrices, stored transposed.
         gates_TE: (T, E) combine weights.
         scaling: s, the factor of the routed sum.
+        act: Elementwise function of the down projections; None for the identity.
         in_place: Whether `base_out_TO` may be overwritten.
 
     Returns:
         (T, O) in the dtype of `base_out_TO`.
     """
     num_experts, r, out_features = B.shape
+    h_TR = h_TR if act is None else act(h_TR)
     gated_TER = h_TR.view(-1, num_experts, r) * gates_TE.to(h_TR.dtype).unsqueeze(-1)
     gated_TR = gated_TER.reshape(-1, num_experts * r)
     B_RO = B.reshape(-1, out_features).to(h_TR.dtype)
@@ -73,6 +78,7 @@ def dense_experts(
     routing: Routing,
     *,
     scaling: float,
+    act: Callable[[torch.Tensor], torch.Tensor] | None = None,
     in_place: bool = False,
 ) -> torch.Tensor:
     """Add the weighted output of every expert to the base output; arguments as in `eager_experts`.
@@ -84,10 +90,11 @@ def dense_experts(
         B: (E, r, O) up matrices, stored transposed.
         routing: Decision for the T tokens.
         scaling: s, the factor of the routed sum.
+        act: Elementwise function of the down projections; None for the identity.
         in_place: Whether `base_out_TO` may be overwritten.
 
     Returns:
         (T, O) in the dtype of `base_out_TO`.
     """
     h_TR = project(x_TD, A.reshape(-1, A.shape[-1]))
-    return combine_experts(h_TR, base_out_TO, B, routing.gate_matrix(), scaling=scaling, in_place=in_place)
+    return combine_experts(h_TR, base_out_TO, B, routing.gate_matrix(), scaling=scaling, act=act, in_place=in_place)

@@ -1,11 +1,13 @@
 """Routed sum of low-rank experts, one expert after the other: the definition.
 
-    y_t = base_t + s * sum_e G_te * B_e^T A_e x_t        A_e (r, D), B_e (r, O) stored transposed
+    y_t = base_t + s * sum_e G_te * B_e^T act(A_e x_t)        A_e (r, D), B_e (r, O) stored transposed
 
 Every other implementation must agree with this one, forward and gradient.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -20,6 +22,7 @@ def eager_experts(
     routing: Routing,
     *,
     scaling: float,
+    act: Callable[[torch.Tensor], torch.Tensor] | None = None,
     in_place: bool = False,
 ) -> torch.Tensor:
     """Add the weighted output of every expert to the base output.
@@ -31,6 +34,7 @@ def eager_experts(
         B: (E, r, O) up matrices, stored transposed.
         routing: Decision for the T tokens.
         scaling: s, the factor of the routed sum.
+        act: Elementwise function of the down projections; None for the identity.
         in_place: Accepted for a common signature; the sum is always out of place here.
 
     Returns:
@@ -41,5 +45,6 @@ def eager_experts(
     with torch.autocast(x_TD.device.type, enabled=False):
         for e in range(A.shape[0]):
             h_Tr = x_TD @ A[e].to(x_TD.dtype).T
+            h_Tr = h_Tr if act is None else act(h_Tr)
             delta_TO = delta_TO + gates_TE[:, e : e + 1] * (h_Tr @ B[e].to(x_TD.dtype))
     return base_out_TO + (scaling * delta_TO).to(base_out_TO.dtype)

@@ -29,10 +29,10 @@ class CapacityRouter(TopKRouter):
             "choice": all first choices before all second choices (GShard), with which a later token can take an
             earlier token's place.
         norm_topk_prob: See `TopKRouter`; weights are rescaled before tokens are dropped.
-        routed_scaling_factor: See `Router`.
-        router_jitter_noise: See `Router`.
-        expert_dropout: See `Router`.
-        init_std: See `Router`.
+        routed_scaling_factor: See `LinearRouter`.
+        router_jitter_noise: See `LinearRouter`.
+        expert_dropout: See `LinearRouter`.
+        init_std: See `LinearRouter`.
     """
 
     fields = ("capacity_factor", "capacity_order", *TopKRouter.fields)
@@ -66,7 +66,7 @@ class CapacityRouter(TopKRouter):
         self.causal = capacity_order == "position"
 
     def decide(self, logits_TE: torch.Tensor, context: TokenContext) -> Routing:
-        """Keep the k largest probabilities, then drop what is over capacity; arguments as in `Router.decide`."""
+        """Keep the k largest probabilities, then drop what is over capacity; arguments as in `LinearRouter.decide`."""
         routing = super().decide(logits_TE, context)
         if self.capacity_factor is None or not context.training:
             return routing

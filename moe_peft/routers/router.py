@@ -1,4 +1,4 @@
-"""What all linear routers share: float32 scores z = W x, and the promises a router makes."""
+"""What routers share: the promises a router makes, and float32 scores z = W x of the linear ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,60 @@ from ..types import Routing, TokenContext
 
 
 class Router(nn.Module, ABC):
-    """Linear router: scores the experts, then decides.
+    """Decides which experts a token uses, and with which weight.
+
+    Args:
+        in_features: D, width of the input.
+        num_experts: E.
+        routed_scaling_factor: Factor of all weights, after any rescaling.
+        init_std: Standard deviation of a normal initialisation of what a router has to initialise, if anything.
+
+    Attributes:
+        fields: Names of the config fields that the constructor takes by keyword, beside `in_features`, `num_experts`
+            and `init_std`.
+        causal: No later token changes the decision for an earlier one.
+        batch_invariant: No other row of the batch changes a decision.
+        decode_stateless: Decoding token by token decides as the full forward does.
+    """
+
+    fields: tuple[str, ...] = ("routed_scaling_factor",)
+    causal: bool = True
+    batch_invariant: bool = True
+    decode_stateless: bool = True
+
+    def __init__(
+        self,
+        in_features: int,
+        num_experts: int,
+        *,
+        routed_scaling_factor: float = 1.0,
+        init_std: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.routed_scaling_factor = routed_scaling_factor
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether the weights are the same for every input, so that the experts can be merged into the base weight."""
+        return self.num_experts == 1
+
+    def scale(self, weights: torch.Tensor) -> torch.Tensor:
+        """Apply `routed_scaling_factor` to combine weights of any shape."""
+        return weights if self.routed_scaling_factor == 1.0 else weights * self.routed_scaling_factor
+
+    @abstractmethod
+    def forward(self, x_TD: torch.Tensor, context: TokenContext) -> Routing:
+        """Decide about each token.
+
+        Args:
+            x_TD: (T, D) input of any floating dtype.
+            context: What is known about the tokens.
+        """
+
+
+class LinearRouter(Router):
+    """Scores the experts by a matrix, then decides.
 
     The two steps are separate so that the scores can be computed in the experts' own GEMM.
 
@@ -27,17 +80,10 @@ class Router(nn.Module, ABC):
         init_std: Standard deviation of a normal initialisation; None takes the uniform one of `nn.Linear`.
 
     Attributes:
-        fields: Names of the config fields that the constructor takes by keyword.
         weight: (E, D) float32, also in a bfloat16 model: rounding the scores changes which experts are selected.
-        causal: No later token changes the decision for an earlier one.
-        batch_invariant: No other row of the batch changes a decision.
-        decode_stateless: Decoding token by token decides as the full forward does.
     """
 
-    fields: tuple[str, ...] = ("routed_scaling_factor", "router_jitter_noise", "expert_dropout")
-    causal: bool = True
-    batch_invariant: bool = True
-    decode_stateless: bool = True
+    fields: tuple[str, ...] = (*Router.fields, "router_jitter_noise", "expert_dropout")
 
     def __init__(
         self,
@@ -49,9 +95,7 @@ class Router(nn.Module, ABC):
         expert_dropout: float = 0.0,
         init_std: float | None = None,
     ) -> None:
-        super().__init__()
-        self.num_experts = num_experts
-        self.routed_scaling_factor = routed_scaling_factor
+        super().__init__(in_features, num_experts, routed_scaling_factor=routed_scaling_factor, init_std=init_std)
         self.router_jitter_noise = router_jitter_noise
         self.expert_dropout = expert_dropout
         self.weight = nn.Parameter(torch.empty(num_experts, in_features, dtype=torch.float32))
@@ -59,11 +103,6 @@ class Router(nn.Module, ABC):
             nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         else:
             nn.init.normal_(self.weight, std=init_std)
-
-    @property
-    def mergeable(self) -> bool:
-        """Whether the weights are the same for every input, so that the experts can be merged into the base weight."""
-        return self.num_experts == 1
 
     def scores(self, x_TD: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """Score the experts for each token.
@@ -82,10 +121,6 @@ class Router(nn.Module, ABC):
         with torch.autocast(x_TD.device.type, enabled=False):
             return F.linear(x_TD, self.weight.to(dtype))
 
-    def scale(self, weights: torch.Tensor) -> torch.Tensor:
-        """Apply `routed_scaling_factor` to combine weights of any shape."""
-        return weights if self.routed_scaling_factor == 1.0 else weights * self.routed_scaling_factor
-
     def jitters(self, context: TokenContext) -> bool:
         """Whether the scores of this pass are computed from a noisy input."""
         return context.training and self.router_jitter_noise > 0
@@ -103,7 +138,7 @@ class Router(nn.Module, ABC):
         """Score the experts for each token and decide."""
         return self.decide(self.scores(x_TD, context), context)
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> Router:
+    def _apply(self, fn: Callable, recurse: bool = True) -> LinearRouter:
         """Follow a change of device, but never one to a 16-bit dtype."""
         super()._apply(lambda t: _without_rounding(t, fn(t)), recurse)
         return self

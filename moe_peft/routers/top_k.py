@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from ..types import Routing, TokenContext
-from .router import Router, gate_probs
+from .router import LinearRouter, gate_probs
 
 
-class TopKRouter(Router):
+class TopKRouter(LinearRouter):
     """Softmax, then the k largest (arXiv 2101.03961; the token-choice router of transformers' sparse models).
 
     Args:
@@ -17,13 +17,13 @@ class TopKRouter(Router):
         top_k: K, experts a token uses.
         norm_topk_prob: Whether the kept weights are rescaled to sum to one. With K = 1 the weight is then the constant
             one and the router gets no gradient from the task.
-        routed_scaling_factor: See `Router`.
-        router_jitter_noise: See `Router`.
-        expert_dropout: See `Router`; a dropped gate is not selected.
-        init_std: See `Router`.
+        routed_scaling_factor: See `LinearRouter`.
+        router_jitter_noise: See `LinearRouter`.
+        expert_dropout: See `LinearRouter`; a dropped gate is not selected.
+        init_std: See `LinearRouter`.
     """
 
-    fields: tuple[str, ...] = ("top_k", "norm_topk_prob", *Router.fields)
+    fields: tuple[str, ...] = ("top_k", "norm_topk_prob", *LinearRouter.fields)
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class TopKRouter(Router):
         self.norm_topk_prob = norm_topk_prob
 
     def decide(self, logits_TE: torch.Tensor, context: TokenContext) -> Routing:
-        """Keep the k largest probabilities; arguments as in `Router.decide`."""
+        """Keep the k largest probabilities; arguments as in `LinearRouter.decide`."""
         probs_TE = gate_probs(logits_TE, self.expert_dropout, context)
         weights_TK, experts_TK = probs_TE.topk(self.top_k, dim=-1)
         if self.expert_dropout > 0 and context.training:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import OlmoeConfig, OlmoeForCausalLM, Qwen3Config, Qwen3ForCausalLM, set_seed
 
-from moe_peft import LoraMoeConfig, MoloraConfig, RoutedConfig, SiraConfig
+from moe_peft import EsftConfig, LoraMoeConfig, MoloraConfig, MovConfig, PerftConfig, RoutedConfig, SiraConfig
 from tests.tiny import FFN, HIDDEN, LAYERS, VOCAB, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
 SMALL = {"r": 2, "num_experts": 4}
@@ -22,8 +22,22 @@ METHODS: dict[str, Callable] = {
     "molora-top2": lambda **kw: MoloraConfig(**{**SMALL, "top_k": 2, **kw}),
     "sira": lambda **kw: SiraConfig(**{**SMALL, "top_k": 2, "expert_dropout": 0.0, **kw}),
     "routed": lambda **kw: RoutedConfig(**{**SMALL, "router_z_loss_coef": 0.01, **kw}),
+    "mov": lambda **kw: MovConfig(**{"num_experts": 4, **kw}),
+    "mov-top2": lambda **kw: MovConfig(**{"num_experts": 4, "top_k": 2, "router_granularity": "token", **kw}),
+    "routed-bottleneck": lambda **kw: RoutedConfig(**{**SMALL, "experts": "bottleneck", **kw}),
+    "perft-r": lambda **kw: PerftConfig(**{**SMALL, "lora_dropout": 0.0, **kw}),
+    "perft-r-bottleneck": lambda **kw: PerftConfig(**{**SMALL, "experts": "bottleneck", "lora_dropout": 0.0, **kw}),
+    "perft-d": lambda **kw: PerftConfig(**{**SMALL, "variant": "D", "lora_dropout": 0.0, **kw}),
+    "perft-s": lambda **kw: PerftConfig(**{"r": 2, "variant": "S", "lora_dropout": 0.0, **kw}),
+    "perft-e": lambda **kw: PerftConfig(**{"r": 2, "variant": "E", "lora_dropout": 0.0, **kw}),
+    "esft": lambda **kw: EsftConfig(**{"experts": {"0": [1, 3], "1": [2]}, **kw}),
+    "esft-lora": lambda **kw: EsftConfig(**{"experts": {"0": [1, 3]}, "expert_adapter": "lora", "r": 2, **kw}),
     "routed-eager": lambda **kw: RoutedConfig(**{**SMALL, "experts_implementation": "eager", **kw}),
 }
+
+# Methods that wrap blocks, and those that follow a backbone's own routing.
+OF_BLOCKS = ("perft-r", "perft-r-bottleneck", "perft-d", "perft-s")
+OF_EXPERTS = ("perft-e", "esft", "esft-lora")
 
 
 @dataclass(frozen=True)
@@ -34,6 +48,8 @@ class ModelCase:
     task_type: str
     targets: dict[str, list[str]] = field(default_factory=dict)
     causal: bool = True
+    has_blocks: bool = True
+    has_experts: bool = False
     seq_to_seq: bool = False
 
     def batch(self, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -51,7 +67,12 @@ class ModelCase:
         return batch
 
     def config(self, method: str, **overrides):
-        return METHODS[method](task_type=self.task_type, **{**self.targets, **overrides})
+        targets = {} if method in (*OF_BLOCKS, *OF_EXPERTS) else self.targets
+        return METHODS[method](task_type=self.task_type, **{**targets, **overrides})
+
+    def supports(self, method: str) -> bool:
+        """Whether the model has what the method wraps."""
+        return (method not in OF_EXPERTS or self.has_experts) and (method not in OF_BLOCKS or self.has_blocks)
 
 
 def tiny_qwen3(seed: int = 0) -> Qwen3ForCausalLM:
@@ -100,8 +121,8 @@ MODELS: dict[str, ModelCase] = {
     "qwen3": ModelCase(tiny_qwen3, "CAUSAL_LM"),
     "gpt2": ModelCase(tiny_gpt2, "CAUSAL_LM"),
     "t5": ModelCase(tiny_t5, "SEQ_2_SEQ_LM", causal=False, seq_to_seq=True),
-    "bert": ModelCase(tiny_bert, "SEQ_CLS", causal=False),
-    "olmoe": ModelCase(tiny_olmoe, "CAUSAL_LM", {"target_modules": ["q_proj", "v_proj"]}),
+    "bert": ModelCase(tiny_bert, "SEQ_CLS", causal=False, has_blocks=False),
+    "olmoe": ModelCase(tiny_olmoe, "CAUSAL_LM", {"target_modules": ["q_proj", "v_proj"]}, has_experts=True),
 }
 
 

@@ -1,0 +1,157 @@
+"""Places of adapters that wrap more than a linear layer: mixture-of-experts blocks, plain MLPs, experts modules."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, cast
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .backbone import unsupported_reason
+from .types import MoeLayer, Place
+
+# What blocks without a linear router call the width of their input.
+WIDTHS = ("hidden_size", "hidden_dim", "d_model", "ffn_hidden_size")
+
+
+def block_names(model: nn.Module, layers: list[MoeLayer], linears: list[str]) -> list[str]:
+    """The blocks of a model: mixture-of-experts blocks where it has some, or else the MLPs of its layers.
+
+    Where a decoder layer owns router and experts itself, the experts module stands for the block.
+
+    Args:
+        model: A transformers model.
+        layers: Its sparse layers.
+        linears: Names of its linear layers.
+
+    Returns:
+        Full module names.
+
+    Raises:
+        ValueError: It has neither.
+    """
+    if layers:
+        return [layer.block or layer.experts for layer in layers]
+    reason = unsupported_reason(model)
+    parents = {name.rpartition(".")[0] for name in linears if not re.search(r"attn|attention", name, re.IGNORECASE)}
+    blocks = [name for name in parents if re.search(r"\.\d+\.", f"{name}.") and not name.rpartition(".")[2].isdigit()]
+    modules = dict(model.named_modules())
+    found = [name for name in modules if name in blocks and mlp_features(modules[name]) is not None]
+    if reason or not found:
+        raise ValueError(
+            f"{type(model).__name__} has no block that an adapter can wrap: "
+            f"{reason or 'its layers have no MLP module that maps hidden states to the same width'}. Name modules in "
+            "`target_modules`, or use an adapter of linear layers."
+        )
+    return found
+
+
+def experts_names(model: nn.Module, layers: list[MoeLayer]) -> list[str]:
+    """The experts modules of a model.
+
+    Args:
+        model: A transformers model.
+        layers: Its sparse layers.
+
+    Raises:
+        ValueError: It has none that can be wrapped; the message says why.
+    """
+    if not layers:
+        reason = unsupported_reason(model) or "it is a dense model"
+        raise ValueError(
+            f"{type(model).__name__} has no experts module that an adapter can follow: {reason}. Use an adapter with "
+            "a router of its own, around blocks or linear layers."
+        )
+    return [layer.experts for layer in layers]
+
+
+def block_place(name: str, module: nn.Module, layers: list[MoeLayer], quantization: dict[str, Any]) -> Place:
+    """Describe a block.
+
+    Args:
+        name: Its full name.
+        module: The block, or a tuner layer around it.
+        layers: The model's sparse layers.
+        quantization: What the quantization backend needs to know of the model.
+
+    Raises:
+        TypeError: Its width cannot be told, or it changes the width.
+    """
+    base = _base(module)
+    layer = next((layer for layer in layers if name in (layer.block, layer.experts)), None)
+    if layer is not None and name == layer.experts:
+        return Place(name, layer.in_features, layer.out_features, kind=type(base).__name__)
+    features = _width(base, layer, name) if layer is not None else mlp_features(base)
+    if features is None:
+        raise TypeError(
+            f"Target module {name} ({type(base).__name__}) is not supported: a block maps hidden states to hidden "
+            "states of the same width, as an MLP or a mixture-of-experts block does. Remove it from target_modules."
+        )
+    return Place(name, features, features, kind=type(base).__name__)
+
+
+def experts_place(name: str, module: nn.Module, layers: list[MoeLayer], quantization: dict[str, Any]) -> Place:
+    """Describe an experts module; arguments as in `block_place`.
+
+    Raises:
+        TypeError: The module is none.
+    """
+    base = _base(module)
+    for layer in layers:
+        if name == layer.experts:
+            return Place(
+                name,
+                layer.in_features,
+                layer.out_features,
+                kind=type(base).__name__,
+                num_experts=layer.num_experts,
+                layer_index=layer.index,
+                base=base,
+            )
+    names = [layer.experts for layer in layers]
+    raise TypeError(
+        f"Target module {name} ({type(base).__name__}) is no experts module of the backbone; those are {names}. Leave "
+        "target_modules None to take them all."
+    )
+
+
+def mlp_features(module: nn.Module) -> int | None:
+    """Width of the hidden states that an MLP reads and writes; None where that is not one width.
+
+    Args:
+        module: A module with linear layers of its own, the first of which reads its input and the last writes its
+            output.
+    """
+    children = [_base(child) for child in module.children()]
+    widths = [_linear_widths(child) for child in children]
+    linears = [width for width in widths if width is not None]
+    if len(linears) < 2 or linears[0][0] != linears[-1][1]:
+        return None
+    return linears[0][0]
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _linear_widths(module: nn.Module) -> tuple[int, int] | None:
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return cast(tuple[int, int], (module.in_features, module.out_features))
+    if hasattr(module, "nf"):  # transformers' Conv1D
+        return cast(tuple[int, int], (module.nx, module.nf))
+    return None
+
+
+def _width(block: nn.Module, layer: MoeLayer, name: str) -> int | None:
+    """Width of a sparse block's input: that of its router, as the experts may work in a latent space."""
+    if layer.router is not None:
+        router = block.get_submodule(layer.router.removeprefix(f"{name}.").removeprefix("base_layer."))
+        for child in router.modules():
+            widths = _linear_widths(child)
+            if widths is not None:
+                return widths[0]
+        matrices = [p for p in router.parameters() if p.dim() == 2 and p.shape[0] == layer.num_experts]
+        if matrices:
+            return matrices[0].shape[1]
+    return next((getattr(block, width) for width in WIDTHS if isinstance(getattr(block, width, None), int)), None)

@@ -1,0 +1,70 @@
+"""A backbone's fused experts as tensors, and the backbone's own computation on other tensors of the same layout."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+# State of a module that must not leak into a stand-in for it.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def expert_tensors(experts: nn.Module, num_experts: int) -> dict[str, torch.Tensor]:
+    """The tensors with one slice per expert; quantized ones dequantized.
+
+    Args:
+        experts: A fused experts module.
+        num_experts: E.
+
+    Returns:
+        Name -> (E, ...) tensor; empty where the module keeps its experts in another form.
+    """
+    names = [name for name, _ in experts.named_parameters(recurse=False)]
+    if parametrize.is_parametrized(experts):
+        names += list(experts.parametrizations)  # type: ignore[arg-type]
+    tensors = {name: getattr(experts, name) for name in names}
+    return {name: tensor for name, tensor in tensors.items() if tensor.dim() > 1 and tensor.shape[0] == num_experts}
+
+
+def run_experts(
+    experts: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    num_experts: int,
+    hidden_TD: torch.Tensor,
+    index_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+) -> torch.Tensor:
+    """Compute fused experts with other tensors in the place of the module's own.
+
+    Layout, activation, clamps and the implementation (eager, grouped_mm, ...) are those of the module: a stand-in of
+    its class shares everything but the tensors and the number of experts.
+
+    Args:
+        experts: The backbone's experts module.
+        tensors: Name -> (n, ...) tensors that replace (E, ...) ones.
+        num_experts: E, the number of experts of the module.
+        hidden_TD: (T, D) input.
+        index_TK: (T, K) int64, from 0 to n - 1.
+        weights_TK: (T, K) combine weights.
+
+    Returns:
+        (T, O) weighted sum.
+    """
+    count = next(iter(tensors.values())).shape[0]
+    cls = type(experts).__mro__[1] if parametrize.is_parametrized(experts) else type(experts)
+    stand_in: Any = object.__new__(cls)
+    stand_in.__dict__ = {
+        name: count if "experts" in name and value == num_experts and type(value) is int else value
+        for name, value in experts.__dict__.items()
+        if name != "forward"
+    }
+    stand_in.__dict__.update({name: OrderedDict() for name in HOOKS})
+    stand_in.__dict__["_parameters"] = {name: tensor.to(hidden_TD.dtype) for name, tensor in tensors.items()}
+    modules = {name: module for name, module in experts._modules.items() if name != "parametrizations"}
+    stand_in.__dict__["_modules"] = modules
+    return stand_in.forward(hidden_TD, index_TK, weights_TK)

@@ -1,0 +1,91 @@
+"""A whole block with routed adapters beside it: y = block(x) + the routed sum of every active adapter.
+
+The block may be a mixture of experts with its own router, a plain MLP, or any module that maps hidden states to hidden
+states of the same shape, alone or first in a tuple (PERFT, arXiv 2508.02587).
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ..ops import cast_to_compute_dtype
+from ..types import Routing, TokenContext
+from .routed_layer import RoutedLayer
+
+
+class RoutedBlock(RoutedLayer):
+    """Wraps a module whose first tensor argument is its input."""
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """Apply the block and the active adapters.
+
+        Args:
+            *args: Passed to the block; the first floating tensor is x, (..., D).
+            adapter_names: Adapter of each row of the batch, "__base__" for none; None uses the active adapters.
+            **kwargs: Passed to the block; looked at for x where no positional argument is a tensor.
+
+        Returns:
+            What the block returns; its output, (..., D), or the first entry of a tuple, has the adapters added.
+        """
+        names = self.active_names() if adapter_names is None else sorted(set(adapter_names) & set(self.experts))
+        if self.disable_adapters or not names:
+            return self.base_layer(*args, **kwargs)
+        x = _first_floating(args, kwargs)
+        if adapter_names is not None:
+            self._check_rows(adapter_names, x)
+        own_x = x.clone() if self._jitters and self.training else x
+        result = self.base_layer(*args, **kwargs)
+        out = result[0] if isinstance(result, tuple) else result
+        if adapter_names is None:
+            context = self.tracker.tokens(own_x, in_training=self.training)
+            for name in names:
+                out = self._add_adapter(name, own_x, out, context, args, kwargs)
+        else:
+            mixed = out.clone()
+            for name in names:
+                rows = [row for row, own in enumerate(adapter_names) if own == name]
+                mixed[rows] = self._add_adapter(name, own_x[rows], out[rows], TokenContext(), args, kwargs)
+            out = mixed
+        return (out, *result[1:]) if isinstance(result, tuple) else out
+
+    def _add_adapter(
+        self,
+        name: str,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        context: TokenContext,
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        x_TD = cast_to_compute_dtype(x.reshape(-1, x.shape[-1]))
+        routing = self._decide(name, x_TD, context, args, kwargs)
+        return self.experts[name](x_TD, out.reshape(-1, out.shape[-1]), routing).view(out.shape)
+
+    def _decide(
+        self, name: str, x_TD: torch.Tensor, context: TokenContext, args: tuple, kwargs: dict[str, Any]
+    ) -> Routing:
+        return self.route(name, x_TD, context)
+
+    @cached_property
+    def _jitters(self) -> bool:
+        """Whether the block multiplies its input by noise in place in training, before our branch could read it."""
+        settings = {**vars(getattr(self.base_layer, "config", None) or object), **vars(self.base_layer)}
+        return any("jitter" in name and isinstance(value, float) and value > 0 for name, value in settings.items())
+
+    def _check_rows(self, adapter_names: list[str], x: torch.Tensor) -> None:
+        if len(adapter_names) != x.shape[0] or x.dim() < 3:
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
+                f"and {tuple(x.shape)} at {self.place}. Give one name per row of the batch; modules that receive "
+                "flattened tokens, as a backbone's experts do, cannot mix adapters in a batch."
+            )
+
+
+def _first_floating(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value
+    raise TypeError("A block with routed adapters was called without a floating tensor; its input cannot be found.")

@@ -1,0 +1,32 @@
+"""The backbone's own experts with low-rank experts beside them, one for each, under the same routing (PERFT-E).
+
+    y = sum_k w_k (FFN_{i_k}(x) + a_{i_k}(x)) = experts(x, i, w) + low_rank(x, i, w)
+
+The experts module's inputs are the routing, so this is exact for every implementation of the experts, quantized or
+not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..backbone import experts_call
+from ..routers import backbone_routing
+from ..types import Routing, TokenContext
+from .routed_block import RoutedBlock
+
+
+class RoutedExperts(RoutedBlock):
+    """Wraps an experts module; an adapter without a router of its own follows the backbone's."""
+
+    def _decide(
+        self, name: str, x_TD: torch.Tensor, context: TokenContext, args: tuple, kwargs: dict[str, Any]
+    ) -> Routing:
+        if name in self.router:
+            return self.route(name, x_TD, context)
+        call = experts_call(args, kwargs)
+        index = self.local_index(name, call.index) if name in self.selections else call.index
+        num_experts = self.experts[name].A.shape[0]
+        return self.note(name, backbone_routing(index, call.weights, num_experts, context))

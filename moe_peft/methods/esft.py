@@ -1,0 +1,173 @@
+"""ESFT: the experts of the backbone that a task uses most are trained, everything else is frozen.
+
+    y = sum_k w_k FFN_{i_k}(x),    FFN_i trained where expert i is selected for the layer
+
+Wang et al., 2024, arXiv 2407.01906; `moe_peft.score_experts` and `select_experts` choose the experts. Routing stays as
+it is: tokens still go to frozen experts. With expert_adapter="lora", which is not in the paper, the selected experts
+are frozen too, and each has a low-rank expert beside it, under the same routing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import nn
+
+from ..config import BACKBONE, MoeConfig, RoutedParts
+from ..experts import EXPERTS, ExpertSlices
+from ..layers.expert_tensors import expert_tensors
+from ..registration import extend_peft_type, register
+from ..tuner import RoutedTuner
+from ..types import MoeLayer, Place
+
+PEFT_TYPE = extend_peft_type("ESFT")
+ROUTED_BY_BACKBONE = "the backbone routes; PerftConfig and RoutedConfig have routers of their own"
+ROUTING_FIELDS = (
+    "num_experts",
+    "top_k",
+    "router",
+    "router_aux_loss_coef",
+    "router_z_loss_coef",
+    "norm_topk_prob",
+    "router_jitter_noise",
+    "routed_scaling_factor",
+    "expert_dropout",
+    "capacity_factor",
+    "capacity_order",
+)
+LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_weights", "experts_implementation")
+
+
+@dataclass
+class EsftConfig(MoeConfig):
+    """Configuration of ESFT."""
+
+    method: ClassVar[str] = "ESFT"
+    equation: ClassVar[str] = "y = sum_k w_k FFN_{i_k}(x), FFN_i trained where expert i is selected"
+    source: ClassVar[str] = "arXiv 2407.01906"
+    adapter_type: ClassVar[str] = "ESFT"
+    fixed_fields: ClassVar[dict[str, str]] = dict.fromkeys(ROUTING_FIELDS, ROUTED_BY_BACKBONE)
+
+    router: str = field(default=BACKBONE, metadata={"help": "The backbone's own router."})
+    experts: dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Experts to train, by decoder layer: {'1': [8, 26], '2': [5]}, as select_experts writes it. "
+            "Layers that are left out stay as they are."
+        },
+    )
+    expert_adapter: str = field(
+        default="full",
+        metadata={"help": "'full' trains the selected experts' matrices, 'lora' a low-rank expert beside each."},
+    )
+    train_shared_experts: bool = field(
+        default=False, metadata={"help": "Also train the experts that every token uses (authors' shared_experts)."}
+    )
+    train_router: bool = field(default=False, metadata={"help": "Also train the backbone's routers."})
+
+    def __post_init__(self) -> None:
+        if self.experts is not None:
+            self.experts = {str(layer): sorted(int(e) for e in ids) for layer, ids in self.experts.items()}
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+
+    @property
+    def placement(self) -> str:
+        """Kind of layer around the experts module."""
+        return "slices" if self.expert_adapter == "full" else "experts"
+
+    def validate(self) -> None:
+        """Check every field; see `MoeConfig.validate`."""
+        super().validate()
+        self._check_choice("expert_adapter", ("full", "lora"))
+        if self.expert_adapter == "full":
+            for name in LORA_FIELDS:
+                self._check_left_alone(name, "whole matrices are trained; set expert_adapter='lora' for low-rank ones")
+        for layer, ids in (self.experts or {}).items():
+            self._check(
+                layer.isdigit() and len(ids) == len(set(ids)) and min(ids, default=0) >= 0,
+                "experts",
+                f"a dict from layer index to a list of different expert ids, which {layer!r}: {ids} is not",
+            )
+
+    def resolve(self, model: nn.Module, layers: Sequence[MoeLayer]) -> None:
+        """Check the selection, and name the further modules to train; see `MoeConfig.resolve`.
+
+        Raises:
+            ValueError: Nothing is selected, or a layer or an expert does not exist.
+        """
+        selected = {int(layer): ids for layer, ids in (self.experts or {}).items() if ids}
+        sizes = {layer.index: layer.num_experts for layer in layers}
+        self._check(
+            bool(selected),
+            "experts",
+            "a selection, as {'1': [8, 26]}: score the experts on samples of the task with moe_peft.score_experts and "
+            "choose with select_experts, or run train/select_experts.py",
+        )
+        for layer, ids in selected.items():
+            self._check(layer in sizes, "experts", f"of layers with experts, {sorted(sizes)}; layer {layer} has none")
+            self._check(
+                ids[-1] < sizes[layer], "experts", f"below {sizes[layer]} in layer {layer}, which {ids[-1]} is not"
+            )
+        chosen = [layer for layer in layers if layer.index in selected]
+        further = [name for layer in chosen for name in layer.shared_experts] if self.train_shared_experts else []
+        self._check(
+            bool(further) or not self.train_shared_experts,
+            "train_shared_experts",
+            "False: the model has no such experts",
+        )
+        if self.train_router:
+            further += [layer.router for layer in chosen if layer.router is not None]
+        if further:
+            self.modules_to_save = sorted({*(self.modules_to_save or []), *further})
+
+    def adapts(self, layer: MoeLayer) -> bool:
+        """Layers without a selected expert stay as they are."""
+        return bool((self.experts or {}).get(str(layer.index)))
+
+    def expected_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `MoeConfig.expected_shapes`; the numbers of experts differ between layers."""
+        return {}
+
+    def summary(self) -> str:
+        """See `MoeConfig.summary`."""
+        count = sum(len(ids) for ids in (self.experts or {}).values())
+        kind = "whole matrices" if self.expert_adapter == "full" else f"low-rank experts of rank {self.r}"
+        return f"{kind} of {count} experts of the backbone"
+
+    def build(self, place: Place) -> RoutedParts:
+        """Build the parts of one layer; see `MoeConfig.build`.
+
+        Raises:
+            ValueError: The backbone keeps its experts in another form than one slice per expert.
+        """
+        assert place.base is not None and place.num_experts is not None and self.experts is not None
+        ids = tuple(self.experts[str(place.layer_index)])
+        if self.expert_adapter == "lora":
+            cls = EXPERTS["low_rank"]
+            bank = cls(
+                place.in_features,
+                place.out_features,
+                num_experts=len(ids),
+                r=self.r,
+                **{name: getattr(self, name) for name in cls.fields},
+            )
+            return RoutedParts(experts=bank, selection=ids)
+        tensors = expert_tensors(place.base, place.num_experts)
+        self._check(
+            len(tensors) >= 2,
+            "expert_adapter",
+            f"'lora' for {place.name} ({place.kind}), which does not keep one slice per expert",
+        )
+        return RoutedParts(experts=ExpertSlices(tensors, ids), selection=ids)
+
+
+class EsftModel(RoutedTuner):
+    """Tuner of ESFT adapters."""
+
+    prefix: str = "esft_"
+
+
+register(EsftConfig, EsftModel)

@@ -1,0 +1,163 @@
+"""MoV, mixture of vectors: (IA)3 vectors of which a softmax mixes several for each token, or for each of its heads.
+
+    p = softmax(Wg u)
+    u' = u * (1 + sum_e p_e (l_e - 1))         for u the keys, the values, and the intermediate of the FFN
+
+Zadouri et al., 2023, arXiv 2309.05444. The weights sum to one, so this is the paper's u * sum_e p_e l_e; with `top_k`,
+of which the paper's code keeps weights that sum to less, the residual form still starts as the identity. Keys and
+values are scaled before rotary embeddings, as (IA)3 does in peft; the FFN's intermediate is the input of its last
+layer, where the authors scale the activated branch alone before the product with the other, and route by it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import nn
+
+from ..config import MoeConfig, RoutedParts
+from ..experts import VectorExperts
+from ..losses import importance, z_loss
+from ..objective import Loss, RouterObjective
+from ..placement import ffn_output_names, shortest_endings
+from ..registration import extend_peft_type, register
+from ..routers import ROUTERS
+from ..tuner import RoutedTuner
+from ..types import MoeLayer, Place
+
+PEFT_TYPE = extend_peft_type("MOV")
+NO_MATRICES = "vectors have no rank and no scale"
+INIT_STD = 0.02
+
+
+@dataclass
+class MovConfig(MoeConfig):
+    """Configuration of MoV; defaults are the paper's MoV-10."""
+
+    method: ClassVar[str] = "MoV"
+    equation: ClassVar[str] = "u' = u * (1 + sum_e softmax(Wg u)_e (l_e - 1))"
+    source: ClassVar[str] = "arXiv 2309.05444"
+    adapter_type: ClassVar[str] = "MOV"
+    fixed_fields: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("r", "lora_alpha", "lora_dropout", "use_rslora", "experts_implementation", "routed_scaling_factor"),
+        NO_MATRICES,
+    )
+
+    num_experts: int = field(default=10, metadata={"help": "Vectors at each place (paper: 10, 30 or 60)."})
+    feedforward_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Which targets are scaled at their input, names or a regex; None: the last layers of FFNs."},
+    )
+    router_input: str = field(
+        default="activation",
+        metadata={"help": "What the router reads: 'activation' (what is scaled) or 'hidden' (the layer's input)."},
+    )
+    router_granularity: str = field(
+        default="head",
+        metadata={
+            "help": "'head': keys and values are routed head by head, with one router for all heads, where "
+            "head_dim is known. 'token': all heads together."
+        },
+    )
+    head_dim: int | None = field(
+        default=None, metadata={"help": "Width of a key or value head; None takes it from the model's configuration."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.top_k is not None and self.router == "dense":
+            self.router = "top_k"
+        if isinstance(self.feedforward_modules, (list, tuple)):
+            self.feedforward_modules = set(self.feedforward_modules)  # type: ignore[assignment]
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+
+    @property
+    def placement(self) -> str:
+        """See `MoeConfig.placement`."""
+        return "scaled"
+
+    def validate(self) -> None:
+        """Check every field; see `MoeConfig.validate`."""
+        super().validate()
+        self._check_choice("router", ("dense", "top_k"))
+        self._check_choice("router_input", ("activation", "hidden"))
+        self._check_choice("router_granularity", ("head", "token"))
+        self._check(self.head_dim is None or self.head_dim >= 1, "head_dim", "a positive number or None")
+
+    def resolve(self, model: nn.Module, layers: Sequence[MoeLayer]) -> None:
+        """Take the head's width and the FFNs' last layers from a model; see `MoeConfig.resolve`."""
+        if self.head_dim is None:
+            self.head_dim = _head_dim(getattr(model, "config", None))
+        if self.feedforward_modules is None:
+            names = ffn_output_names(model)
+            others = set(dict(model.named_modules())) - set(names)
+            self.feedforward_modules = set(shortest_endings(names, others))  # type: ignore[assignment]
+
+    def expected_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `MoeConfig.expected_shapes`."""
+        return {".vectors": (self.num_experts,)}
+
+    def summary(self) -> str:
+        """See `MoeConfig.summary`."""
+        vectors = f"{self.num_experts} vectors, router {self.router} on the {self.router_input}"
+        return vectors if self.top_k is None else f"{vectors}, top {self.top_k}"
+
+    def scales_input(self, name: str) -> bool:
+        """Whether a place is scaled at its input."""
+        modules = self.feedforward_modules or []
+        if isinstance(modules, str):
+            return re.fullmatch(modules, name) is not None
+        return any(name == module or name.endswith(f".{module}") for module in modules)
+
+    def build(self, place: Place) -> RoutedParts:
+        """Build the parts of one layer; see `MoeConfig.build`."""
+        at_input = self.scales_input(place.name)
+        width = place.in_features if at_input else place.out_features
+        hidden = self.router_input == "hidden"
+        by_head = self.router_granularity == "head" and self.head_dim and not at_input and not hidden
+        heads = width // self.head_dim if by_head and self.head_dim and width % self.head_dim == 0 else 1
+        vectors = VectorExperts(
+            place.in_features,
+            width,
+            num_experts=self.num_experts,
+            num_heads=heads,
+            scales_input=at_input,
+            router_reads_hidden=hidden,
+            init_weights=self.init_weights,
+        )
+        router_cls = ROUTERS[self.router]
+        router = router_cls(
+            place.in_features if hidden else width // heads,
+            self.num_experts,
+            init_std=INIT_STD,
+            **{name: getattr(self, name) for name in router_cls.fields},
+        )
+        losses: dict[str, tuple[Loss, float]] = {
+            "importance": (importance, self.router_aux_loss_coef),
+            "z_loss": (z_loss, self.router_z_loss_coef),
+        }
+        return RoutedParts(
+            experts=vectors, router=router, objective=RouterObjective(losses, scope=self.load_balancing_scope)
+        )
+
+
+def _head_dim(config: object) -> int | None:
+    """Width of a head by a model's configuration, under the names transformers uses."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in ("head_dim", "d_kv"):
+        if isinstance(getattr(text, name, None), int):
+            return int(getattr(text, name))
+    hidden, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) else None
+
+
+class MovModel(RoutedTuner):
+    """Tuner of MoV adapters."""
+
+    prefix: str = "mov_"
+
+
+register(MovConfig, MovModel)

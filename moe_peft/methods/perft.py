@@ -1,0 +1,154 @@
+"""PERFT: adapters in parallel to a whole mixture-of-experts block, routed or not.
+
+    a_i(h) = s B_i A_i h,  s = lora_alpha / r     or, with experts="bottleneck",     a_i(h) = B_i act(A_i h)
+
+    R (routed)     y = MoE(h) + sum_{j in top-k of softmax(Wr h)} softmax(Wr h)_j a_j(h)
+    E (embedded)   y = sum_k w_k (FFN_{i_k}(h) + a_{i_k}(h)),  with the routing (i, w) of the backbone's frozen router
+    D (dense)      y = MoE(h) + sum_m a_m(h)
+    S (single)     D with one adapter
+
+Liu et al., 2024 and 2025, arXiv 2411.08212 and 2508.02587. R takes its weights from its own router, so that the router
+learns from the task; the authors' code for OLMoE takes the backbone's there. Balance of R's router is measured layer
+by layer and equals one when even; the authors' pools all layers and equals k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ..config import BACKBONE, MoeConfig, RoutedParts
+from ..experts import EXPERTS
+from ..experts.bottleneck import ACTIVATIONS
+from ..losses import load_balancing, z_loss
+from ..objective import Loss
+from ..registration import extend_peft_type, register
+from ..tuner import RoutedTuner
+from ..types import Place
+from .build import build_parts
+
+PEFT_TYPE = extend_peft_type("PERFT")
+# Variant -> values of fields that are left at None; where it is not R, no other values are possible.
+VARIANTS: dict[str, dict[str, object]] = {
+    "R": {"router": "top_k", "num_experts": 4, "top_k": 2, "router_aux_loss_coef": 0.01},
+    "E": {"router": BACKBONE, "num_experts": None, "top_k": None, "router_aux_loss_coef": 0.0},
+    "D": {"router": "constant", "num_experts": 4, "top_k": None, "router_aux_loss_coef": 0.0},
+    "S": {"router": "constant", "num_experts": 1, "top_k": None, "router_aux_loss_coef": 0.0},
+}
+
+
+@dataclass
+class PerftConfig(MoeConfig):
+    """Configuration of PERFT.
+
+    On a dense model, R, D and S wrap the MLP of every layer: a parallel mixture of adapters.
+    """
+
+    method: ClassVar[str] = "PERFT"
+    equation: ClassVar[str] = (
+        "y = MoE(h) + (alpha / r) sum_j g_j B_j A_j h, with g from its own router (R), the backbone's (E), or 1 (D, S)"
+    )
+    source: ClassVar[str] = "arXiv 2508.02587"
+    adapter_type: ClassVar[str] = "PERFT"
+    init_choices: ClassVar = (True, False, "gaussian", "perft")
+
+    variant: str = field(
+        default="R",
+        metadata={"help": "'R' (own router), 'E' (the backbone's), 'D' (all adapters added), or 'S' (one adapter)."},
+    )
+    r: int = field(
+        default=16, metadata={"help": "Rank, or width of the bottleneck, of one adapter (authors' README: 16)."}
+    )
+    lora_alpha: float = field(default=32, metadata={"help": "The sum is times lora_alpha / r (authors' code: 2 r)."})
+    lora_dropout: float = field(
+        default=0.05, metadata={"help": "Dropout on the adapters' input (authors' code: 0.05)."}
+    )
+    init_weights: bool | str = field(
+        default=True,
+        metadata={
+            "help": "As elsewhere, or 'perft': A normal with variance 2 / r, B normal with standard deviation 1e-6, "
+            "as in the authors' code, which starts close to the base model, not at it."
+        },
+    )
+    num_experts: int | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Adapters at each block (R and D; None: 4). E has one per backbone expert."}
+    )
+    top_k: int | None = field(default=None, metadata={"help": "Adapters a token uses (R; None: 2)."})
+    router: str | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Router of R (None: top_k); the other variants have none of their own."}
+    )
+    router_aux_loss_coef: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Weight of R's load balancing, per layer (None: 0.01)."}
+    )
+    experts: str = field(
+        default="low_rank", metadata={"help": "'low_rank', or 'bottleneck' for adapters with an activation."}
+    )
+    activation: str = field(
+        default="silu", metadata={"help": f"Activation of 'bottleneck' adapters: {', '.join(ACTIVATIONS)}."}
+    )
+
+    def __post_init__(self) -> None:
+        self._check_choice("variant", tuple(VARIANTS))
+        for name, value in VARIANTS[self.variant].items():
+            if getattr(self, name) is None:
+                setattr(self, name, self._default_of_r(name, value))
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+
+    def _default_of_r(self, name: str, value: object) -> object:
+        if name != "top_k" or value is None:
+            return value
+        return min(2, self.num_experts or 2) if self.router in ("top_k", "capacity") else None
+
+    @property
+    def placement(self) -> str:
+        """E wraps the experts module, the others the block."""
+        return "experts" if self.variant == "E" else "block"
+
+    def validate(self) -> None:
+        """Check every field; see `MoeConfig.validate`."""
+        super().validate()
+        self._check_choice("experts", tuple(name for name in EXPERTS if name in ("low_rank", "bottleneck")))
+        self._check_choice("activation", tuple(ACTIVATIONS))
+        if self.experts == "bottleneck":
+            self._check_left_alone("lora_alpha", "'bottleneck' adapters have no scale")
+            self._check_left_alone("use_rslora", "'bottleneck' adapters have no scale")
+        else:
+            self._check_left_alone("activation", "'low_rank' adapters have no activation")
+        if self.variant == "R":
+            self._check(
+                self.router not in (BACKBONE, "constant"), "router", "a router that learns, or variant 'E' or 'D'"
+            )
+            return
+        for name, value in VARIANTS[self.variant].items():
+            if name != "num_experts" or self.variant != "D":
+                self._check(getattr(self, name) == value, name, f"left at None: variant {self.variant!r} fixes it")
+        self._check_left_alone("router_z_loss_coef", f"variant {self.variant!r} has no router of its own")
+
+    def expected_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `MoeConfig.expected_shapes`; E's number of experts is the backbone's."""
+        return {} if self.variant == "E" else super().expected_shapes()
+
+    def summary(self) -> str:
+        """See `MoeConfig.summary`."""
+        kind = "of rank" if self.experts == "low_rank" else "of width"
+        if self.variant == "E":
+            return f"variant E, one adapter {kind} {self.r} for each expert of the backbone"
+        return f"variant {self.variant}, {super().summary()}"
+
+    def build(self, place: Place) -> RoutedParts:
+        """Build the parts of one layer; see `MoeConfig.build`."""
+        losses: dict[str, tuple[Loss, float]] = {
+            "load_balancing": (load_balancing, self.router_aux_loss_coef or 0.0),
+            "z_loss": (z_loss, self.router_z_loss_coef),
+        }
+        return build_parts(self, place, losses=losses, experts=self.experts, router_init_std=0.02)
+
+
+class PerftModel(RoutedTuner):
+    """Tuner of PERFT adapters."""
+
+    prefix: str = "perft_"
+
+
+register(PerftConfig, PerftModel)

@@ -7,9 +7,18 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers import OlmoeConfig, OlmoeForCausalLM, Qwen3Config, Qwen3ForCausalLM, set_seed
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    set_seed,
+)
 
 from moe_peft import EsftConfig, LoraMoeConfig, MoloraConfig, MovConfig, PerftConfig, RoutedConfig, SiraConfig
+from moe_peft.layers import RoutedLayer
 from tests.tiny import FFN, HIDDEN, LAYERS, VOCAB, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
 SMALL = {"r": 2, "num_experts": 4}
@@ -30,8 +39,8 @@ METHODS: dict[str, Callable] = {
     "perft-d": lambda **kw: PerftConfig(**{**SMALL, "variant": "D", "lora_dropout": 0.0, **kw}),
     "perft-s": lambda **kw: PerftConfig(**{"r": 2, "variant": "S", "lora_dropout": 0.0, **kw}),
     "perft-e": lambda **kw: PerftConfig(**{"r": 2, "variant": "E", "lora_dropout": 0.0, **kw}),
-    "esft": lambda **kw: EsftConfig(**{"experts": {"0": [1, 3], "1": [2]}, **kw}),
-    "esft-lora": lambda **kw: EsftConfig(**{"experts": {"0": [1, 3]}, "expert_adapter": "lora", "r": 2, **kw}),
+    "esft": lambda **kw: EsftConfig(**{"experts": {"1": [1, 3]}, **kw}),
+    "esft-lora": lambda **kw: EsftConfig(**{"experts": {"1": [1, 3]}, "expert_adapter": "lora", "r": 2, **kw}),
     "routed-eager": lambda **kw: RoutedConfig(**{**SMALL, "experts_implementation": "eager", **kw}),
 }
 
@@ -116,6 +125,38 @@ def tiny_olmoe(seed: int = 0) -> OlmoeForCausalLM:
     return model
 
 
+def tiny_deepseek_v2(seed: int = 0) -> DeepseekV2ForCausalLM:
+    """Latent attention, a dense layer before the sparse ones, and shared experts."""
+    set_seed(seed)
+    model = DeepseekV2ForCausalLM(
+        DeepseekV2Config(
+            vocab_size=VOCAB,
+            hidden_size=HIDDEN,
+            intermediate_size=FFN,
+            moe_intermediate_size=16,
+            num_hidden_layers=LAYERS + 1,
+            first_k_dense_replace=1,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            kv_lora_rank=16,
+            q_lora_rank=None,
+            qk_nope_head_dim=8,
+            qk_rope_head_dim=8,
+            v_head_dim=8,
+            head_dim=8,
+            n_routed_experts=4,
+            n_shared_experts=1,
+            num_experts_per_tok=2,
+            max_position_embeddings=128,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+    model.set_experts_implementation("eager")
+    return model
+
+
 MODELS: dict[str, ModelCase] = {
     "llama": ModelCase(tiny_llama, "CAUSAL_LM"),
     "qwen3": ModelCase(tiny_qwen3, "CAUSAL_LM"),
@@ -123,6 +164,7 @@ MODELS: dict[str, ModelCase] = {
     "t5": ModelCase(tiny_t5, "SEQ_2_SEQ_LM", causal=False, seq_to_seq=True),
     "bert": ModelCase(tiny_bert, "SEQ_CLS", causal=False, has_blocks=False),
     "olmoe": ModelCase(tiny_olmoe, "CAUSAL_LM", {"target_modules": ["q_proj", "v_proj"]}, has_experts=True),
+    "deepseek_v2": ModelCase(tiny_deepseek_v2, "CAUSAL_LM", has_experts=True),
 }
 
 
@@ -133,9 +175,18 @@ def groups_for(config, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     return {config.group_column: torch.arange(len(batch["input_ids"])) % 2}
 
 
+def adapter_parameters(model: nn.Module, kind: str = "") -> dict[str, nn.Parameter]:
+    """The adapters' parameters by name, of "experts" or of "router" alone where said; shared_experts are the base's."""
+    prefixes = tuple({module.prefix for module in model.modules() if isinstance(module, RoutedLayer)})
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if any(f".{prefix}{kind}" in name for prefix in prefixes)
+    }
+
+
 def randomize(model: nn.Module, seed: int = 1) -> None:
     """Give the adapters non-zero weights, so that they change the output."""
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "_experts." in name or "_router." in name:
-            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+    for parameter in adapter_parameters(model).values():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)

@@ -211,6 +211,8 @@ def find_places(model: nn.Module, config: MoeConfig, **quantization: Any) -> lis
                 f"Target module {name} belongs to torch.nn.MultiheadAttention, which reads its weight without calling "
                 "it, so an adapter there would have no effect. Remove it from target_modules."
             )
+        if config.placement == "block":
+            _refuse_adapted_parts(name, module)
         places.append(PLACES[config.placement](name, module, layers, quantization))
         taken.add(name)
     if not places and not excluded:
@@ -242,8 +244,24 @@ def _refuse_router(name: str, routers: set[str]) -> None:
         )
 
 
+def _refuse_adapted_parts(name: str, block: nn.Module) -> None:
+    parts = [part for part, module in block.named_modules() if part and isinstance(module, BaseTunerLayer)]
+    if parts:
+        raise ValueError(
+            f"{name} contains layers with adapters of their own ({', '.join(parts[:3])}). Wrapping the block would "
+            "rename what they save. Put the adapter around the block on a base model of its own."
+        )
+
+
 def _no_match(model: nn.Module, config: MoeConfig) -> str:
     targets = config.target_modules
+    outer = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    for name, _ in model.named_modules():
+        if is_below(name.rpartition(".")[0], outer) and check_target_module_exists(config, name):
+            return (
+                f"Target modules {targets} lie inside modules that an adapter wraps already ({name}), where peft adds "
+                "no further one. Put the adapter on a base model of its own."
+            )
     leaves = _leaves(linear_names(model))
     wanted = [targets] if isinstance(targets, str) else sorted(targets or [])
     near = {match for name in wanted for match in difflib.get_close_matches(name.rpartition(".")[2], leaves)}

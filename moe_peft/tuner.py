@@ -40,6 +40,7 @@ class RoutedTuner(BaseTuner):
         resolve_targets(model, peft_config)
         places = find_places(model, peft_config, **get_quantization_kwargs(model))
         self._places = {place.name: place for place in places}
+        self._check_kinds(peft_config, model)
         if peft_config.placement != "linear":
             _record_router_outputs(model)
         tracker = find_tracker(model)
@@ -50,6 +51,17 @@ class RoutedTuner(BaseTuner):
         if group_column is not None:
             known = tracker.group_columns.get(group_column, frozenset())
             tracker.group_columns[group_column] = known | frozenset(groups or ())
+
+    def _check_kinds(self, peft_config: MoeConfig, model: nn.Module) -> None:
+        """Refuse an adapter whose layer computes in another way than the one that is there under its prefix."""
+        for name in self._places:
+            target = model.get_submodule(name)
+            same_type = isinstance(target, RoutedLayer) and target.prefix == self.prefix
+            if same_type and type(target) is not LAYERS[peft_config.placement]:
+                raise ValueError(
+                    f"{name} has an adapter of another kind, which cannot share its layer with {peft_config.method} "
+                    f"({peft_config.summary()}). Put this adapter on a base model of its own."
+                )
 
     def _create_and_replace(  # type: ignore[override]
         self,

@@ -15,7 +15,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 
-from moe_peft import LoraMoeConfig, MoloraConfig, RoutedConfig, SiraConfig
+from moe_peft import LoraMoeConfig, MoloraConfig, MovConfig, RoutedConfig, SiraConfig
 from moe_peft.context import TRACKER_ATTRIBUTE
 from moe_peft.layers import RoutedLayer
 from tests.contract.cases import randomize
@@ -184,7 +184,7 @@ def test_classification_head_is_saved_with_the_adapter(tmp_path):
     assert torch.equal(loaded(**batch).logits, model(**batch).logits)
 
 
-@pytest.mark.parametrize("config_cls", CONFIGS)
+@pytest.mark.parametrize("config_cls", [*CONFIGS, MovConfig])
 def test_one_expert_merges_exactly_and_unmerges(base, batch, config_cls):
     top_k = {"top_k": 1} if config_cls in (SiraConfig, RoutedConfig) else {}
     model = adapt(base, config_cls, num_experts=1, **top_k)

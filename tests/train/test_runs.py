@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 import yaml
 from peft import get_peft_model
-from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import DeepseekV2Config, LlamaConfig, OlmoeConfig, Qwen3Config, Qwen3MoeConfig
 
 from moe_peft import describe
 from tests.train.tiny_run import ROOT
@@ -63,6 +64,37 @@ MODELS = {
         norm_topk_prob=True,
         vocab_size=151936,
     ),
+    "allenai/OLMoE-1B-7B-0924-Instruct": OlmoeConfig(
+        hidden_size=2048,
+        intermediate_size=1024,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        num_experts=64,
+        num_experts_per_tok=8,
+        norm_topk_prob=False,
+        vocab_size=50304,
+    ),
+    "deepseek-ai/DeepSeek-V2-Lite-Chat": DeepseekV2Config(
+        hidden_size=2048,
+        intermediate_size=10944,
+        moe_intermediate_size=1408,
+        num_hidden_layers=27,
+        first_k_dense_replace=1,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        kv_lora_rank=512,
+        q_lora_rank=None,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        head_dim=64,
+        n_routed_experts=64,
+        n_shared_experts=2,
+        num_experts_per_tok=6,
+        norm_topk_prob=False,
+        vocab_size=102400,
+    ),
     "meta-llama/Llama-3.1-8B-Instruct": LlamaConfig(
         hidden_size=4096,
         intermediate_size=14336,
@@ -89,26 +121,57 @@ SIZES = {
     "qwen3_1b7_grpo_routed": (3 * 28, 28 * 8 * (3 * 4 * (2048 + 6144) + 2 * 2048 + 6144)),
     # q 2048 -> 4096, k, v 2048 -> 512, o 4096 -> 2048
     "qwen3_30b_a3b_sira": (4 * 48, 48 * 16 * (4 * (2 * 6144 + 2 * 2560) + 3 * 2048 + 4096)),
+    # one block a layer: N 2 D r for the adapters and N D for the router
+    "olmoe_1b_7b_perft_r": (16, 16 * (8 * 2 * 2048 * 16 + 8 * 2048)),
+    "deepseek_v2_lite_perft_s": (26, 26 * 2 * 2048 * 16),
+    # one adapter an expert
+    "qwen3_30b_a3b_4bit_perft_e": (48, 48 * 128 * 2 * 2048 * 4),
+    # the selection of `selection_file`: three matrices of D x I an expert, or two of D x r
+    "olmoe_1b_7b_esft": (16, 5 * 16 * 3 * 2048 * 1024),
+    "deepseek_v2_lite_esft": (26, 5 * 26 * 3 * 2048 * 1408),
+    "qwen3_30b_a3b_4bit_esft_lora": (48, 5 * 48 * 2 * 2048 * 16),
+    # keys and values of every layer: a vector of the output's width, and a router of one head's, 128
+    "olmoe_1b_7b_mov": (2 * 16, 2 * 16 * 10 * (2048 + 128)),
+    "qwen3_30b_a3b_4bit_mov": (2 * 48, 2 * 48 * 10 * (512 + 128)),
+    # keys without rotary part and values, 16 heads of 128 + 128 in one matrix; intermediates of the dense layer's FFN
+    # and of two shared experts; a router as wide as each
+    "deepseek_v2_lite_mov": (27 + 27, 2 * 10 * (27 * 4096 + 10944 + 26 * 2816)),
 }
 SCORE_HEAD = {"qwen3_4b_reward_loramoe": 2560}
 
 
-def command(path: Path) -> str:
-    """The command in the comment that a file begins with, on one line."""
+def commands(path: Path) -> list[str]:
+    """The commands in the comment that a file begins with, one line each."""
     comment = "\n".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
-    return comment[comment.index("accelerate launch") :].replace("\\\n", "").splitlines()[0]
+    lines = comment.replace("\\\n", "").splitlines()
+    found = [line[line.index("accelerate launch") :] for line in lines if "accelerate launch" in line]
+    return [re.sub(" +", " ", line) for line in found]
 
 
-def parse(path: Path):
+def command(path: Path) -> str:
+    """The command that trains: the last one, after a selection of experts where there is one."""
+    return commands(path)[-1]
+
+
+def parse(path: Path, *arguments: str):
     """The parsed arguments of a file by the script that its command names, on a CPU without bfloat16."""
     module = importlib.import_module(re.search(r"train/(\w+)\.py", command(path))[1])
-    arguments = ["--config", str(path), "--use_cpu", "true", "--bf16", "false"]
-    return module.make_parser().parse_args_and_config(arguments)
+    on_cpu = ["--config", str(path), "--use_cpu", "true", "--bf16", "false"]
+    return module.make_parser().parse_args_and_config([*on_cpu, *arguments])
+
+
+def selection_file(folder: Path, model_config) -> Path:
+    """Five experts of every sparse layer, as train/select_experts.py would write them."""
+    first = getattr(model_config, "first_k_dense_replace", 0)
+    experts = {str(layer): [0, 3, 5, 21, 63] for layer in range(first, model_config.num_hidden_layers)}
+    path = folder / "expert_config.json"
+    path.write_text(json.dumps({"experts": experts, "shared_experts": False, "non_expert_modules": False}))
+    return path
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_a_run_begins_with_its_command_and_every_key_takes_effect(path):
-    assert re.sub(" +", " ", command(path)).endswith(f"--config configs/runs/{path.name}")
+    assert command(path).endswith(f"--config configs/runs/{path.name}")
     script, training, model, dataset, moe = parse(path)
     parsed = {}
     for part in (script, training, model, dataset, moe):
@@ -130,8 +193,10 @@ def test_every_script_has_a_run_and_every_run_of_the_hub_a_size():
 
 
 @pytest.mark.parametrize("path", HUB_RUNS, ids=lambda path: path.stem)
-def test_the_adapter_of_a_run_fits_its_model_at_full_size(path):
+def test_the_adapter_of_a_run_fits_its_model_at_full_size(path, tmp_path):
     *_, model_args, _, moe = parse(path)
+    if moe.moe_method == "esft":
+        moe.moe_experts = str(selection_file(tmp_path, MODELS[model_args.model_name_or_path]))
     task_type = "SEQ_CLS" if "train/reward.py" in command(path) else "CAUSAL_LM"
     config = common.moe_config(moe, task_type)
     model = common.meta_model(MODELS[model_args.model_name_or_path], task_type)
@@ -145,9 +210,17 @@ def test_the_adapter_of_a_run_fits_its_model_at_full_size(path):
 
 
 def test_runs_on_a_mixture_of_experts_backbone_switch_its_own_balance_loss_off():
-    found = []
-    for path in HUB_RUNS:
-        run = yaml.safe_load(path.read_text())
-        if hasattr(MODELS[run["model_name_or_path"]], "num_experts"):
-            found.append(run["router_aux_loss_coef"])
-    assert found == [0.0]
+    sparse = [path for path in HUB_RUNS if "30b_a3b" in path.stem or "olmoe" in path.stem or "v2_lite" in path.stem]
+    assert len(sparse) == 10
+    assert {yaml.safe_load(path.read_text())["router_aux_loss_coef"] for path in sparse} == {0.0}
+
+
+def test_a_run_on_selected_experts_reads_what_its_first_command_writes():
+    selecting = [path for path in HUB_RUNS if "esft" in path.stem]
+    assert len(selecting) == 3
+    for path in selecting:
+        select, run = commands(path)[0], yaml.safe_load(path.read_text())
+        folder = re.search(r"--output_dir (\S+)", select)[1]
+        assert run["moe_experts"] == f"{folder}/expert_config.json"
+        assert f"--model_name_or_path {run['model_name_or_path']} " in select
+        assert (ROOT / re.search(r"train/\w+\.py", select)[0]).is_file()

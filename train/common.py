@@ -188,7 +188,7 @@ def dry_run(model_args: Any, training_args: Any, config: MoeConfig) -> moe_peft.
     description = moe_peft.describe(model, config)
     if training_args.local_process_index == 0:
         print(description, flush=True)
-        for name, count in trained_in_full(model, config).items():
+        for name, count in trained_in_full(model, description.config).items():
             print(f"and {name} in full: {count:,} trainable parameters", flush=True)
     return description
 
@@ -221,13 +221,14 @@ def trained_in_full(model: Any, config: MoeConfig) -> dict[str, int]:
 
     Args:
         model: The base model.
-        config: The adapter's configuration.
+        config: The adapter's configuration, its places resolved.
 
     Returns:
         Name -> number of parameters.
     """
     wanted = {*(config.modules_to_save or []), *(SEQ_CLS_HEAD_NAMES if config.task_type == "SEQ_CLS" else [])}
-    found = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in wanted}
+    endings = tuple(f".{name}" for name in wanted)
+    found = {name: module for name, module in model.named_modules() if f".{name}".endswith(endings)}
     return {name: sum(p.numel() for p in module.parameters()) for name, module in found.items()}
 
 

@@ -8,15 +8,17 @@ from datasets import Dataset
 from peft import get_peft_model
 from trl import DPOConfig, DPOTrainer
 
-from moe_peft import LoraMoeConfig, SiraConfig
-from tests.contract.cases import randomize
+from tests.contract.cases import METHODS, randomize, tiny_olmoe
 from tests.integrations.test_callback import tiny_tokenizer  # noqa: F401
 from tests.tiny import padded_batch, tiny_llama
 
+CASES = [("loramoe", tiny_llama), ("sira", tiny_llama), ("mov", tiny_llama), ("perft-r", tiny_llama)]
+CASES += [("perft-r", tiny_olmoe), ("perft-e", tiny_olmoe), ("esft", tiny_olmoe), ("esft-lora", tiny_olmoe)]
 
-@pytest.mark.parametrize("config_cls", [LoraMoeConfig, SiraConfig])
-def test_reference_adapter_of_dpo_equals_the_trained_one_and_stays(config_cls, tmp_path, tiny_tokenizer):  # noqa: F811
-    model = get_peft_model(tiny_llama(), config_cls(task_type="CAUSAL_LM", num_experts=4))
+
+@pytest.mark.parametrize(("method", "build"), CASES)
+def test_reference_adapter_of_dpo_equals_the_trained_one_and_stays(method, build, tmp_path, tiny_tokenizer):  # noqa: F811
+    model = get_peft_model(build(), METHODS[method](task_type="CAUSAL_LM"))
     randomize(model)
     data = [{"prompt": "w3 w4", "chosen": " w5 w6", "rejected": f" w7 w{8 + i}"} for i in range(8)]
     args = DPOConfig(

@@ -55,6 +55,9 @@ def run_experts(
     Returns:
         (T, O) weighted sum.
     """
+    if index_TK.shape[1] == 1 and not hasattr(experts, "has_gate"):
+        # Loops outside transformers' common interface may not run with a single slot; a second one adds nothing.
+        index_TK, weights_TK = index_TK.expand(-1, 2), torch.cat([weights_TK, torch.zeros_like(weights_TK)], dim=1)
     count = next(iter(tensors.values())).shape[0]
     cls = type(experts).__mro__[1] if parametrize.is_parametrized(experts) else type(experts)
     stand_in: Any = object.__new__(cls)

@@ -44,7 +44,7 @@ def marked(model_type: str, *values: str):
 
 FOLLOWED_CASES = [marked(model_type, method) for model_type in FOLLOWED for method in METHODS]
 CASES = FOLLOWED_CASES + [marked(model_type, "perft-r") for model_type in OPAQUE]
-TYPE_CASES = [marked(model_type) for model_type in TYPES]
+BLOCK_CASES = [marked(model_type, "perft-r") for model_type in TYPES]
 
 
 @cache

@@ -22,10 +22,12 @@ SLICED_CASES = [marked(model_type) for model_type in FOLLOWED if model_type not 
 
 
 @pytest.mark.parametrize(("model_type", "method"), CASES)
-def test_step_zero_output_is_the_base_output_bit_for_bit(model_type, method):
+def test_step_zero_output_is_the_base_output(model_type, method):
     base, model = base_model(model_type), adapted(model_type, method, random=False)
     batch = batch_for(base)
-    assert torch.equal(model(**batch).logits, base(**batch).logits)
+    # Bit for bit; but copies of experts run on the rows that use them, and a GEMM of fewer rows may round otherwise.
+    tolerance = 1e-6 if method == "esft" else 0.0
+    torch.testing.assert_close(model(**batch).logits, base(**batch).logits, rtol=0, atol=tolerance)
     assert not torch.equal(adapted(model_type, method)(**batch).logits, base(**batch).logits)
 
 

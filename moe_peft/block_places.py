@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, cast
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .backbone import ATTENTION, base_of, block_width, opaque_blocks, unsupported_reason
@@ -27,11 +28,13 @@ def block_names(model: nn.Module, layers: list[MoeLayer], linears: list[str]) ->
     Raises:
         ValueError: It has neither.
     """
-    modules = dict(model.named_modules())
+    modules = {name: base_of(module) for name, module in model.named_modules()}
     sparse = {*(layer.block or layer.experts for layer in layers), *opaque_blocks(model)}
     if sparse:
         return [name for name in modules if name in sparse]
     parents = {name.rpartition(".")[0] for name in linears if not ATTENTION.search(name)}
+    # The linear layers of a block that another adapter wraps cannot be seen.
+    parents |= {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     blocks = [name for name in parents if re.search(r"\.\d+\.", f"{name}.") and not name.rpartition(".")[2].isdigit()]
     found = [name for name in modules if name in blocks and mlp_features(modules[name]) is not None]
     if not found:

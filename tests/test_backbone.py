@@ -81,6 +81,7 @@ def test_no_linear_layer_that_writes_one_number_per_expert_can_be_adapted(model_
     writes = (1, EXPERTS, EXPERTS + 1, EXPERTS + 3)
     modules = dict(model.named_modules())
     assert not [name for name in linears if modules[name].out_features in writes]
+    assert not [name for name in linears if hasattr(modules[name], "n_groups")]
 
 
 @pytest.mark.parametrize("model_type", FOLLOWED)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 
+from moe_peft import PerftConfig
 from moe_peft.backbone import find_moe_layers
 from moe_peft.block_places import block_names, block_place, experts_names, experts_place, mlp_features
 from moe_peft.placement import linear_names
@@ -86,3 +88,10 @@ def test_names_are_those_of_the_experts_modules():
         model = tiny_olmoe()
     layers = find_moe_layers(model)
     assert experts_names(model, layers) == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+
+
+def test_a_block_that_an_adapter_wraps_is_still_a_block():
+    for base in (tiny_llama(), tiny_olmoe(), tiny_model("jetmoe")):
+        expected = blocks(base)
+        model = get_peft_model(base, PerftConfig(variant="S", r=2)).base_model.model
+        assert blocks(model) == expected

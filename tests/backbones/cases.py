@@ -10,7 +10,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from moe_peft import EsftConfig, PerftConfig
+from moe_peft import EsftConfig, MoloraConfig, MovConfig, PerftConfig
 from moe_peft.backbone import experts_call, find_moe_layers
 from moe_peft.config import MoeConfig
 from tests.backbones.models import FOLLOWED, NO_SLICES, OPAQUE, TYPES, VOCAB, known, tiny_model
@@ -44,6 +44,10 @@ def marked(model_type: str, *values: str):
 
 FOLLOWED_CASES = [marked(model_type, method) for model_type in FOLLOWED for method in METHODS]
 CASES = FOLLOWED_CASES + [marked(model_type, "perft-r") for model_type in OPAQUE]
+# Linear adapters, some of whose places no token of a batch may reach: separate experts have linear layers too.
+LINEAR_CASES = [marked(model_type, "all-linear") for model_type in TYPES] + [
+    marked(model_type, "mov") for model_type in OPAQUE if model_type != "jetmoe"
+]
 BLOCK_CASES = [marked(model_type, "perft-r") for model_type in TYPES]
 
 
@@ -63,6 +67,10 @@ def config_for(model_type: str, method: str) -> MoeConfig:
         return PerftConfig(r=2, num_experts=4, lora_dropout=0.0)
     if method == "perft-e":
         return PerftConfig(variant="E", r=2, lora_dropout=0.0)
+    if method == "all-linear":
+        return MoloraConfig(r=2, num_experts=4, target_modules="all-linear")
+    if method == "mov":
+        return MovConfig(num_experts=4)
     experts = used_experts(model_type)
     if model_type in NO_SLICES:
         return EsftConfig(experts=experts, expert_adapter="lora", r=2)

@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 
-from moe_peft.backbone import ExpertsCall, experts_call
+from moe_peft import EsftConfig
+from moe_peft.backbone import ExpertsCall, experts_call, is_below, router_names
 from moe_peft.layers import RoutedLayer
-from tests.backbones.cases import CASES, FOLLOWED_CASES, adapted, base_model, batch_for, marked
+from tests.backbones.cases import CASES, FOLLOWED_CASES, LINEAR_CASES, adapted, base_model, batch_for, marked
 from tests.backbones.models import FOLLOWED, NO_SLICES
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
@@ -29,6 +30,25 @@ def test_step_zero_output_is_the_base_output(model_type, method):
     tolerance = 1e-6 if method == "esft" else 0.0
     torch.testing.assert_close(model(**batch).logits, base(**batch).logits, rtol=0, atol=tolerance)
     assert not torch.equal(adapted(model_type, method)(**batch).logits, base(**batch).logits)
+
+
+@pytest.mark.parametrize(("model_type", "method"), LINEAR_CASES)
+def test_linear_adapters_start_at_the_base_output_and_leave_its_routing_alone(model_type, method):
+    base, model = base_model(model_type), adapted(model_type, method, random=False)
+    batch = batch_for(base)
+    # The scaled tensor of a mixture of vectors is u * (1 + 0), to rounding.
+    tolerance = 1e-5 if method == "mov" else 0.0
+    torch.testing.assert_close(model(**batch).logits, base(**batch).logits, rtol=0, atol=tolerance)
+    model = adapted(model_type, method)
+    assert not torch.equal(model(**batch).logits, base(**batch).logits)
+    routers = router_names(model.get_base_model())
+    assert not [
+        name
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, RoutedLayer) and is_below(name, routers)
+    ]
+    model.train()(**batch).loss.backward()
+    assert all(p.grad is None or p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize(("model_type", "method"), CASES)
@@ -116,3 +136,9 @@ def test_trained_experts_equal_the_model_with_those_experts_replaced(model_type)
     batch = batch_for(model)
     merged = copy.deepcopy(model).merge_and_unload()
     torch.testing.assert_close(merged(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", NO_SLICES)
+def test_whole_matrices_of_experts_without_slices_are_refused(model_type):
+    with pytest.raises(ValueError, match=r"expert_adapter='full' must be 'lora'.*one slice"):
+        get_peft_model(copy.deepcopy(base_model(model_type)), EsftConfig(experts={"0": [1]}))

@@ -8,11 +8,8 @@ from typing import Any, cast
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .backbone import unsupported_reason
+from .backbone import ATTENTION, base_of, block_width, opaque_blocks, unsupported_reason
 from .types import MoeLayer, Place
-
-# What blocks without a linear router call the width of their input.
-WIDTHS = ("hidden_size", "hidden_dim", "d_model", "ffn_hidden_size")
 
 
 def block_names(model: nn.Module, layers: list[MoeLayer], linears: list[str]) -> list[str]:
@@ -31,18 +28,19 @@ def block_names(model: nn.Module, layers: list[MoeLayer], linears: list[str]) ->
     Raises:
         ValueError: It has neither.
     """
-    if layers:
-        return [layer.block or layer.experts for layer in layers]
-    reason = unsupported_reason(model)
-    parents = {name.rpartition(".")[0] for name in linears if not re.search(r"attn|attention", name, re.IGNORECASE)}
+    modules = {name: base_of(module) for name, module in model.named_modules()}
+    sparse = {*(layer.block or layer.experts for layer in layers), *opaque_blocks(model)}
+    if sparse:
+        return [name for name in modules if name in sparse]
+    parents = {name.rpartition(".")[0] for name in linears if not ATTENTION.search(name)}
+    # The linear layers of a block that another adapter wraps cannot be seen.
+    parents |= {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     blocks = [name for name in parents if re.search(r"\.\d+\.", f"{name}.") and not name.rpartition(".")[2].isdigit()]
-    modules = dict(model.named_modules())
     found = [name for name in modules if name in blocks and mlp_features(modules[name]) is not None]
-    if reason or not found:
+    if not found:
         raise ValueError(
-            f"{type(model).__name__} has no block that an adapter can wrap: "
-            f"{reason or 'its layers have no MLP module that maps hidden states to the same width'}. Name modules in "
-            "`target_modules`, or use an adapter of linear layers."
+            f"{type(model).__name__} has no block that an adapter can wrap: its layers have no MLP module that maps "
+            "hidden states to the same width. Name modules in `target_modules`, or use an adapter of linear layers."
         )
     return found
 
@@ -78,11 +76,12 @@ def block_place(name: str, module: nn.Module, layers: list[MoeLayer], quantizati
     Raises:
         TypeError: Its width cannot be told, or it changes the width.
     """
-    base = _base(module)
+    base = base_of(module)
     layer = next((layer for layer in layers if name in (layer.block, layer.experts)), None)
     if layer is not None and name == layer.experts:
         return Place(name, layer.in_features, layer.out_features, kind=type(base).__name__)
-    features = _width(base, layer, name) if layer is not None else mlp_features(base)
+    routes = layer is not None or "router" in dict(base.named_children())
+    features = block_width(base) if routes else mlp_features(base)
     if features is None:
         raise TypeError(
             f"Target module {name} ({type(base).__name__}) is not supported: a block maps hidden states to hidden "
@@ -97,7 +96,7 @@ def experts_place(name: str, module: nn.Module, layers: list[MoeLayer], quantiza
     Raises:
         TypeError: The module is none.
     """
-    base = _base(module)
+    base = base_of(module)
     for layer in layers:
         if name == layer.experts:
             return Place(
@@ -123,16 +122,12 @@ def mlp_features(module: nn.Module) -> int | None:
         module: A module with linear layers of its own, the first of which reads its input and the last writes its
             output.
     """
-    children = [_base(child) for child in module.children()]
+    children = [base_of(child) for child in module.children()]
     widths = [_linear_widths(child) for child in children]
     linears = [width for width in widths if width is not None]
     if len(linears) < 2 or linears[0][0] != linears[-1][1]:
         return None
     return linears[0][0]
-
-
-def _base(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _linear_widths(module: nn.Module) -> tuple[int, int] | None:
@@ -141,17 +136,3 @@ def _linear_widths(module: nn.Module) -> tuple[int, int] | None:
     if hasattr(module, "nf"):  # transformers' Conv1D
         return cast(tuple[int, int], (module.nx, module.nf))
     return None
-
-
-def _width(block: nn.Module, layer: MoeLayer, name: str) -> int | None:
-    """Width of a sparse block's input: that of its router, as the experts may work in a latent space."""
-    if layer.router is not None:
-        router = block.get_submodule(layer.router.removeprefix(f"{name}.").removeprefix("base_layer."))
-        for child in router.modules():
-            widths = _linear_widths(child)
-            if widths is not None:
-                return widths[0]
-        matrices = [p for p in router.parameters() if p.dim() == 2 and p.shape[0] == layer.num_experts]
-        if matrices:
-            return matrices[0].shape[1]
-    return next((getattr(block, width) for width in WIDTHS if isinstance(getattr(block, width, None), int)), None)

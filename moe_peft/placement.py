@@ -39,6 +39,8 @@ def linear_features(module: nn.Module, **quantization: Any) -> tuple[int, int] |
         **quantization: What `peft.utils.quantization_utils.get_quantization_kwargs` says of the model.
     """
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if hasattr(base, "n_groups"):  # block-diagonal, as in DeepSeek-V4: its input has an axis of groups
+        return None
     if isinstance(base, nn.Linear):
         return base.in_features, base.out_features
     if isinstance(base, Conv1D):

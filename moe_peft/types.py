@@ -142,12 +142,13 @@ class Routing:
         """Combine weights as one column per expert.
 
         Returns:
-            (T, E), zero where a token does not use an expert.
+            (T, E), zero where a token does not use an expert; their sum where two slots name the same one, as a hash
+            table of a backbone may.
         """
         if self.experts is None:
             return self.weights
         gates_TE = self.weights.new_zeros(self.weights.shape[0], self.num_experts + 1)
-        return gates_TE.scatter(1, self.experts, self.weights)[:, :-1]
+        return gates_TE.scatter_add(1, self.experts, self.weights)[:, :-1]
 
     def request_matrix(self) -> torch.Tensor:
         """Which experts each valid token asked for, before any capacity.

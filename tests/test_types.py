@@ -27,6 +27,10 @@ def test_gate_matrix_ignores_slots_without_an_expert():
     assert torch.equal(routing.gate_matrix(), torch.tensor([[0.0, 0.0, 0.5], [0.0, 0.0, 0.0]]))
 
 
+def test_gate_matrix_adds_the_weights_of_two_slots_with_the_same_expert():
+    assert torch.equal(sparse([[0.5, 0.25]], [[1, 1]], 3).gate_matrix(), torch.tensor([[0.0, 0.75, 0.0]]))
+
+
 def test_gate_matrix_of_a_dense_decision_is_its_weights():
     routing = random_routing(5, 3)
     assert routing.gate_matrix() is routing.weights

@@ -19,16 +19,16 @@ def expert_tensors(experts: nn.Module, num_experts: int) -> dict[str, torch.Tens
 
     Args:
         experts: A fused experts module.
-        num_experts: E.
+        num_experts: E; slices beyond it, as of identity experts, are left out.
 
     Returns:
-        Name -> (E, ...) tensor; empty where the module keeps its experts in another form.
+        Name -> (E, ...) tensor, a view of the module's own; empty where the module keeps its experts in another form.
     """
     names = [name for name, _ in experts.named_parameters(recurse=False)]
     if parametrize.is_parametrized(experts):
         names += list(experts.parametrizations)  # type: ignore[arg-type]
-    tensors = {name: getattr(experts, name) for name in names}
-    return {name: tensor for name, tensor in tensors.items() if tensor.dim() > 1 and tensor.shape[0] == num_experts}
+    tensors: dict[str, torch.Tensor] = {name: getattr(experts, name) for name in names}
+    return {name: t[:num_experts] for name, t in tensors.items() if t.dim() > 1 and t.shape[0] >= num_experts}
 
 
 def run_experts(
@@ -55,6 +55,9 @@ def run_experts(
     Returns:
         (T, O) weighted sum.
     """
+    if index_TK.shape[1] == 1 and not hasattr(experts, "has_gate"):
+        # Loops outside transformers' common interface may not run with a single slot; a second one adds nothing.
+        index_TK, weights_TK = index_TK.expand(-1, 2), torch.cat([weights_TK, torch.zeros_like(weights_TK)], dim=1)
     count = next(iter(tensors.values())).shape[0]
     cls = type(experts).__mro__[1] if parametrize.is_parametrized(experts) else type(experts)
     stand_in: Any = object.__new__(cls)

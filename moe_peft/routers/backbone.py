@@ -25,7 +25,9 @@ def backbone_routing(
     dtype = torch.promote_types(weights_TK.dtype, torch.float32)
     experts_TK = experts_TK.long().clamp(max=num_experts)
     weights_TK = weights_TK.to(dtype).masked_fill(experts_TK == num_experts, 0.0)
-    gates_TE = weights_TK.new_zeros(weights_TK.shape[0], num_experts + 1).scatter(1, experts_TK, weights_TK)[:, :-1]
+    gates_TE = weights_TK.new_zeros(weights_TK.shape[0], num_experts + 1).scatter_add(1, experts_TK, weights_TK)[
+        :, :-1
+    ]
     tiny = torch.finfo(dtype).tiny
     probs_TE = gates_TE / gates_TE.sum(-1, keepdim=True).clamp_min(tiny)
     return Routing(

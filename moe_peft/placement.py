@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
 # Second projections of gated FFNs: they scale what the first one lets through, and the kind "all" leaves them out.
 UNGATED_NAMES = ("up_proj", "wi_1")
-KEY_VALUE_NAMES = ("k_proj", "v_proj", "k", "v", "key", "value", "key_proj", "value_proj")
-# Projections that hold queries, keys and values (or keys and values) in one matrix.
-FUSED_NAMES = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "qkv", "kv_b_proj")
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 CROSS_ATTENTION = re.compile(r"encdecattention|encoder_attn|cross_?attn|crossattention", re.IGNORECASE)
 DUMMY_TARGETS = "dummy-target-modules"
@@ -105,47 +102,6 @@ def default_target_modules(model: nn.Module, kind: str) -> list[str]:
     return shortest_endings(chosen, set(dict(model.named_modules())) - chosen)
 
 
-def key_value_names(model: nn.Module) -> list[str]:
-    """The key and value projections of a model, or the fused ones where there are no others, as in peft's (IA)3.
-
-    Args:
-        model: A transformers model.
-
-    Raises:
-        ValueError: It has neither.
-    """
-    linears = linear_names(model)
-    inside = [name for name in linears if ATTENTION.search(name)]
-    for wanted in (KEY_VALUE_NAMES, FUSED_NAMES):
-        names = [name for name in inside if name.rpartition(".")[2] in wanted]
-        if names:
-            return names
-    raise ValueError(
-        f"{type(model).__name__} has no key and value projections. Please specify `target_modules`; its linear "
-        f"layers are called {_leaves(linears)}."
-    )
-
-
-def ffn_output_names(model: nn.Module) -> list[str]:
-    """The last layers of a model's FFNs, which read the intermediate.
-
-    Args:
-        model: Any model.
-    """
-    modules = dict(model.named_modules())
-    siblings: dict[str, list[str]] = {}
-    for name in linear_names(model):
-        if re.search(r"\.\d+\.", name) and not ATTENTION.search(name):
-            siblings.setdefault(name.rpartition(".")[0], []).append(name)
-    found = []
-    for names in siblings.values():
-        widths = [linear_features(modules[name]) or (0, 0) for name in names]
-        alone = len(names) == 1 and widths[0][0] > widths[0][1]
-        if alone or (len(names) > 1 and widths[-1][1] == widths[0][0]):
-            found.append(names[-1])
-    return found
-
-
 def shortest_endings(names: Iterable[str], others: Iterable[str]) -> list[str]:
     """Shortest dotted endings that together match all names and none of the others, sorted."""
     other_endings = {ending for name in others for ending in _endings(name)}
@@ -162,9 +118,10 @@ def resolve_targets(model: nn.Module, config: MoeConfig) -> None:
     Raises:
         ValueError: It is None, and the model has no structure to choose by.
     """
-    layers, targets = find_moe_layers(model), config.target_modules
+    layers = find_moe_layers(model)
     config.resolve(model, layers)
-    if config.placement != "linear" and (targets is None or targets == INCLUDE_LINEAR_LAYERS_SHORTHAND):
+    targets = config.target_modules
+    if config.placement in NAMES and (targets is None or targets == INCLUDE_LINEAR_LAYERS_SHORTHAND):
         names = NAMES[config.placement](model, [layer for layer in layers if config.adapts(layer)])
         config.target_modules = set(shortest_endings(names, set(dict(model.named_modules())) - set(names)))  # type: ignore[assignment]
     elif targets is None:
@@ -224,7 +181,9 @@ def find_places(model: nn.Module, config: MoeConfig, **quantization: Any) -> lis
 
 def reads_encoder_states(name: str) -> bool:
     """Whether a layer is a key or value projection of cross-attention, whose input has the encoder's length."""
-    return bool(CROSS_ATTENTION.search(name)) and name.rpartition(".")[2][:1] in ("k", "v")
+    leaf = name.rpartition(".")[2]
+    # GPT-2's c_attn holds keys and values in cross-attention, and queries too elsewhere.
+    return bool(CROSS_ATTENTION.search(name)) and (leaf[:1] in ("k", "v") or leaf == "c_attn")
 
 
 def _linear_place(name: str, module: nn.Module, layers: list[MoeLayer], quantization: dict[str, Any]) -> Place:
@@ -292,10 +251,9 @@ PLACES: dict[str, Callable[..., Place]] = {
     "experts": experts_place,
     "slices": experts_place,
 }
-# Kind of placement -> names of all modules of that kind.
+# Kind of placement -> names of all modules of that kind, for kinds whose default places are all of them.
 NAMES: dict[str, Callable[[nn.Module, list[MoeLayer]], list[str]]] = {
     "block": lambda model, layers: block_names(model, layers, linear_names(model)),
-    "scaled": lambda model, layers: key_value_names(model) + ffn_output_names(model),
     "experts": experts_names,
     "slices": experts_names,
 }

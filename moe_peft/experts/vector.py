@@ -1,10 +1,12 @@
-"""Vector experts: y = u * (1 + sum_e g_e (l_e - 1)), scales of a layer's output (MoV, arXiv 2309.05444; (IA)3).
+"""Vector experts: y = u * (1 + sum_e g_e (l_e - 1)), scales of what a layer reads or writes (MoV, arXiv 2309.05444).
 
-With weights that sum to one this is the paper's u * sum_e g_e l_e. The residual form starts as the identity under any
-weights, also where only the k largest are kept.
+With weights that sum to one this is the paper's u * sum_e g_e l_e, and with a single vector (IA)3 (arXiv 2205.05638).
+The residual form starts as the identity under any weights, also where only the k largest are kept.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +24,7 @@ class VectorExperts(nn.Module):
         num_heads: Heads that are routed apart; a token then has one decision for each.
         scales_input: Whether a layer is to scale its input, instead of its output.
         router_reads_hidden: Whether the router is to read the layer's input, instead of what is scaled.
-        init_weights: Anything but False: ones. False: normal around one with standard deviation 0.5, for tests.
+        init_weights: True: ones. False: normal around one with standard deviation 0.5, for tests.
 
     Attributes:
         vectors: (E, O).
@@ -60,26 +62,43 @@ class VectorExperts(nn.Module):
             x_TD: Not used; taken for the signature that kinds of experts share.
             base_out_TO: (T, O) what is scaled.
             routing: Decision for the T tokens, or for their T * num_heads heads, the heads of a token together.
-            in_place: Not used.
+            in_place: Not used, as the gradient needs what is scaled.
 
         Returns:
             (T, O) in the dtype of `base_out_TO`.
         """
-        return base_out_TO * self.scales(routing, base_out_TO.dtype)
-
-    def scales(self, routing: Routing, dtype: torch.dtype) -> torch.Tensor:
-        """The mixed vectors.
-
-        Args:
-            routing: As in `forward`.
-            dtype: Dtype of the result.
-
-        Returns:
-            (T, O).
-        """
+        num_tokens, dtype = base_out_TO.shape[0], base_out_TO.dtype
         num_experts, width = self.vectors.shape
-        gates = routing.gate_matrix().to(dtype).view(-1, self.num_heads, num_experts)
+        by_head = (self.num_heads, width // self.num_heads)
+        gates = routing.gate_matrix().to(dtype).view(num_tokens, self.num_heads, num_experts)
         # One is subtracted in the vectors' own precision, so that a fresh bank is exactly the identity.
-        offsets = (self.vectors - 1).to(dtype).view(num_experts, self.num_heads, -1)
-        with torch.autocast(gates.device.type, enabled=False):
-            return 1 + torch.einsum("the,ehd->thd", gates, offsets).reshape(-1, width)
+        offsets = (self.vectors - 1).to(dtype).view(num_experts, *by_head)
+        scaled: torch.Tensor = _Scale.apply(base_out_TO.view(num_tokens, *by_head), gates, offsets)
+        return scaled.reshape(num_tokens, width)
+
+
+class _Scale(torch.autograd.Function):
+    """u (1 + G L) for each head; G L is computed again in the backward pass, not saved, as it is as large as u.
+
+    Shapes: u (T, H, O / H), gates G (T, H, E), offsets L (E, H, O / H).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, u: torch.Tensor, gates: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(u, gates, offsets)
+        return torch.addcmul(u, u, _mix(gates, offsets))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        u, gates, offsets = ctx.saved_tensors
+        grad_u = torch.addcmul(grad, grad, _mix(gates, offsets))
+        grad_mix = grad * u
+        with torch.autocast(u.device.type, enabled=False):
+            grad_gates = torch.einsum("thd,ehd->the", grad_mix, offsets)
+            grad_offsets = torch.einsum("the,thd->ehd", gates, grad_mix)
+        return grad_u, grad_gates, grad_offsets
+
+
+def _mix(gates: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    with torch.autocast(gates.device.type, enabled=False):
+        return torch.einsum("the,ehd->thd", gates, offsets)

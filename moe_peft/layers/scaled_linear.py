@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -11,24 +12,26 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from transformers.pytorch_utils import Conv1D
 
-from ..config import RoutedParts
 from ..placement import reads_encoder_states
 from ..types import TokenContext
 from .routed_layer import RoutedLayer
 
 
 class ScaledLinear(RoutedLayer):
-    """Wraps a linear layer; the experts say which side is scaled, what their router reads, and how many heads."""
+    """Wraps a linear layer; the experts say which side is scaled, what their router reads, and how many heads.
 
-    def update_layer(self, adapter_name: str, parts: RoutedParts, *, inference_mode: bool = False) -> None:
-        """Add an adapter; arguments as in `RoutedLayer.update_layer`."""
-        self.originals: dict[str, tuple[torch.Tensor, ...]] = getattr(self, "originals", {})
-        super().update_layer(adapter_name, parts, inference_mode=inference_mode)
+    Attributes:
+        originals: Weight, and bias where there is one, from before any merge; empty while nothing is merged.
+    """
+
+    originals: tuple[torch.Tensor, ...] = ()
 
     def forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> torch.Tensor:
         """Scale by the active adapters and apply the base layer.
+
+        Scales of several adapters multiply; each router reads what is scaled as it is without any adapter.
 
         Args:
             x: (..., D) input.
@@ -48,31 +51,29 @@ class ScaledLinear(RoutedLayer):
         names = self.active_names()
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        return self._apply_adapters(names, x, *args, **kwargs)
+        context = self.tracker.tokens(x, self.from_encoder, self.training)
+        at_input = [name for name in names if self.experts[name].scales_input]
+        out = self.base_layer(self._scale(at_input, x, x, context), *args, **kwargs)
+        return self._scale([name for name in names if name not in at_input], out, x, context)
 
     @cached_property
     def from_encoder(self) -> bool:
         """Whether the input holds encoder states."""
         return reads_encoder_states(self.place)
 
-    def _apply_adapters(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        context = self.tracker.tokens(x, self.from_encoder, self.training)
-        hidden = x
+    def _scale(
+        self, names: Sequence[str], u: torch.Tensor, hidden: torch.Tensor, context: TokenContext
+    ) -> torch.Tensor:
+        """Scale u, the layer's input or output, by some adapters; `hidden` is the layer's input."""
+        scaled = u
         for name in names:
-            if self.experts[name].scales_input:
-                x = self._scale(name, x, hidden, context)
-        out = self.base_layer(x, *args, **kwargs)
-        for name in names:
-            if not self.experts[name].scales_input:
-                out = self._scale(name, out, hidden, context)
-        return out
-
-    def _scale(self, name: str, u: torch.Tensor, hidden: torch.Tensor, context: TokenContext) -> torch.Tensor:
-        bank = self.experts[name]
-        read = hidden if bank.router_reads_hidden else u
-        read = read.reshape(-1, read.shape[-1] // bank.num_heads)
-        routing = self.route(name, read, _per_head(context, bank.num_heads))
-        return bank(None, u.reshape(-1, u.shape[-1]), routing).view(u.shape)
+            bank = self.experts[name]
+            read = hidden if bank.router_reads_hidden else u
+            routing = self.route(
+                name, read.reshape(-1, read.shape[-1] // bank.num_heads), _per_head(context, bank.num_heads)
+            )
+            scaled = bank(None, scaled.reshape(-1, u.shape[-1]), routing).view(u.shape)
+        return scaled
 
     def _mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
@@ -86,10 +87,18 @@ class ScaledLinear(RoutedLayer):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        result = self.base_layer(x, *args, **kwargs).clone()
-        for name in sorted(set(adapter_names) & set(self.experts)):
+        names = sorted(set(adapter_names) & set(self.experts))
+        at_input = [name for name in names if self.experts[name].scales_input]
+        out = self.base_layer(self._scale_rows(at_input, x, x, adapter_names), *args, **kwargs)
+        return self._scale_rows([name for name in names if name not in at_input], out, x, adapter_names)
+
+    def _scale_rows(
+        self, names: Sequence[str], u: torch.Tensor, hidden: torch.Tensor, adapter_names: list[str]
+    ) -> torch.Tensor:
+        result = u.clone() if names else u
+        for name in names:
             rows = [row for row, own in enumerate(adapter_names) if own == name]
-            result[rows] = self._apply_adapters([name], x[rows], *args, **kwargs)
+            result[rows] = self._scale([name], u[rows], hidden[rows], TokenContext())
         return result
 
     def is_mergeable(self, adapter_name: str) -> bool:
@@ -100,8 +109,11 @@ class ScaledLinear(RoutedLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Scale the base weight; exact with a single vector, refused otherwise.
 
+        A quantized weight is quantized again, so the merged layer is exact to that rounding.
+
         Args:
-            safe_merge: Whether to check the merged weight for values that are not finite before it is stored.
+            safe_merge: Whether to check the merged weight and bias for values that are not finite before they are
+                stored.
             adapter_names: Adapters to merge; None merges the active ones.
 
         Raises:
@@ -110,30 +122,47 @@ class ScaledLinear(RoutedLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.experts]
         for name in names:
             if not self.is_mergeable(name):
-                raise ValueError(f"Adapter {name!r} at {self.place} depends on the input; it cannot be merged.")
+                raise ValueError(
+                    f"Adapter {name!r} at {self.place} mixes its vectors by the input; it cannot be merged."
+                )
         for name in names:
-            weight, bias = self.get_base_weight(), getattr(self.get_base_layer(), "bias", None)
-            scale = self.experts[name].vectors[0].to(torch.promote_types(weight.dtype, torch.float32))
-            over_columns = self.experts[name].scales_input != isinstance(self.get_base_layer(), Conv1D)
-            merged = weight.to(scale.dtype) * (scale if over_columns else scale[:, None])
-            if safe_merge and not torch.isfinite(merged).all():
+            current = self._weight_and_bias()
+            merged = self._scaled(name, current)
+            if safe_merge and not all(torch.isfinite(tensor).all() for tensor in merged):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            self.originals[name] = (weight.clone(),) if bias is None else (weight.clone(), bias.data.clone())
-            self.set_base_weight(merged.to(weight.dtype))
-            if bias is not None and not self.experts[name].scales_input:
-                bias.data = (bias.data.to(scale.dtype) * scale).to(bias.dtype)
+            self._store(merged)
+            self.originals = self.originals or current
             self.merged_adapters.append(name)
 
+    @torch.no_grad()
     def unmerge(self) -> None:
-        """Restore the base weight as it was before the adapters were merged."""
+        """Restore the base weight as it was before the adapters were merged, a quantized one to its rounding."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        while self.merged_adapters:
-            weight, *bias = self.originals.pop(self.merged_adapters.pop())
-            self.set_base_weight(weight)
-            if bias:
-                self.get_base_layer().bias.data = bias[0]
+        # The model may have been moved or cast since.
+        self._store([old.to(now) for old, now in zip(self.originals, self._weight_and_bias(), strict=True)])
+        self.originals, self.merged_adapters = (), []
+
+    def _weight_and_bias(self) -> tuple[torch.Tensor, ...]:
+        bias = getattr(self.get_base_layer(), "bias", None)
+        weight = self.get_base_weight().detach()
+        return (weight,) if bias is None else (weight, bias.detach())
+
+    def _scaled(self, name: str, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Weight and bias times the single vector of an adapter, computed in at least float32."""
+        bank = self.experts[name]
+        weight, *bias = tensors
+        vector = bank.vectors[0].to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+        over_columns = bank.scales_input != isinstance(self.get_base_layer(), Conv1D)
+        scaled_weight = (weight * (vector if over_columns else vector[:, None])).to(weight.dtype)
+        return [scaled_weight, *(b if bank.scales_input else (b * vector).to(b.dtype) for b in bias)]
+
+    def _store(self, tensors: Sequence[torch.Tensor]) -> None:
+        weight, *bias = tensors
+        self.set_base_weight(weight)
+        for tensor in bias:
+            self.get_base_layer().bias.data = tensor
 
 
 def _per_head(context: TokenContext, num_heads: int) -> TokenContext:

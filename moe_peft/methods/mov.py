@@ -22,9 +22,10 @@ from ..config import MoeConfig, RoutedParts
 from ..experts import VectorExperts
 from ..losses import importance, z_loss
 from ..objective import Loss, RouterObjective
-from ..placement import ffn_output_names, shortest_endings
+from ..placement import linear_names, shortest_endings
 from ..registration import extend_peft_type, register
 from ..routers import ROUTERS
+from ..scaled_places import ffn_output_names, head_widths, key_value_names
 from ..tuner import RoutedTuner
 from ..types import MoeLayer, Place
 
@@ -46,6 +47,20 @@ class MovConfig(MoeConfig):
         NO_MATRICES,
     )
 
+    init_choices: ClassVar = (True, False)
+
+    init_weights: bool | str = field(
+        default=True,
+        metadata={"help": "True: vectors of ones, the identity. False: normal around one, so it is not (for tests)."},
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names (or a regex) of the linear layers to scale, or 'all-linear' for every linear layer that is "
+            "neither a router nor the output head. None picks keys, values and the last layers of FFNs; projections "
+            "that hold queries, keys and values in one matrix are then scaled as a whole."
+        },
+    )
     num_experts: int = field(default=10, metadata={"help": "Vectors at each place (paper: 10, 30 or 60)."})
     feedforward_modules: list[str] | str | None = field(
         default=None,
@@ -58,12 +73,13 @@ class MovConfig(MoeConfig):
     router_granularity: str = field(
         default="head",
         metadata={
-            "help": "'head': keys and values are routed head by head, with one router for all heads, where "
-            "head_dim is known. 'token': all heads together."
+            "help": "'head': keys and values are routed head by head, with one router for all heads, where they have "
+            "a projection of their own, the width of a head is known, and the router reads the activation. 'token': "
+            "all heads together."
         },
     )
     head_dim: int | None = field(
-        default=None, metadata={"help": "Width of a key or value head; None takes it from the model's configuration."}
+        default=None, metadata={"help": "Width of a key or value head; None asks the model's attention modules."}
     )
 
     def __post_init__(self) -> None:
@@ -71,6 +87,9 @@ class MovConfig(MoeConfig):
             self.router = "top_k"
         if isinstance(self.feedforward_modules, (list, tuple)):
             self.feedforward_modules = set(self.feedforward_modules)  # type: ignore[assignment]
+        # What a model says of itself; see resolve.
+        self._head_widths: dict[str, int] = {}
+        self._sparse_layers = 0
         super().__post_init__()
         self.peft_type = PEFT_TYPE
 
@@ -81,29 +100,43 @@ class MovConfig(MoeConfig):
 
     def validate(self) -> None:
         """Check every field; see `MoeConfig.validate`."""
-        super().validate()
         self._check_choice("router", ("dense", "top_k"))
+        super().validate()
         self._check_choice("router_input", ("activation", "hidden"))
         self._check_choice("router_granularity", ("head", "token"))
         self._check(self.head_dim is None or self.head_dim >= 1, "head_dim", "a positive number or None")
 
     def resolve(self, model: nn.Module, layers: Sequence[MoeLayer]) -> None:
-        """Take the head's width and the FFNs' last layers from a model; see `MoeConfig.resolve`."""
-        if self.head_dim is None:
-            self.head_dim = _head_dim(getattr(model, "config", None))
+        """Choose the places, and take the widths of heads from a model; see `MoeConfig.resolve`.
+
+        Raises:
+            ValueError: There are no keys and values to choose, `feedforward_modules` names nothing, or `head_dim` does
+                not divide a width.
+        """
+        linears, others = linear_names(model), set(dict(model.named_modules()))
+        self._sparse_layers = len(layers)
+        self._head_widths = head_widths(model, self.head_dim)
+        outputs = ffn_output_names(model)
+        if self.target_modules is None:
+            names = [*key_value_names(model), *outputs]
+            self.target_modules = set(shortest_endings(names, others - set(names)))  # type: ignore[assignment]
         if self.feedforward_modules is None:
-            names = ffn_output_names(model)
-            others = set(dict(model.named_modules())) - set(names)
-            self.feedforward_modules = set(shortest_endings(names, others))  # type: ignore[assignment]
+            self.feedforward_modules = set(shortest_endings(outputs, others - set(outputs)))  # type: ignore[assignment]
+        self._check(
+            not self.feedforward_modules or any(self.scales_input(name) for name in linears),
+            "feedforward_modules",
+            f"None, or names of linear layers, which are called {sorted({n.rpartition('.')[2] for n in linears})}",
+        )
 
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         """See `MoeConfig.expected_shapes`."""
         return {".vectors": (self.num_experts,)}
 
     def summary(self) -> str:
-        """See `MoeConfig.summary`."""
-        vectors = f"{self.num_experts} vectors, router {self.router} on the {self.router_input}"
-        return vectors if self.top_k is None else f"{vectors}, top {self.top_k}"
+        """See `MoeConfig.summary`; says what fused experts keep out of reach."""
+        top = "" if self.top_k is None else f", top {self.top_k}"
+        sparse = f", not inside the experts of {self._sparse_layers} layers" if self._sparse_layers else ""
+        return f"{self.num_experts} vectors, router {self.router} on the {self.router_input}{top}{sparse}"
 
     def scales_input(self, name: str) -> bool:
         """Whether a place is scaled at its input."""
@@ -114,11 +147,10 @@ class MovConfig(MoeConfig):
 
     def build(self, place: Place) -> RoutedParts:
         """Build the parts of one layer; see `MoeConfig.build`."""
-        at_input = self.scales_input(place.name)
+        at_input, hidden = self.scales_input(place.name), self.router_input == "hidden"
         width = place.in_features if at_input else place.out_features
-        hidden = self.router_input == "hidden"
-        by_head = self.router_granularity == "head" and self.head_dim and not at_input and not hidden
-        heads = width // self.head_dim if by_head and self.head_dim and width % self.head_dim == 0 else 1
+        by_head = self.router_granularity == "head" and not at_input and not hidden
+        heads = width // self._head_widths.get(place.name, width) if by_head else 1
         vectors = VectorExperts(
             place.in_features,
             width,
@@ -142,16 +174,6 @@ class MovConfig(MoeConfig):
         return RoutedParts(
             experts=vectors, router=router, objective=RouterObjective(losses, scope=self.load_balancing_scope)
         )
-
-
-def _head_dim(config: object) -> int | None:
-    """Width of a head by a model's configuration, under the names transformers uses."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for name in ("head_dim", "d_kv"):
-        if isinstance(getattr(text, name, None), int):
-            return int(getattr(text, name))
-    hidden, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
-    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) else None
 
 
 class MovModel(RoutedTuner):

@@ -4,11 +4,27 @@ from typing import Any
 
 import pytest
 
-from moe_peft import LoraMoeConfig, MoloraConfig, RoutedConfig, SiraConfig
+from moe_peft import (
+    EsftConfig,
+    LoraMoeConfig,
+    MoloraConfig,
+    MovConfig,
+    PerftConfig,
+    RoutedConfig,
+    SiraConfig,
+)
 
 from .tiny_models import tiny_model
 
-CONFIGS = {"loramoe": LoraMoeConfig, "molora": MoloraConfig, "sira": SiraConfig, "routed": RoutedConfig}
+# Types that wrap linear layers, and those that wrap blocks or the backbone's experts, which need a model with some.
+CONFIGS = {
+    "loramoe": LoraMoeConfig,
+    "molora": MoloraConfig,
+    "sira": SiraConfig,
+    "routed": RoutedConfig,
+    "mov": MovConfig,
+}
+OTHER_CONFIGS = {"perft": PerftConfig, "esft": EsftConfig}
 
 # Few experts keep the tests fast; peft compares outputs in train mode, which dropout would change.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -17,6 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "molora": {"num_experts": 4, "init_weights": True, "lora_alpha": 4},
     "sira": {"num_experts": 4, "top_k": 2, "expert_dropout": 0.0},
     "routed": {"num_experts": 4},
+    "mov": {"num_experts": 4},
 }
 
 # One expert has the same weight for every token, so that these rows run peft's merge tests.
@@ -25,10 +42,22 @@ ONE_EXPERT: dict[str, dict[str, Any]] = {
     "molora": {"num_experts": 1, "init_weights": True},
     "sira": {"num_experts": 1, "top_k": 1, "expert_dropout": 0.0, "capacity_factor": None},
     "routed": {"num_experts": 1},
+    "mov": {"num_experts": 1},
+}
+
+PERFT: dict[str, dict[str, Any]] = {
+    "perft-r": {"variant": "R", "r": 4, "num_experts": 4, "top_k": 2, "lora_dropout": 0.0},
+    "perft-d": {"variant": "D", "r": 4, "num_experts": 2, "lora_dropout": 0.0},
+}
+EXPERTS: dict[str, tuple[type, dict[str, Any]]] = {
+    "perft-e": (PerftConfig, {"variant": "E", "r": 4, "lora_dropout": 0.0}),
+    "esft": (EsftConfig, {"experts": {"0": [0, 2], "1": [1]}}),
+    "esft-lora": (EsftConfig, {"experts": {"0": [0, 2], "1": [1]}, "expert_adapter": "lora", "r": 4}),
 }
 
 CLASSES = [pytest.param(cls, id=name) for name, cls in CONFIGS.items()]
-CLASSES_AND_KWARGS = [pytest.param(cls, {}, id=name) for name, cls in CONFIGS.items()]
+ALL_CLASSES = [*CLASSES, *(pytest.param(cls, id=name) for name, cls in OTHER_CONFIGS.items())]
+ALL_CLASSES_AND_KWARGS = [pytest.param(cls, {}, id=name) for name, cls in (*CONFIGS.items(), *OTHER_CONFIGS.items())]
 
 
 def config_rows(**kwargs: Any) -> list:
@@ -39,6 +68,16 @@ def config_rows(**kwargs: Any) -> list:
 def one_expert_rows(**kwargs: Any) -> list:
     """Rows (config_cls, config_kwargs): each type with one expert, which can be merged."""
     return [pytest.param(CONFIGS[name], {**ONE_EXPERT[name], **kwargs}, id=f"{name}-one-expert") for name in CONFIGS]
+
+
+def block_rows(**kwargs: Any) -> list:
+    """Rows (config_cls, config_kwargs): adapters beside whole blocks."""
+    return [pytest.param(PerftConfig, {**settings, **kwargs}, id=name) for name, settings in PERFT.items()]
+
+
+def expert_rows(**kwargs: Any) -> list:
+    """Rows (config_cls, config_kwargs): adapters that follow the backbone's own routing."""
+    return [pytest.param(cls, {**settings, **kwargs}, id=name) for name, (cls, settings) in EXPERTS.items()]
 
 
 def model_rows(*names: str) -> list:
@@ -78,6 +117,11 @@ def custom_model_rows() -> list:
             {"router": "dense", "router_aux_loss_coef": 0.0, "losses": {"localized_balancing": 0.1}},
         ),
         "routed-eager": ("routed", {"num_experts": 3, "experts_implementation": "eager"}),
+        "mov-defaults": ("mov", {}),
+        "mov-top-k": ("mov", {**SETTINGS["mov"], "top_k": 2}),
+        "mov-hidden": ("mov", {**SETTINGS["mov"], "router_input": "hidden"}),
+        "mov-inputs": ("mov", {**SETTINGS["mov"], "feedforward_modules": ["lin0"]}),
+        "mov-one-expert-inputs": ("mov", {**ONE_EXPERT["mov"], "feedforward_modules": ["lin0", "lin1"]}),
     }
     rows += [
         _custom(name, "MLP", method, kwargs, places["lin0-lin1"][1]) for name, (method, kwargs) in variants.items()
@@ -86,7 +130,12 @@ def custom_model_rows() -> list:
 
 
 def _custom(name: str, model: str, method: str, settings: dict[str, Any], kwargs: dict[str, Any]) -> Any:
-    return pytest.param(name, model, CONFIGS[method], {**settings, **kwargs}, id=name)
+    return pytest.param(name, model, CONFIGS[method], _fields(method, {**settings, **kwargs}), id=name)
+
+
+def _fields(method: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields that a type has: vectors have no scale."""
+    return {name: value for name, value in fields.items() if method != "mov" or name != "lora_alpha"}
 
 
 def two_adapter_rows() -> list:
@@ -116,7 +165,7 @@ def mixed_batch_rows(first: dict[str, Any], second: dict[str, Any]) -> list:
     for kind, settings in (("", SETTINGS), ("-one-expert", ONE_EXPERT)):
         for method, cls in CONFIGS.items():
             # Large outputs of the toy model would round differently in parts of a batch.
-            shared = {**settings[method], "init_weights": False, "lora_alpha": 1}
+            shared = _fields(method, {**settings[method], "init_weights": False, "lora_alpha": 1})
             name = f"{method}{kind}"
             rows.append(pytest.param(name, cls(**shared, **first), cls(**shared, **second), id=name))
     return rows

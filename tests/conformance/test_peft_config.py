@@ -21,13 +21,13 @@ def local_adapter(tmp_path_factory, monkeypatch):
 @pytest.fixture(autouse=True)
 def own_types(monkeypatch):
     """Our members of peft's enum in place of all; a stock type needs a package that is not installed."""
-    monkeypatch.setattr(peft, "PeftType", [PeftType[cls.adapter_type] for cls in rows.CONFIGS.values()])
+    monkeypatch.setattr(peft, "PeftType", [PeftType[row.values[0].adapter_type] for row in rows.ALL_CLASSES])
 
 
 TestPeftConfig = retarget(
     peft.TestPeftConfig,
-    (peft.ALL_CONFIG_CLASSES, rows.CLASSES_AND_KWARGS),
-    (peft.LAYER_INDEXING_CONFIG_CLASSES, rows.CLASSES_AND_KWARGS),
-    inline={"test_save_pretrained_with_target_modules": rows.CLASSES},
+    (peft.ALL_CONFIG_CLASSES, rows.ALL_CLASSES_AND_KWARGS),
+    (peft.LAYER_INDEXING_CONFIG_CLASSES, rows.ALL_CLASSES_AND_KWARGS),
+    inline={"test_save_pretrained_with_target_modules": rows.ALL_CLASSES},
     keep=("test_from_peft_type",),
 )

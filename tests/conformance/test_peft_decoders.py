@@ -9,7 +9,7 @@ from .sources import load
 peft = load("test_decoder_models")
 common = load("testing_common")
 TASK = {"task_type": "CAUSAL_LM"}
-SEVERAL, ONE = rows.config_rows(**TASK), rows.one_expert_rows(**TASK)
+SEVERAL, ONE, BLOCKS = rows.config_rows(**TASK), rows.one_expert_rows(**TASK), rows.block_rows(**TASK)
 ATTENTION = rows.config_rows(**TASK, target_modules=["q_proj", "v_proj"])
 
 
@@ -24,16 +24,16 @@ def admit_to_mixed_batches(request, monkeypatch):
 
 TestDecoderModels = retarget(
     peft.TestDecoderModels,
-    (peft.ALL_CONFIGS, [*SEVERAL, *ONE]),
+    (peft.ALL_CONFIGS, [*SEVERAL, *ONE, *BLOCKS]),
     (peft.PEFT_DECODER_MODELS_TO_TEST, rows.model_rows("llama")),
 )
 TestOtherDecoderModels = retarget(
     peft.TestDecoderModels,
-    (peft.ALL_CONFIGS, SEVERAL),
+    (peft.ALL_CONFIGS, [*SEVERAL, *BLOCKS]),
     (peft.PEFT_DECODER_MODELS_TO_TEST, rows.model_rows("llama-tied", "gpt2")),
 )
 TestSparseDecoderModels = retarget(
     peft.TestDecoderModels,
-    (peft.ALL_CONFIGS, ATTENTION),
+    (peft.ALL_CONFIGS, [*ATTENTION, *BLOCKS, *rows.expert_rows(**TASK)]),
     (peft.PEFT_DECODER_MODELS_TO_TEST, rows.model_rows("olmoe")),
 )

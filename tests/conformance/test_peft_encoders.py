@@ -27,7 +27,7 @@ def admit_to_mixed_batches(request, monkeypatch):
 
 TestEncoderDecoderModels = retarget(
     seq2seq.TestEncoderDecoderModels,
-    (seq2seq.ALL_CONFIGS, both(task_type="SEQ_2_SEQ_LM")),
+    (seq2seq.ALL_CONFIGS, [*both(task_type="SEQ_2_SEQ_LM"), *rows.block_rows(task_type="SEQ_2_SEQ_LM")]),
     (seq2seq.PEFT_ENCODER_DECODER_MODELS_TO_TEST, rows.model_rows("t5")),
 )
 TestPeftFeatureExtractionModel = retarget(

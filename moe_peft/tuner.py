@@ -40,6 +40,8 @@ class RoutedTuner(BaseTuner):
         resolve_targets(model, peft_config)
         places = find_places(model, peft_config, **get_quantization_kwargs(model))
         self._places = {place.name: place for place in places}
+        for place in places:
+            _check_kind(place.name, model.get_submodule(place.name), self.prefix, peft_config)
         if peft_config.placement != "linear":
             _record_router_outputs(model)
         tracker = find_tracker(model)
@@ -190,6 +192,17 @@ class RoutedTuner(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         _check_adapter_tensors(cls.prefix, model.state_dict(), adapter_name, remapped)
         return remapped
+
+
+def _check_kind(name: str, module: nn.Module, prefix: str, config: MoeConfig) -> None:
+    """Refuse a second adapter of one type that computes otherwise than the layer that is there."""
+    kind = LAYERS[config.placement]
+    if isinstance(module, RoutedLayer) and module.prefix == prefix and type(module) is not kind:
+        raise ValueError(
+            f"{name} has an adapter of the type {config.adapter_type} whose layer is a {type(module).__name__}; this "
+            f"one needs a {kind.__name__}. Such adapters cannot share a module: delete the other one, or load them on "
+            "two copies of the model."
+        )
 
 
 def _record_router_outputs(model: nn.Module) -> None:

@@ -103,3 +103,11 @@ def token_batch(rows: int = 3, length: int = 11, seed: int = 0) -> dict[str, Any
 def experts_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The fused experts modules of a model without adapters, in its order."""
     return [module for module in model.modules() if hasattr(module, "has_gate") and hasattr(module, "down_proj")]
+
+
+def randomize_copies(model: torch.nn.Module) -> None:
+    """Give the copies of experts other weights, so that they change the output."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if ".esft_experts." in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)

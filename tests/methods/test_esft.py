@@ -14,8 +14,15 @@ from torch import distributed as dist
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 from moe_peft import EsftConfig, describe
-from tests.contract.cases import randomize
-from tests.methods.sparse_models import EXPERTS, IMPLEMENTATIONS, KINDS, experts_modules, sparse_model, token_batch
+from tests.methods.sparse_models import (
+    EXPERTS,
+    IMPLEMENTATIONS,
+    KINDS,
+    experts_modules,
+    randomize_copies,
+    sparse_model,
+    token_batch,
+)
 
 FOUR = ("olmoe", "qwen3_moe", "deepseek_v3", "gpt_oss")
 
@@ -105,7 +112,7 @@ def test_selecting_all_experts_is_full_fine_tuning_of_them():
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_checkpointing_repeats_the_routing_also_while_routers_train(implementation, use_reentrant):
     model, batch = esft(sparse_model("olmoe", implementation), train_router=True), token_batch()
-    randomize(model)
+    randomize_copies(model)
     model.train()
     model(**batch).loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -274,7 +281,7 @@ def test_a_stock_lora_beside_it_saves_and_loads(tmp_path):
     model = copy.deepcopy(base)
     model.add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False), adapter_name="stock")
     model.add_adapter(EsftConfig(experts=EXPERTS), adapter_name="ours")
-    randomize(model)
+    randomize_copies(model)
     model.set_adapter(["stock", "ours"])
     both = model(**batch).logits
     found = {}
@@ -297,7 +304,7 @@ def test_a_stock_lora_beside_it_saves_and_loads(tmp_path):
 def test_transformers_own_loading_takes_the_adapter(tmp_path):
     base, batch = sparse_model("olmoe").requires_grad_(False), token_batch()
     model = esft(copy.deepcopy(base))
-    randomize(model)
+    randomize_copies(model)
     model.save_pretrained(tmp_path)
     base.load_adapter(str(tmp_path))
     state = model.base_model.model.state_dict()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model
 from transformers import (
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
@@ -23,6 +24,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
     set_seed,
 )
+
+from moe_peft import EsftConfig
 
 NUM_EXPERTS = 8
 SHARED = {
@@ -77,6 +80,7 @@ KINDS: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
         },
     ),
 }
+FOUR_KINDS = ("olmoe", "qwen3_moe", "deepseek_v3", "gpt_oss")
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 # Experts to train in both layers; layer 1 has one that few tokens use.
 EXPERTS = {"0": [1, 3, 6], "1": [2]}
@@ -111,3 +115,17 @@ def randomize_copies(model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if ".esft_experts." in name:
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+def esft(model: torch.nn.Module, **fields: Any) -> PeftModel:
+    """The model with an adapter that trains `EXPERTS`."""
+    return get_peft_model(model, EsftConfig(**{"task_type": "CAUSAL_LM", "experts": EXPERTS, **fields}))
+
+
+def slices_of(model, adapter: str = "default") -> dict[tuple[str, str], torch.Tensor]:
+    """(layer, tensor) -> the adapter's slices."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if f".esft_experts.{adapter}." in name:
+            found[name.split(".layers.")[1].split(".")[0], name.rpartition(".")[2]] = parameter
+    return found

@@ -56,7 +56,9 @@ def run_experts(
         (T, O) weighted sum.
     """
     count = next(iter(tensors.values())).shape[0]
-    cls = type(experts).__mro__[1] if parametrize.is_parametrized(experts) else type(experts)
+    # Parametrization and sharding put classes of their own on top, whose tensors are computed or gathered in a call.
+    owns = [cls for cls in type(experts).__mro__ if not any(hasattr(cls, name) for name in tensors)]
+    cls = next(cls for cls in owns if hasattr(cls, "forward"))
     stand_in: Any = object.__new__(cls)
     stand_in.__dict__ = {
         name: count if "experts" in name and value == num_experts and type(value) is int else value

@@ -84,7 +84,7 @@ class SlicedExperts(RoutedLayer):
         return run_experts(self.get_base_layer(), tensors, self.num_backbone_experts, *call)
 
     def _show(self, names: list[str], call: ExpertsCall) -> None:
-        """Tell the tracker what the backbone decided, where somebody looks: a compiled graph would break here."""
+        """Tell the tracker what the backbone decided, where somebody looks."""
         if not (self.tracker.observers or self.tracker.training_observers):
             return
         context = self.tracker.tokens(call.hidden, in_training=self.training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from transformers import (
 )
 
 from moe_peft import EsftConfig
+from moe_peft.layers import SlicedExperts
 
 NUM_EXPERTS = 8
 SHARED = {
@@ -129,3 +131,22 @@ def slices_of(model, adapter: str = "default") -> dict[tuple[str, str], torch.Te
         if f".esft_experts.{adapter}." in name:
             found[name.split(".layers.")[1].split(".")[0], name.rpartition(".")[2]] = parameter
     return found
+
+
+def frozen_and_adapted(kind: str = "olmoe", implementation: str = "eager", experts=EXPERTS) -> tuple[Any, Any]:
+    """A frozen model, and one with random copies of some of its experts."""
+    base = sparse_model(kind, implementation).requires_grad_(False)
+    model = esft(copy.deepcopy(base), experts=experts).eval()
+    randomize_copies(model)
+    return base, model
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    """What a model predicts for a fixed batch."""
+    with torch.no_grad():
+        return model(**token_batch()).logits
+
+
+def first_layer(model: torch.nn.Module) -> SlicedExperts:
+    """The first layer with copies."""
+    return next(module for module in model.modules() if isinstance(module, SlicedExperts))

@@ -146,7 +146,7 @@ class SlicedExperts(RoutedLayer):
     def _exchange(self, ids: list[int], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Write slices into the backbone's tensors; returns what was there."""
         own = expert_tensors(self.get_base_layer(), self.num_backbone_experts)
-        before = {key: own[key][ids].clone() for key in tensors}
+        before = {key: own[key][ids] for key in tensors}
         for key, tensor in tensors.items():
             own[key][ids] = tensor.to(own[key])
         return before

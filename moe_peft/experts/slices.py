@@ -1,11 +1,17 @@
-"""Trainable copies of some of a backbone's experts, the whole matrices of each (ESFT, arXiv 2407.01906)."""
+"""Trainable copies of some of a backbone's experts, the whole matrices of each: y = base + sum_k w_k FFN_{i_k}(x).
+
+The sum runs over the slots whose expert was copied (ESFT, arXiv 2407.01906).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
+
+# (tensors, x_TD, experts_TK, weights_TK) -> (T, O), the backbone's own computation on other tensors.
+Compute = Callable[[Mapping[str, torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class ExpertSlices(nn.Module):
@@ -18,6 +24,7 @@ class ExpertSlices(nn.Module):
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], ids: Sequence[int]) -> None:
         super().__init__()
+        self.num_experts = len(ids)
         for name, tensor in tensors.items():
             shape = (len(ids), *tensor.shape[1:])
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=tensor.dtype)))
@@ -29,3 +36,39 @@ class ExpertSlices(nn.Module):
         for name, parameter in self.named_parameters():
             if not (parameter.is_meta or tensors[name].is_meta):
                 parameter.copy_(tensors[name][list(ids)])
+
+    def forward(
+        self,
+        x_TD: torch.Tensor,
+        base_out_TO: torch.Tensor,
+        experts_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        compute: Compute,
+    ) -> torch.Tensor:
+        """Add the weighted sum of the copies to the output of the frozen experts.
+
+        Every parameter takes part in every call, as data-parallel training expects, and is read inside this call,
+        before which sharded training gathers it.
+
+        Args:
+            x_TD: (T, D) input.
+            base_out_TO: (T, O) output of the experts that were not copied.
+            experts_TK: (T, K) place of each slot's expert among the copies; n where it is none of them.
+            weights_TK: (T, K) combine weights.
+            compute: The backbone's computation of experts, given their tensors.
+
+        Returns:
+            (T, O) in the dtype of `base_out_TO`.
+        """
+        tensors = dict(self.named_parameters())
+        hit_TK = experts_TK < self.num_experts
+        if torch.compiler.is_compiling():
+            # Shapes must not depend on the routing: every slot runs, those of other experts with weight zero.
+            experts_TK, weights_TK = experts_TK.masked_fill(~hit_TK, 0), weights_TK.masked_fill(~hit_TK, 0.0)
+            return base_out_TO + compute(tensors, x_TD, experts_TK, weights_TK).to(base_out_TO.dtype)
+        rows, slots = hit_TK.nonzero(as_tuple=True)
+        if rows.numel() == 0:
+            zeros = [0.0 * tensor.sum() for tensor in tensors.values()]
+            return base_out_TO + torch.stack(zeros).sum().to(base_out_TO.dtype)
+        added = compute(tensors, x_TD[rows], experts_TK[rows, slots][:, None], weights_TK[rows, slots][:, None])
+        return base_out_TO.index_add(0, rows, added.to(base_out_TO.dtype))

@@ -59,7 +59,9 @@ def run_experts(
         # Loops outside transformers' common interface may not run with a single slot; a second one adds nothing.
         index_TK, weights_TK = index_TK.expand(-1, 2), torch.cat([weights_TK, torch.zeros_like(weights_TK)], dim=1)
     count = next(iter(tensors.values())).shape[0]
-    cls = type(experts).__mro__[1] if parametrize.is_parametrized(experts) else type(experts)
+    # Parametrization and sharding put classes of their own on top, whose tensors are computed or gathered in a call.
+    owns = [cls for cls in type(experts).__mro__ if not any(hasattr(cls, name) for name in tensors)]
+    cls = next(cls for cls in owns if hasattr(cls, "forward"))
     stand_in: Any = object.__new__(cls)
     stand_in.__dict__ = {
         name: count if "experts" in name and value == num_experts and type(value) is int else value

@@ -10,7 +10,8 @@ quantized.
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -18,7 +19,9 @@ from torch.nn.utils import parametrize
 
 from ..backbone import ExpertsCall, experts_call
 from ..config import RoutedParts
+from ..experts import ExpertSlices
 from ..routers import backbone_routing
+from ..types import MoePeftWarning
 from .expert_tensors import expert_tensors, run_experts
 from .routed_layer import RoutedLayer
 
@@ -28,7 +31,17 @@ class SlicedExperts(RoutedLayer):
 
     def update_layer(self, adapter_name: str, parts: RoutedParts, *, inference_mode: bool = False) -> None:
         """Add an adapter; arguments as in `RoutedLayer.update_layer`."""
-        self.originals: dict[str, dict[str, torch.Tensor]] = getattr(self, "originals", {})
+        # What merging overwrote, by adapter: the experts, and their tensors by name.
+        self.originals: dict[str, tuple[list[int], dict[str, torch.Tensor]]] = getattr(self, "originals", {})
+        if self.merged:
+            warnings.warn(
+                f"Adapters are merged into {self.place}, which a new one copies its experts from. Unmerging them.",
+                MoePeftWarning,
+                stacklevel=2,
+            )
+            self.unmerge()
+            tensors = expert_tensors(self.get_base_layer(), self.num_backbone_experts)
+            cast(ExpertSlices, parts.experts).copy_from(tensors, parts.selection or ())
         super().update_layer(adapter_name, parts, inference_mode=inference_mode)
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> torch.Tensor:
@@ -50,43 +63,33 @@ class SlicedExperts(RoutedLayer):
                 f"Cannot pass `adapter_names` to {self.place}, which receives flattened tokens: adapters on a "
                 "backbone's experts cannot be mixed in a batch. Activate one with model.set_adapter(name)."
             )
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(*args, **kwargs)
-        names = self.active_names()
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = [] if self.disable_adapters else self.active_names()
         if not names:
             return self.base_layer(*args, **kwargs)
         self._check_disjoint(names)
         call = experts_call(args, kwargs)
-        context = self.tracker.tokens(call.hidden, in_training=self.training)
-        num_experts = self.num_backbone_experts
-        for name in names:
-            self.note(name, backbone_routing(call.index, call.weights, num_experts, context))
+        self._show(names, call)
         places = {name: self.local_index(name, call.index) for name in names}
         frozen_TK = call.weights
         for name, local_TK in places.items():
             frozen_TK = frozen_TK.masked_fill(local_TK < len(self.selections[name]), 0.0)
         out_TO = self.base_layer(*_replaced(args, call, frozen_TK), **_replaced_by_name(kwargs, call, frozen_TK))
         for name, local_TK in places.items():
-            out_TO = self._add_slices(name, out_TO, call, local_TK)
+            out_TO = self.experts[name](call.hidden, out_TO, local_TK, call.weights, self._compute)
         return out_TO
 
-    def _add_slices(self, name: str, out_TO: torch.Tensor, call: ExpertsCall, local_TK: torch.Tensor) -> torch.Tensor:
-        tensors, base = dict(self.experts[name].named_parameters()), self.get_base_layer()
-        hit_TK = local_TK < len(self.selections[name])
-        if torch.compiler.is_compiling():
-            # Shapes must not depend on the routing: every slot runs, those of other experts with weight zero.
-            local_TK, weights_TK = local_TK.masked_fill(~hit_TK, 0), call.weights.masked_fill(~hit_TK, 0.0)
-            added_TO = run_experts(base, tensors, self.num_backbone_experts, call.hidden, local_TK, weights_TK)
-            return out_TO + added_TO.to(out_TO.dtype)
-        rows, slots = hit_TK.nonzero(as_tuple=True)
-        if rows.numel() == 0:
-            # Every parameter takes part in every step, as data-parallel training expects.
-            return out_TO + sum(0.0 * tensor.sum() for tensor in tensors.values()).to(out_TO.dtype)
-        local, weights = local_TK[rows, slots][:, None], call.weights[rows, slots][:, None]
-        added = run_experts(base, tensors, self.num_backbone_experts, call.hidden[rows], local, weights)
-        return out_TO.index_add(0, rows, added.to(out_TO.dtype))
+    def _compute(self, tensors: Mapping[str, torch.Tensor], *call: torch.Tensor) -> torch.Tensor:
+        return run_experts(self.get_base_layer(), tensors, self.num_backbone_experts, *call)
+
+    def _show(self, names: list[str], call: ExpertsCall) -> None:
+        """Tell the tracker what the backbone decided, where somebody looks."""
+        if not (self.tracker.observers or self.tracker.training_observers):
+            return
+        context = self.tracker.tokens(call.hidden, in_training=self.training)
+        for name in names:
+            self.note(name, backbone_routing(call.index, call.weights, self.num_backbone_experts, context))
 
     def _check_disjoint(self, names: list[str]) -> None:
         seen: set[int] = set()
@@ -127,7 +130,8 @@ class SlicedExperts(RoutedLayer):
             if safe_merge and not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         for name in names:
-            self.originals[name] = self._exchange(name, dict(self.experts[name].named_parameters()))
+            ids = list(self.selections[name])
+            self.originals[name] = (ids, self._exchange(ids, dict(self.experts[name].named_parameters())))
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
@@ -136,15 +140,13 @@ class SlicedExperts(RoutedLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            self._exchange(name, self.originals.pop(name))
+            self._exchange(*self.originals.pop(self.merged_adapters.pop()))
 
     @torch.no_grad()
-    def _exchange(self, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _exchange(self, ids: list[int], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Write slices into the backbone's tensors; returns what was there."""
-        ids = list(self.selections[name])
         own = expert_tensors(self.get_base_layer(), self.num_backbone_experts)
-        before = {key: own[key][ids].clone() for key in tensors}
+        before = {key: own[key][ids] for key in tensors}
         for key, tensor in tensors.items():
             own[key][ids] = tensor.to(own[key])
         return before

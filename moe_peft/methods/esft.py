@@ -9,11 +9,13 @@ are frozen too, and each has a low-rank expert beside it, under the same routing
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..config import BACKBONE, MoeConfig, RoutedParts
 from ..experts import EXPERTS, ExpertSlices
@@ -37,6 +39,7 @@ ROUTING_FIELDS = (
     "capacity_factor",
     "capacity_order",
 )
+PLACING_FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_weights", "experts_implementation")
 
 
@@ -48,7 +51,10 @@ class EsftConfig(MoeConfig):
     equation: ClassVar[str] = "y = sum_k w_k FFN_{i_k}(x), FFN_i trained where expert i is selected"
     source: ClassVar[str] = "arXiv 2407.01906"
     adapter_type: ClassVar[str] = "ESFT"
-    fixed_fields: ClassVar[dict[str, str]] = dict.fromkeys(ROUTING_FIELDS, ROUTED_BY_BACKBONE)
+    fixed_fields: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(ROUTING_FIELDS, ROUTED_BY_BACKBONE),
+        **dict.fromkeys(PLACING_FIELDS, "`experts` names the layers"),
+    }
 
     router: str = field(default=BACKBONE, metadata={"help": "The backbone's own router."})
     experts: dict[str, list[int]] | None = field(
@@ -65,13 +71,37 @@ class EsftConfig(MoeConfig):
     train_shared_experts: bool = field(
         default=False, metadata={"help": "Also train the experts that every token uses (authors' shared_experts)."}
     )
-    train_router: bool = field(default=False, metadata={"help": "Also train the backbone's routers."})
+    train_router: bool = field(
+        default=False, metadata={"help": "Also train the backbone's routers of the layers in `experts`."}
+    )
+    num_backbone_experts: int | None = field(
+        default=None,
+        metadata={"help": "Experts of the backbone at each of these layers; filled in, and checked on loading."},
+    )
 
     def __post_init__(self) -> None:
         if self.experts is not None:
-            self.experts = {str(layer): sorted(int(e) for e in ids) for layer, ids in self.experts.items()}
+            self.experts = self._normalised(self.experts)
         super().__post_init__()
         self.peft_type = PEFT_TYPE
+
+    def _normalised(self, experts: Mapping[Any, Any]) -> dict[str, list[int]]:
+        """Layers as strings and ids in ascending order, whichever form they were written in."""
+        layers = [str(layer) for layer in experts]
+        wrong = next((layer for layer in layers if not layer.isdecimal()), None)
+        hint = f"{wrong!r} is no layer; of a file of the authors' take the entry 'experts'"
+        self._check(wrong is None, "experts", f"a dict from layer index to expert ids: {hint}")
+        self._check(
+            len({int(layer) for layer in layers}) == len(layers), "experts", "a dict that names no layer twice"
+        )
+        for layer, ids in experts.items():
+            fits = isinstance(ids, (list, tuple, set, range)) and all(type(e) is int and e >= 0 for e in ids)
+            self._check(
+                fits and len(set(ids)) == len(ids),
+                "experts",
+                f"a dict from layer index to a list of different expert ids, which {layer!r}: {ids!r} is not",
+            )
+        return {str(int(layer)): sorted(ids) for layer, ids in experts.items()}
 
     @property
     def placement(self) -> str:
@@ -85,18 +115,13 @@ class EsftConfig(MoeConfig):
         if self.expert_adapter == "full":
             for name in LORA_FIELDS:
                 self._check_left_alone(name, "whole matrices are trained; set expert_adapter='lora' for low-rank ones")
-        for layer, ids in (self.experts or {}).items():
-            self._check(
-                layer.isdigit() and len(ids) == len(set(ids)) and min(ids, default=0) >= 0,
-                "experts",
-                f"a dict from layer index to a list of different expert ids, which {layer!r}: {ids} is not",
-            )
 
     def resolve(self, model: nn.Module, layers: Sequence[MoeLayer]) -> None:
         """Check the selection, and name the further modules to train; see `MoeConfig.resolve`.
 
         Raises:
-            ValueError: Nothing is selected, or a layer or an expert does not exist.
+            ValueError: Nothing is selected, a layer or an expert does not exist, the model is not the one that the
+                experts were selected in, or its experts are split over processes.
         """
         selected = {int(layer): ids for layer, ids in (self.experts or {}).items() if ids}
         sizes = {layer.index: layer.num_experts for layer in layers}
@@ -111,17 +136,54 @@ class EsftConfig(MoeConfig):
             self._check(
                 ids[-1] < sizes[layer], "experts", f"below {sizes[layer]} in layer {layer}, which {ids[-1]} is not"
             )
+        self._check_size({sizes[layer] for layer in selected})
         chosen = [layer for layer in layers if layer.index in selected]
-        further = [name for layer in chosen for name in layer.shared_experts] if self.train_shared_experts else []
+        self._check_targets(layers, chosen)
+        for name in (layer.experts for layer in chosen):
+            _refuse_split(name, model.get_submodule(name))
+        further = self._further_modules(chosen)
+        if further:
+            self.modules_to_save = sorted({*(self.modules_to_save or []), *further})
+
+    def _check_size(self, sizes: set[int]) -> None:
+        """Refuse a model whose layers have other numbers of experts than where the experts were selected."""
+        if self.num_backbone_experts is None:
+            self.num_backbone_experts = sizes.pop() if len(sizes) == 1 else None
+            return
         self._check(
-            bool(further) or not self.train_shared_experts,
+            sizes == {self.num_backbone_experts},
+            "num_backbone_experts",
+            f"the model's, {sorted(sizes)}: the experts were selected in another model, and an id means another "
+            "expert here. Load the adapter on the model it was trained on",
+        )
+
+    def _check_targets(self, layers: Sequence[MoeLayer], chosen: Sequence[MoeLayer]) -> None:
+        """Refuse targets that leave out a layer with selected experts, or add one without."""
+        if self.target_modules is None or self.target_modules == "all-linear":
+            return
+        found = [layer.experts for layer in layers if check_target_module_exists(self, layer.experts)]
+        expected = [layer.experts for layer in chosen]
+        self._check(
+            found == expected,
+            "target_modules",
+            f"None, as `experts` names the layers: it matches {found} here, and `experts` selects in {expected}",
+        )
+
+    def _further_modules(self, chosen: Sequence[MoeLayer]) -> list[str]:
+        """Names of what is trained beside the selected experts."""
+        names = [name for layer in chosen for name in layer.shared_experts] if self.train_shared_experts else []
+        self._check(
+            bool(names) or not self.train_shared_experts,
             "train_shared_experts",
             "False: the model has no such experts",
         )
-        if self.train_router:
-            further += [layer.router for layer in chosen if layer.router is not None]
-        if further:
-            self.modules_to_save = sorted({*(self.modules_to_save or []), *further})
+        routers = [layer.router for layer in chosen if layer.router is not None] if self.train_router else []
+        self._check(
+            bool(routers) or not self.train_router,
+            "train_router",
+            "False: no router stands beside the model's experts",
+        )
+        return names + routers
 
     def adapts(self, layer: MoeLayer) -> bool:
         """Layers without a selected expert stay as they are."""
@@ -157,11 +219,23 @@ class EsftConfig(MoeConfig):
             return RoutedParts(experts=bank, selection=ids)
         tensors = expert_tensors(place.base, place.num_experts)
         self._check(
-            len(tensors) >= 2,
+            len(tensors) >= 2 and all(t.is_floating_point() and t.element_size() > 1 for t in tensors.values()),
             "expert_adapter",
-            f"'lora' for {place.name} ({place.kind}), which does not keep one slice per expert",
+            f"'lora' for {place.name} ({place.kind}), which does not keep one slice of 16 or 32 bit per expert",
         )
         return RoutedParts(experts=ExpertSlices(tensors, ids), selection=ids)
+
+
+def _refuse_split(name: str, experts: nn.Module) -> None:
+    """Refuse experts of which this process holds a part only."""
+    base = experts.get_base_layer() if isinstance(experts, BaseTunerLayer) else experts
+    expert_parallel = bool(getattr(base, "_is_expert_parallel", False))
+    if expert_parallel or any(isinstance(parameter, DTensor) for parameter in base.parameters()):
+        kind = "expert parallelism" if expert_parallel else "distributed tensors"
+        raise ValueError(
+            f"The experts of {name} are split over processes ({kind}), so their slices cannot be copied here. Load "
+            "the model without tp_plan or ep_plan, and add the adapter before sharding with FSDP2."
+        )
 
 
 class EsftModel(RoutedTuner):

@@ -67,6 +67,17 @@ def test_gradients_of_two_processes_are_those_of_one_on_the_whole_batch(case, dd
     assert [own["router_loss"] for own in facts[case]] == pytest.approx([loss] * 2, rel=1e-5)
 
 
+def test_the_first_process_sends_nothing_to_the_copies_of_the_last_layer():
+    used = []
+    for rank in range(2):
+        base = worker.base_of("esft-idle")
+        last = base.model.layers[1].mlp.experts
+        last.register_forward_pre_hook(lambda _, args: used.append(set(args[1].flatten().tolist())))
+        base(**worker.batch_of("esft-idle", rank, 2))
+    copied = set(worker.IDLE["1"])
+    assert not copied & used[0] and copied <= used[1]
+
+
 def test_balance_over_the_micro_batch_is_another_gradient(ddp):
     folder, facts = ddp
     _, expected, _ = single("micro")
@@ -79,7 +90,8 @@ def test_balance_over_the_micro_batch_is_another_gradient(ddp):
 def test_a_training_forward_costs_one_all_reduce_per_stack_and_nothing_else_costs_any(case, ddp):
     _, facts = ddp
     for own in facts[case]:
-        assert own["forward"] == {"micro": 0, "t5": 2}.get(case, 1)
+        joined = 0 if worker.CASES[case][0] in worker.WITHOUT_LOSSES else 1
+        assert own["forward"] == {"micro": 0, "t5": 2}.get(case, joined)
         assert own["backward"] == own["evaluation"] == 0
 
 

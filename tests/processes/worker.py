@@ -15,13 +15,16 @@ from safetensors.torch import save_file
 from torch import distributed as dist
 from torch import nn
 
-from moe_peft import LoraMoeConfig, RoutedConfig, router_loss
-from tests.contract.cases import randomize
+from moe_peft import EsftConfig, LoraMoeConfig, MovConfig, PerftConfig, RoutedConfig, router_loss
+from tests.contract.cases import randomize, tiny_olmoe
+from tests.methods.sparse_models import sparse_model
 from tests.tiny import padded_batch, tiny_llama, tiny_t5
 
 # Rows of unequal length, so that the processes hold unequal numbers of tokens.
 LENGTHS = [9, 7, 2, 3]
 GROUPS = [0, 1, 1, 0]
+# Experts of a backbone of 32: the first process uses expert 1 alone of these, the second process the others.
+IDLE = {"0": [1, 13], "1": [15, 17]}
 SHARED = {"num_experts": 4, "lora_dropout": 0.0, "router_z_loss_coef": 0.2}
 CONFIGS = {
     "top_k": lambda scope: RoutedConfig(router_aux_loss_coef=1.0, load_balancing_scope=scope, **SHARED),
@@ -35,7 +38,19 @@ CONFIGS = {
         load_balancing_scope=scope,
         **SHARED,
     ),
+    "perft-r": lambda scope: PerftConfig(
+        r=2, lora_dropout=0.0, router_aux_loss_coef=1.0, router_z_loss_coef=0.2, load_balancing_scope=scope
+    ),
+    "perft-e": lambda scope: PerftConfig(variant="E", r=2, lora_dropout=0.0),
+    "esft": lambda scope: EsftConfig(experts={"0": [1, 3], "1": [2]}),
+    "esft-lora": lambda scope: EsftConfig(experts={"0": [1, 3], "1": [2]}, expert_adapter="lora", r=2),
+    # The first process sends no token to the copies of the last layer.
+    "esft-idle": lambda scope: EsftConfig(experts=IDLE),
+    "mov": lambda scope: MovConfig(num_experts=4, target_modules=["k_proj", "v_proj"]),
 }
+# Methods that are tested on a sparse backbone.
+SPARSE = ("perft-r", "perft-e", "esft", "esft-lora", "esft-idle", "mov")
+WITHOUT_LOSSES = SPARSE[1:]
 # name -> (configuration, scope, checkpointing)
 CASES = {
     "top_k": ("top_k", "global_batch", "off"),
@@ -46,13 +61,24 @@ CASES = {
     "groups-reentrant": ("groups", "global_batch", "reentrant"),
     "micro": ("top_k", "micro_batch", "off"),
     "t5": ("top_k", "global_batch", "off"),
+    **{kind: (kind, "global_batch", "off") for kind in SPARSE},
+    "esft-non-reentrant": ("esft", "global_batch", "non-reentrant"),
+    "perft-r-reentrant": ("perft-r", "global_batch", "reentrant"),
 }
+
+
+def base_of(case: str) -> nn.Module:
+    kind = CASES[case][0]
+    if kind == "esft-idle":
+        return sparse_model("olmoe", num_experts=32)
+    if kind in SPARSE:
+        return tiny_olmoe()
+    return tiny_t5(dropout_rate=0.0) if case == "t5" else tiny_llama()
 
 
 def model_of(case: str) -> nn.Module:
     kind, scope, checkpointing = CASES[case]
-    base = tiny_t5(dropout_rate=0.0) if case == "t5" else tiny_llama()
-    model = get_peft_model(base, CONFIGS[kind](scope)).train()
+    model = get_peft_model(base_of(case), CONFIGS[kind](scope)).train()
     randomize(model)
     if checkpointing != "off":
         model.enable_input_require_grads()
@@ -139,7 +165,10 @@ def run(rank: int, world: int, folder: Path, wrapping: str) -> None:
     dist.destroy_process_group()
 
 
-FSDP_CASES = ("top_k", "top_k-non-reentrant", "top_k-reentrant", "groups")
+FSDP_CASES = (
+    *("top_k", "top_k-non-reentrant", "top_k-reentrant", "groups"),
+    *(*SPARSE, "esft-non-reentrant", "perft-r-reentrant"),
+)
 
 
 def stepped(model: nn.Module) -> dict[str, torch.Tensor]:

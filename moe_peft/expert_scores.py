@@ -110,10 +110,9 @@ class ExpertScores:
             path: The file; its folder must exist.
         """
         content: dict[str, Any] = {
-            key: {
-                str(layer): _numbered(own.values[kind]) for layer, own in self.by_layer.items() if kind in own.values
-            }
+            key: {str(layer): _numbered(own.values[kind]) for layer, own in self.by_layer.items()}
             for kind, key in KEYS.items()
+            if all(kind in own.values for own in self.by_layer.values())
         }
         content["top_k"] = {str(layer): own.top_k for layer, own in self.by_layer.items()}
         content["expert_parameters"] = {str(layer): own.expert_parameters for layer, own in self.by_layer.items()}

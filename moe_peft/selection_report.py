@@ -93,7 +93,7 @@ def plot_selection(selections: Mapping[str, ExpertSelection], path: str | Path) 
     panels = len(selections) + (len(selections) > 1)
     columns = min(panels, 3 if width <= 32 else 2)
     rows = math.ceil(panels / columns)
-    panel = (min(max(0.22 * width, 3.2), 9.0) + 0.8, min(max(0.22 * len(layers), 1.6), 7.0) + 1.1)
+    panel = (min(max(0.22 * width, 3.2), 7.2) + 0.8, min(max(0.22 * len(layers), 1.6), 4.2) + 1.1)
     figure = Figure(figsize=(columns * panel[0], rows * panel[1]), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, (task, selection) in zip(axes, selections.items(), strict=False):

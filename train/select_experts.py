@@ -29,7 +29,7 @@ from moe_peft.scoring import sparse_layers
 
 @dataclass
 class ScoringConfig(SFTConfig):
-    """TRL's settings of supervised fine-tuning, of which those of the data and the model count; the authors' values."""
+    """TRL's settings, of which those of the data and the model count, with the authors' values as defaults."""
 
     max_length: int | None = field(default=4096, metadata={"help": "Tokens of a scored row."})
     packing: bool = field(default=True, metadata={"help": "Join the examples and cut them into full rows."})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -97,7 +97,7 @@ def score_experts(
             f"completions (score_mask={score_mask!r})."
         )
     by_layer = {layer.index: tally.scores(layer.index, expert_size(model, layer)) for layer in layers}
-    return ExpertScores(by_layer, tally.num_tokens, tally.num_samples, backbone_size(model))
+    return ExpertScores(by_layer, tally.num_tokens, tally.num_samples, backbone_size(model, layers))
 
 
 def sparse_layers(model: nn.Module) -> list[MoeLayer]:
@@ -131,17 +131,24 @@ def expert_size(model: nn.Module, layer: MoeLayer) -> int:
     return sum(math.prod(tensor.shape[1:]) for tensor in expert_tensors(base, layer.num_experts).values())
 
 
-def backbone_size(model: nn.Module) -> int:
-    """Number of parameters without adapters; quantized weights count as weights."""
-    adapters = {
+def backbone_size(model: nn.Module, layers: Sequence[MoeLayer]) -> int:
+    """Number of parameters without adapters; quantized weights count as weights.
+
+    Args:
+        model: The model.
+        layers: Its sparse layers, whose experts may be packed in another way than other weights.
+    """
+    elsewhere = {
         id(parameter)
         for module in model.modules()
         if isinstance(module, BaseTunerLayer)
         for name in module.adapter_layer_names
         for parameter in getattr(module, name).parameters()
     }
-    sizes = {id(parameter): weight_count(parameter) for parameter in model.parameters()}
-    return sum(size for key, size in sizes.items() if key not in adapters)
+    for layer in layers:
+        elsewhere |= {id(parameter) for parameter in model.get_submodule(layer.experts).parameters()}
+    rest = sum(weight_count(parameter) for parameter in model.parameters() if id(parameter) not in elsewhere)
+    return rest + sum(layer.num_experts * expert_size(model, layer) for layer in layers)
 
 
 def weight_count(parameter: nn.Parameter) -> int:

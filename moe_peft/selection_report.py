@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def selection_table(selection: ExpertSelection, scores: ExpertScores | None = No
         )
         if rule.criterion == "gate":
             for name, normalize in (("raw", False), ("normalized", True)):
-                made = _reselected(scores, replace(rule, normalize_scores=normalize))
+                made = select_experts(scores, **{**asdict(rule), "normalize_scores": normalize})
                 header.append(name)
                 columns.append([str(made.counts[layer]) for layer in selection.experts])
     lines = _aligned(header, columns)
@@ -151,17 +151,6 @@ def _num_experts(selections: Any) -> int:
     known = [count for selection in selections for count in selection.num_experts.values()]
     seen = [expert + 1 for selection in selections for ids in selection.experts.values() for expert in ids]
     return max([*known, *seen, 1])
-
-
-def _reselected(scores: ExpertScores, rule: Any) -> ExpertSelection:
-    return select_experts(
-        scores,
-        rule.p,
-        criterion=rule.criterion,
-        aggregate=rule.aggregate,
-        min_experts=rule.min_experts,
-        normalize_scores=rule.normalize_scores,
-    )
 
 
 def _counts(selection: ExpertSelection) -> list[str]:

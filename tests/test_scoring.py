@@ -167,8 +167,10 @@ def test_a_router_that_always_chooses_the_same_experts_gives_each_one_kth(k, win
         layer.mlp.gate.weight.data[winners, 0] = torch.linspace(0.5, 0.3, k, dtype=torch.float64)
     scores = score(model, [padded_batch(LENGTHS, seed=3)])
     for layer in scores.layers:
-        assert scores.of(layer)[winners].tolist() == pytest.approx([1 / k] * k, abs=1e-15)
-        assert float(scores.of(layer).sum()) == pytest.approx(1, abs=1e-15)
+        for aggregate in AGGREGATES:
+            own = scores.of(layer, aggregate=aggregate)
+            assert own[winners].tolist() == pytest.approx([1 / k] * k, abs=1e-15)
+            assert float(own.sum()) == pytest.approx(1, abs=1e-15)
 
 
 def hooks_of(model):
@@ -250,14 +252,21 @@ def test_the_logits_and_the_cache_of_the_batch_are_not_computed(model, rows):
 @pytest.mark.bnb
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_model_in_4_bit_is_scored_and_counted_in_weights(tmp_path, rows):
-    model = olmoe(hidden_size=64).float()
+    parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
+    model = olmoe(hidden_size=64, intermediate_size=64).float()
     model.save_pretrained(tmp_path)
-    packed_model = AutoModelForCausalLM.from_pretrained(
+    quantized = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     )
-    scores = score(packed_model, [batch_from(rows)])
-    assert float(scores.of(1).sum()) == pytest.approx(1)
-    assert scores.model_parameters == model.num_parameters()
+    for experts_too in (False, True):
+        if experts_too:
+            for layer in quantized.model.layers:
+                for name in ("gate_up_proj", "down_proj"):
+                    parametrize.replace_parameter_4bit(layer.mlp.experts, name, quant_type="nf4")
+        scores = score(quantized, [batch_from(rows)])
+        assert float(scores.of(1).sum()) == pytest.approx(1)
+        assert scores.model_parameters == model.num_parameters()
+        assert scores.by_layer[1].expert_parameters == 3 * 64 * 64
 
 
 def test_what_cannot_be_scored_is_refused_with_a_way_out(model, rows):
@@ -295,6 +304,11 @@ def test_weights_that_overflow_are_refused():
 
 def test_a_wrapper_for_parallel_training_is_looked_through(model, rows, expected):
     assert_equal(score(nn.DataParallel(model), [batch_from(rows)]), expected)
+
+
+@pytest.mark.gpu
+def test_scores_on_a_gpu_are_those_of_the_cpu(rows, expected):
+    assert_equal(score(olmoe().cuda(), [batch_from(rows)]), expected)
 
 
 WORKER = """

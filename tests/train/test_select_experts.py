@@ -175,6 +175,7 @@ def test_a_quantized_model_is_scored(tmp_path):
     assert float(scores_in(tmp_path).of(1).sum()) == pytest.approx(1)
 
 
+@pytest.mark.slow
 @pytest.mark.multi_process
 def test_two_processes_score_all_examples_once(tmp_path):
     run = write(tmp_path, TEXTS, packing=False)

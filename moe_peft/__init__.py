@@ -16,10 +16,14 @@ else:
 
 from . import experts, losses, routers, telemetry
 from .describe import describe
+from .expert_scores import ExpertScores
 from .hub import push_adapter
 from .integrations import CoefficientSchedule, FreezeCallback, MoeCallback, attach
 from .methods import EsftConfig, LoraMoeConfig, MoloraConfig, MovConfig, PerftConfig, RoutedConfig, SiraConfig
 from .objective import router_loss
+from .scoring import score_experts
+from .selection import ExpertSelection, select_experts
+from .selection_report import overlap_table, plot_selection, selection_table
 from .types import MoePeftWarning
 
 try:
@@ -30,6 +34,8 @@ except PackageNotFoundError:
 __all__ = [
     "CoefficientSchedule",
     "EsftConfig",
+    "ExpertScores",
+    "ExpertSelection",
     "FreezeCallback",
     "LoraMoeConfig",
     "MoeCallback",
@@ -43,8 +49,13 @@ __all__ = [
     "describe",
     "experts",
     "losses",
+    "overlap_table",
+    "plot_selection",
     "push_adapter",
     "router_loss",
     "routers",
+    "score_experts",
+    "select_experts",
+    "selection_table",
     "telemetry",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ class MoeArguments:
     moe_top_k: int | None = field(default=None, metadata={"help": "Experts a token uses."})
     moe_router: str | None = field(default=None, metadata={"help": "Name of the router (method routed)."})
     moe_experts: str | None = field(
-        default=None, metadata={"help": "Name of the expert kind (methods routed and perft)."}
+        default=None,
+        metadata={"help": "Expert kind (routed, perft), or the expert_config.json of train/select_experts.py (esft)."},
     )
     moe_activation: str | None = field(default=None, metadata={"help": "Activation of the kind bottleneck."})
     moe_wraps: str | None = field(default=None, metadata={"help": "linear, block or experts (method routed)."})
@@ -116,7 +118,27 @@ def moe_config(arguments: MoeArguments, task_type: str = "CAUSAL_LM") -> MoeConf
         values["target_modules"] = "all-linear"
     if values.get("init_weights") in ("true", "True"):
         values["init_weights"] = True
+    if arguments.moe_method == "esft" and "experts" in values:
+        selection = read_selection(values["experts"])
+        values = {"train_shared_experts": selection.shared_experts, **values, "experts": selection.experts}
     return config_cls(task_type=task_type, **values)
+
+
+def read_selection(path: str) -> moe_peft.ExpertSelection:
+    """Read the experts to train from a file of `train/select_experts.py`, or of the ESFT authors.
+
+    Args:
+        path: The file, the value of `--moe_experts`.
+
+    Raises:
+        ValueError: There is no such file, or it has another form.
+    """
+    if not Path(path).is_file():
+        raise ValueError(
+            f"--moe_experts {path}: there is no such file. Select experts with train/select_experts.py, and give the "
+            "expert_config.json that it writes."
+        )
+    return moe_peft.ExpertSelection.load(path)
 
 
 def refuse_plain_lora(model_args: Any) -> None:
@@ -175,6 +197,27 @@ def dry_run(model_args: Any, training_args: Any, config: MoeConfig) -> moe_peft.
     Raises:
         ValueError: There is no model to train, or the configuration does not fit it; nothing has been loaded yet.
     """
+    model_config, model = model_without_weights(model_args, training_args, config.task_type)
+    warn_of_backbone_loss(model_config, training_args)
+    description = moe_peft.describe(model, config)
+    if training_args.local_process_index == 0:
+        print(description, flush=True)
+        for name, count in trained_in_full(model, description.config).items():
+            print(f"and {name} in full: {count:,} trainable parameters", flush=True)
+    return description
+
+
+def model_without_weights(model_args: Any, training_args: Any, task_type: str) -> tuple[Any, Any]:
+    """The configuration of the model to load, and the model on the meta device.
+
+    Args:
+        model_args: TRL's `ModelConfig`.
+        training_args: The trainer's arguments.
+        task_type: peft's task type.
+
+    Raises:
+        ValueError: No model is named.
+    """
     from transformers import AutoConfig
 
     if not model_args.model_name_or_path:
@@ -183,14 +226,7 @@ def dry_run(model_args: Any, training_args: Any, config: MoeConfig) -> moe_peft.
     model_config = AutoConfig.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, **remote
     )
-    warn_of_backbone_loss(model_config, training_args)
-    model = meta_model(model_config, config.task_type, **remote)
-    description = moe_peft.describe(model, config)
-    if training_args.local_process_index == 0:
-        print(description, flush=True)
-        for name, count in trained_in_full(model, description.config).items():
-            print(f"and {name} in full: {count:,} trainable parameters", flush=True)
-    return description
+    return model_config, meta_model(model_config, task_type, **remote)
 
 
 def warn_of_backbone_loss(model_config: Any, training_args: Any) -> None:

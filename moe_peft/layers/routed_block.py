@@ -6,18 +6,24 @@ states of the same shape, alone or first in a tuple (PERFT, arXiv 2508.02587).
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 
+from ..config import RoutedParts
 from ..ops import cast_to_compute_dtype
 from ..types import Routing, TokenContext
 from .routed_layer import RoutedLayer
 
 
 class RoutedBlock(RoutedLayer):
-    """Wraps a module whose first tensor argument is its input."""
+    """Wraps a module whose first floating tensor argument is its input."""
+
+    def update_layer(self, adapter_name: str, parts: RoutedParts, *, inference_mode: bool = False) -> None:
+        """Add an adapter; arguments as in `RoutedLayer.update_layer`."""
+        self.jitters = _jitters(self.base_layer)
+        super().update_layer(adapter_name, parts, inference_mode=inference_mode)
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """Apply the block and the active adapters.
@@ -36,7 +42,7 @@ class RoutedBlock(RoutedLayer):
         x = _first_floating(args, kwargs)
         if adapter_names is not None:
             self._check_rows(adapter_names, x)
-        own_x = x.clone() if self._jitters and self.training else x
+        own_x = x.clone() if self.jitters and self.training else x
         result = self.base_layer(*args, **kwargs)
         out = result[0] if isinstance(result, tuple) else result
         if adapter_names is None:
@@ -62,18 +68,12 @@ class RoutedBlock(RoutedLayer):
     ) -> torch.Tensor:
         x_TD = cast_to_compute_dtype(x.reshape(-1, x.shape[-1]))
         routing = self._decide(name, x_TD, context, args, kwargs)
-        return self.experts[name](x_TD, out.reshape(-1, out.shape[-1]), routing).view(out.shape)
+        return self.experts[name](x_TD, out.reshape(-1, out.shape[-1]), routing).reshape(out.shape)
 
     def _decide(
         self, name: str, x_TD: torch.Tensor, context: TokenContext, args: tuple, kwargs: dict[str, Any]
     ) -> Routing:
         return self.route(name, x_TD, context)
-
-    @cached_property
-    def _jitters(self) -> bool:
-        """Whether the block multiplies its input by noise in place in training, before our branch could read it."""
-        settings = {**vars(getattr(self.base_layer, "config", None) or object), **vars(self.base_layer)}
-        return any("jitter" in name and isinstance(value, float) and value > 0 for name, value in settings.items())
 
     def _check_rows(self, adapter_names: list[str], x: torch.Tensor) -> None:
         if len(adapter_names) != x.shape[0] or x.dim() < 3:
@@ -82,6 +82,12 @@ class RoutedBlock(RoutedLayer):
                 f"and {tuple(x.shape)} at {self.place}. Give one name per row of the batch; modules that receive "
                 "flattened tokens, as a backbone's experts do, cannot mix adapters in a batch."
             )
+
+
+def _jitters(block: nn.Module) -> bool:
+    """Whether a block, or its router, multiplies its input by noise in place in training, before we read it."""
+    settings = [(name, value) for module in block.modules() for name, value in vars(module).items()]
+    return any("jitter" in name and isinstance(value, float) and value > 0 for name, value in settings)
 
 
 def _first_floating(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:

@@ -44,14 +44,35 @@ def ratios(times: dict[str, list[float]], baseline: str) -> dict[str, float]:
     return {name: statistics.median(t / b for t, b in zip(own, base, strict=True)) for name, own in times.items()}
 
 
-def report(title: str, times: dict[str, list[float]], baseline: str, output: str | None) -> None:
-    """Print a markdown table; where a path is given, write the figures as JSON with machine, versions and command."""
+def report(
+    title: str,
+    times: dict[str, list[float]],
+    baseline: str,
+    output: str | None,
+    further: dict[str, object] | None = None,
+) -> None:
+    """Print a markdown table; where a path is given, write the figures as JSON with machine, versions and command.
+
+    Args:
+        title: What was measured.
+        times: Name -> seconds per round.
+        baseline: Name of the contestant that the others are divided by.
+        output: Path of the JSON file.
+        further: Other figures for that file.
+    """
     relative = ratios(times, baseline)
     print(f"\n{title}\n\n| contestant | median s | over {baseline} |\n|---|---|---|")
     for name, own in times.items():
         print(f"| {name} | {statistics.median(own):.4f} | {relative[name]:.2f} |")
     if output:
-        record = {"title": title, "times_s": times, "ratios": relative, "baseline": baseline, **machine()}
+        record = {
+            "title": title,
+            "times_s": times,
+            "ratios": relative,
+            "baseline": baseline,
+            **(further or {}),
+            **machine(),
+        }
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         Path(output).write_text(json.dumps(record, indent=1), encoding="utf-8")
 

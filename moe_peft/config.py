@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -16,7 +17,7 @@ from .layer_losses import SCOPES
 from .model_card import SETTINGS, AdapterFacts, write_section
 from .ops import IMPLEMENTATIONS
 from .routers import ROUTERS, Router
-from .types import MoeLayer, Place
+from .types import MoeLayer, MoePeftWarning, Place
 
 SCHEMA_VERSION = 1
 # Name of the router of adapters whose experts follow the backbone's own routing.
@@ -220,6 +221,13 @@ class MoeConfig(PeftConfig):
         for name in sorted(ROUTER_FIELDS - set(taken)):
             self._check_left_alone(name, f"the {self.router!r} router does not use it", of=MoeConfig)
         self._check("top_k" not in taken or self.top_k is not None, "top_k", f"set for the {self.router!r} router")
+        if self.norm_topk_prob and self.top_k == 1 and self.num_experts > 1:
+            warnings.warn(
+                f"{type(self).__name__}: with top_k=1, norm_topk_prob=True makes every weight one, whatever the "
+                "router says, so that it gets no gradient from the task. Write norm_topk_prob=False, or top_k=2.",
+                MoePeftWarning,
+                stacklevel=5,
+            )
         if self.capacity_order == "choice" and self.task_type == "CAUSAL_LM":
             self._check(
                 self.allow_non_causal,

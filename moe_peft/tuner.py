@@ -205,10 +205,16 @@ class RoutedTuner(BaseTuner):
 
 
 def _record_router_outputs(model: nn.Module) -> None:
-    """Install the hooks of `output_router_logits`, some of which look a router up by a path that wrapping changes."""
+    """Install the hooks of `output_router_logits` where they look a router up by a path that wrapping changes.
+
+    Elsewhere transformers installs them when they are asked for; without them a model compiles to one graph.
+    """
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            maybe_install_capturing_hooks(module)
+            recorders = (module._can_record_outputs or {}).get("router_logits", [])
+            recorders = recorders if isinstance(recorders, list) else [recorders]
+            if any(getattr(recorder, "layer_name", None) for recorder in recorders):
+                maybe_install_capturing_hooks(module)
 
 
 def _pass_adapter_names(

@@ -84,6 +84,7 @@ def test_examples_run_and_stay_short(example):
     expected = {
         "01_plain_loop": "reloaded logits equal: True",
         "02_look_inside": "model.layers.1.self_attn.o_proj",
+        "03_perft_olmoe": "reloaded logits equal: True",
         "04_esft": "nothing but the selected experts changed: True",
     }
     assert expected[example.stem] in result.stdout

@@ -1,6 +1,6 @@
-"""Bottleneck experts: y = base + sum_e g_e B_e act(A_e dropout(x)), adapters with a nonlinearity (arXiv 1902.00751).
+"""Bottleneck experts: y = base + sum_e g_e B_e act(dropout(A_e x)), adapters with a nonlinearity (arXiv 1902.00751).
 
-Without the scale of low-rank experts, as the parallel adapters of PERFT (arXiv 2508.02587) have none.
+Dropout acts in the bottleneck, and there is no scale, as in the parallel adapters of PERFT's code (arXiv 2508.02587).
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from ..ops import IMPLEMENTATIONS
+from ..types import Routing
 from .low_rank import LowRankExperts
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
@@ -24,13 +26,14 @@ class BottleneckExperts(LowRankExperts):
         num_experts: E.
         r: Width of one expert's bottleneck.
         activation: Name of the nonlinearity, see `ACTIVATIONS`.
-        lora_dropout: See `LowRankExperts`.
+        lora_dropout: Probability that an element of the bottleneck is dropped in training passes.
         init_weights: See `LowRankExperts`.
         experts_implementation: See `LowRankExperts`.
     """
 
     fields = ("activation", "lora_dropout", "init_weights", "experts_implementation")
     mergeable = False
+    act: Callable[[torch.Tensor], torch.Tensor]
 
     def __init__(
         self,
@@ -55,3 +58,15 @@ class BottleneckExperts(LowRankExperts):
             experts_implementation=experts_implementation,
         )
         self.act = ACTIVATIONS[activation]
+
+    def forward(
+        self, x_TD: torch.Tensor, base_out_TO: torch.Tensor, routing: Routing, *, in_place: bool = False
+    ) -> torch.Tensor:
+        """Add the routed sum of the experts to the base output; arguments as in `LowRankExperts.forward`."""
+        dropping = routing.context.training
+
+        def act(h: torch.Tensor) -> torch.Tensor:
+            return self.act(F.dropout(h, self.lora_dropout, dropping))
+
+        op = IMPLEMENTATIONS[self.experts_implementation]
+        return op(x_TD, base_out_TO, self.A, self.B, routing, scaling=self.scaling, act=act, in_place=in_place)

@@ -27,6 +27,7 @@ class RoutedExperts(RoutedBlock):
         if name in self.router:
             return self.route(name, x_TD, context)
         call = experts_call(args, kwargs)
-        index = self.local_index(name, call.index) if name in self.selections else call.index
-        num_experts = self.experts[name].A.shape[0]
-        return self.note(name, backbone_routing(index, call.weights, num_experts, context))
+        index_TK, num_experts = call.index, self.num_backbone_experts
+        if name in self.selections:
+            index_TK, num_experts = self.local_index(name, index_TK), len(self.selections[name])
+        return self.note(name, backbone_routing(index_TK, call.weights, num_experts, context))

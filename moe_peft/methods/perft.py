@@ -28,11 +28,11 @@ from ..types import Place
 from .build import build_parts
 
 PEFT_TYPE = extend_peft_type("PERFT")
-# Variant -> values of fields that are left at None; where it is not R, no other values are possible.
-VARIANTS: dict[str, dict[str, object]] = {
-    "R": {"router": "top_k", "num_experts": 4, "top_k": 2, "router_aux_loss_coef": 0.01},
+# Variant -> the only values of fields that are left at None; R, whose router is its own, is free in all of them.
+FIXED: dict[str, dict[str, object]] = {
+    "R": {},
     "E": {"router": BACKBONE, "num_experts": None, "top_k": None, "router_aux_loss_coef": 0.0},
-    "D": {"router": "constant", "num_experts": 4, "top_k": None, "router_aux_loss_coef": 0.0},
+    "D": {"router": "constant", "top_k": None, "router_aux_loss_coef": 0.0},
     "S": {"router": "constant", "num_experts": 1, "top_k": None, "router_aux_loss_coef": 0.0},
 }
 
@@ -59,15 +59,17 @@ class PerftConfig(MoeConfig):
     r: int = field(
         default=16, metadata={"help": "Rank, or width of the bottleneck, of one adapter (authors' README: 16)."}
     )
-    lora_alpha: float = field(default=32, metadata={"help": "The sum is times lora_alpha / r (authors' code: 2 r)."})
+    lora_alpha: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "The sum is times lora_alpha / r (None: 2 r, as in the authors' code)."}
+    )
     lora_dropout: float = field(
         default=0.05, metadata={"help": "Dropout on the adapters' input (authors' code: 0.05)."}
     )
     init_weights: bool | str = field(
         default=True,
         metadata={
-            "help": "As elsewhere, or 'perft': A normal with variance 2 / r, B normal with standard deviation 1e-6, "
-            "as in the authors' code, which starts close to the base model, not at it."
+            "help": "True, 'gaussian' or False as elsewhere, or 'perft': A normal with variance 2 / r, B normal with "
+            "standard deviation 1e-6, as in the authors' code, which starts close to the base model, not at it."
         },
     )
     num_experts: int | None = field(  # type: ignore[assignment]
@@ -78,7 +80,8 @@ class PerftConfig(MoeConfig):
         default=None, metadata={"help": "Router of R (None: top_k); the other variants have none of their own."}
     )
     router_aux_loss_coef: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Weight of R's load balancing, per layer (None: 0.01)."}
+        default=None,
+        metadata={"help": "Weight of R's load balancing, per layer (None: 0.01, or 0 with the dense router)."},
     )
     experts: str = field(
         default="low_rank", metadata={"help": "'low_rank', or 'bottleneck' for adapters with an activation."}
@@ -88,17 +91,22 @@ class PerftConfig(MoeConfig):
     )
 
     def __post_init__(self) -> None:
-        self._check_choice("variant", tuple(VARIANTS))
-        for name, value in VARIANTS[self.variant].items():
+        self._check_choice("variant", tuple(FIXED))
+        for name, value in {**self._defaults(), **FIXED[self.variant]}.items():
             if getattr(self, name) is None:
-                setattr(self, name, self._default_of_r(name, value))
+                setattr(self, name, value)
         super().__post_init__()
         self.peft_type = PEFT_TYPE
 
-    def _default_of_r(self, name: str, value: object) -> object:
-        if name != "top_k" or value is None:
-            return value
-        return min(2, self.num_experts or 2) if self.router in ("top_k", "capacity") else None
+    def _defaults(self) -> dict[str, object]:
+        sparse = self.router in (None, "top_k", "capacity")
+        return {
+            "router": "top_k",
+            "num_experts": 4,
+            "top_k": min(2, self.num_experts or 4) if sparse else None,
+            "router_aux_loss_coef": 0.01 if sparse else 0.0,
+            "lora_alpha": 2 * self.r,
+        }
 
     @property
     def placement(self) -> str:
@@ -111,19 +119,26 @@ class PerftConfig(MoeConfig):
         self._check_choice("experts", tuple(name for name in EXPERTS if name in ("low_rank", "bottleneck")))
         self._check_choice("activation", tuple(ACTIVATIONS))
         if self.experts == "bottleneck":
-            self._check_left_alone("lora_alpha", "'bottleneck' adapters have no scale")
+            self._check(
+                self.lora_alpha == 2 * self.r, "lora_alpha", "left at None: 'bottleneck' adapters have no scale"
+            )
             self._check_left_alone("use_rslora", "'bottleneck' adapters have no scale")
         else:
             self._check_left_alone("activation", "'low_rank' adapters have no activation")
         if self.variant == "R":
-            self._check(
-                self.router not in (BACKBONE, "constant"), "router", "a router that learns, or variant 'E' or 'D'"
-            )
+            self._validate_router()
             return
-        for name, value in VARIANTS[self.variant].items():
-            if name != "num_experts" or self.variant != "D":
-                self._check(getattr(self, name) == value, name, f"left at None: variant {self.variant!r} fixes it")
+        for name, value in FIXED[self.variant].items():
+            self._check(getattr(self, name) == value, name, f"left at None: variant {self.variant!r} fixes it")
         self._check_left_alone("router_z_loss_coef", f"variant {self.variant!r} has no router of its own")
+
+    def _validate_router(self) -> None:
+        self._check(self.router not in (BACKBONE, "constant"), "router", "a router that learns, or variant 'E' or 'D'")
+        self._check(
+            self.router != "dense" or self.router_aux_loss_coef == 0,
+            "router_aux_loss_coef",
+            "left at None: with the dense router every adapter takes every token, so that its load is even",
+        )
 
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         """See `MoeConfig.expected_shapes`; E's number of experts is the backbone's."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import get_peft_model
 
-from moe_peft import LoraMoeConfig, RoutedConfig, SiraConfig, router_loss
+from moe_peft import LoraMoeConfig, MoePeftWarning, RoutedConfig, SiraConfig, describe, router_loss
 from moe_peft.methods import METHODS
 from moe_peft.objective import router_loss_values
 from tests import reference
 from tests.compare import assert_same
-from tests.tiny import adapted_linear, routed_layer_of
+from tests.contract.cases import randomize
+from tests.sparse_models import perft_model, sparse_model
+from tests.tiny import adapted_linear, padded_batch, routed_layer_of, tiny_llama
 
 
 def config(**fields):
@@ -116,3 +119,54 @@ def test_top_k_defaults_to_two_with_a_sparse_router(fields, expected):
 
 def test_methods_are_listed_by_name():
     assert {name: cls.adapter_type.lower() for name, cls in METHODS.items()} == {name: name for name in METHODS}
+
+
+@pytest.mark.parametrize(
+    ("build", "wraps", "expected"),
+    [
+        (tiny_llama, "block", ["model.layers.0.mlp", "model.layers.1.mlp"]),
+        (lambda: sparse_model("olmoe"), "block", ["model.layers.0.mlp", "model.layers.1.mlp"]),
+        (lambda: sparse_model("olmoe"), "experts", ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]),
+    ],
+)
+def test_wraps_says_what_the_adapter_stands_beside(build, wraps, expected):
+    assert [place.name for place in describe(build(), config(wraps=wraps)).places] == expected
+
+
+@pytest.mark.parametrize("router", ["dense", "top_k", "constant"])
+def test_around_a_block_it_is_perft(router):
+    fields = {"num_experts": 4, "router_aux_loss_coef": 0.0}
+    variant = "D" if router == "constant" else "R"
+    model = get_peft_model(sparse_model("olmoe", torch.float64), config(router=router, wraps="block"))
+    randomize(model)
+    method = perft_model("olmoe", variant, **fields, **({} if router == "constant" else {"router": router}))
+    batch = padded_batch([9, 6])
+    found, expected = model.double().eval()(**batch).logits, method(**batch).logits
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"wraps": "model"}, "wraps='model' must be one of 'linear', 'block', 'experts'"),
+        ({"router": "backbone"}, "only adapters around the backbone's experts follow its routing"),
+        (
+            {"router": "backbone", "wraps": "experts", "num_experts": 4},
+            "there is one expert for each of the backbone's",
+        ),
+        ({"activation": "relu"}, "activation='relu' must be left at 'silu': the kind 'low_rank' has none"),
+        ({"router": "constant", "losses": {"z_loss": 0.1}}, "the 'constant' router learns nothing"),
+        ({"router": "constant", "router_z_loss_coef": 0.1}, "the 'constant' router learns nothing"),
+    ],
+)
+def test_settings_without_meaning_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        RoutedConfig(**fields)
+
+
+@pytest.mark.parametrize("config_cls", [RoutedConfig, SiraConfig])
+def test_a_single_renormalised_choice_warns(config_cls):
+    with pytest.warns(MoePeftWarning, match=f"^{config_cls.__name__}: with top_k=1, norm_topk_prob=True makes"):
+        config_cls(num_experts=4, top_k=1, norm_topk_prob=True)
+    config_cls(num_experts=4, top_k=2, norm_topk_prob=True)
+    config_cls(num_experts=1, top_k=1, norm_topk_prob=True)  # nothing to choose, so nothing to learn

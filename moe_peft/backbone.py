@@ -109,9 +109,12 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
         model: Any model, with or without adapters.
     """
     found: list[MoeLayer] = []
+    adapters = _adapter_parts(model)
     for name, module in model.named_modules():
         parent_name, _, leaf = name.rpartition(".")
-        if leaf == "base_layer" or leaf.startswith("shared") or not _is_experts(leaf, base_of(module)):
+        if leaf == "base_layer" or leaf.startswith("shared") or is_below(name, adapters):
+            continue
+        if not _is_experts(leaf, base_of(module)):
             continue
         children = dict(model.get_submodule(parent_name).named_children())
         router = next((child for child in ("gate", "router") if child in children), None)
@@ -188,6 +191,12 @@ def block_width(block: nn.Module) -> int | None:
         if matrices:
             return matrices[0].shape[1]
     return next((getattr(block, width) for width in WIDTHS if isinstance(getattr(block, width, None), int)), None)
+
+
+def _adapter_parts(model: nn.Module) -> set[str]:
+    """Names of what peft's layers add to the modules that they wrap."""
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    return {f"{name}.{part}" for name, module in layers for part, _ in module.named_children() if part != "base_layer"}
 
 
 def _is_experts(leaf: str, module: nn.Module) -> bool:

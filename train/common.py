@@ -1,20 +1,17 @@
-"""What the training scripts share: the adapter's flags, the dry run, the data and the model."""
+"""What the training scripts share: the adapter's flags, how the model is loaded, and the data."""
 
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
 import moe_peft
 from moe_peft.config import MoeConfig
 from moe_peft.methods import METHODS
-from moe_peft.types import MoePeftWarning
 
 PREFIX = "moe_"
 # Fields of TRL's ModelConfig that describe plain LoRA, which these scripts do not train.
@@ -181,112 +178,6 @@ def model_init_kwargs(model_args: Any, training_args: Any) -> dict[str, Any]:
     if quantization is not None:
         kwargs["quantization_config"] = quantization
     return kwargs
-
-
-def dry_run(model_args: Any, training_args: Any, config: MoeConfig) -> moe_peft.describe:
-    """Print which layers the adapter matches and what it trains, from the model's configuration alone.
-
-    Args:
-        model_args: TRL's `ModelConfig`.
-        training_args: The trainer's arguments.
-        config: The adapter's configuration.
-
-    Returns:
-        The description that was printed.
-
-    Raises:
-        ValueError: There is no model to train, or the configuration does not fit it; nothing has been loaded yet.
-    """
-    model_config, model = model_without_weights(model_args, training_args, config.task_type)
-    warn_of_backbone_loss(model_config, training_args)
-    description = moe_peft.describe(model, config)
-    if training_args.local_process_index == 0:
-        print(description, flush=True)
-        for name, count in trained_in_full(model, description.config).items():
-            print(f"and {name} in full: {count:,} trainable parameters", flush=True)
-    return description
-
-
-def model_without_weights(model_args: Any, training_args: Any, task_type: str) -> tuple[Any, Any]:
-    """The configuration of the model to load, and the model on the meta device.
-
-    Args:
-        model_args: TRL's `ModelConfig`.
-        training_args: The trainer's arguments.
-        task_type: peft's task type.
-
-    Raises:
-        ValueError: No model is named.
-    """
-    from transformers import AutoConfig
-
-    if not model_args.model_name_or_path:
-        raise ValueError("--model_name_or_path is missing: give a model's name on the Hub, or its folder.")
-    remote = {"trust_remote_code": getattr(training_args, "trust_remote_code", False)}
-    model_config = AutoConfig.from_pretrained(
-        model_args.model_name_or_path, revision=model_args.model_revision, **remote
-    )
-    return model_config, meta_model(model_config, task_type, **remote)
-
-
-def warn_of_backbone_loss(model_config: Any, training_args: Any) -> None:
-    """Warn where TRL would add the balance loss of a mixture-of-experts backbone, whose routers are frozen here.
-
-    Args:
-        model_config: Configuration of the base model.
-        training_args: The trainer's arguments; TRL's for rewards have no such loss.
-    """
-    text_config = model_config.get_text_config()
-    coef = getattr(text_config, "router_aux_loss_coef", 0.0)
-    if (
-        hasattr(text_config, "output_router_logits")
-        and coef
-        and getattr(training_args, "router_aux_loss_coef", 0.0) is None
-    ):
-        warnings.warn(
-            f"TRL adds the backbone's own balance loss, with its default weight router_aux_loss_coef={coef}. Its "
-            "routers are frozen, so only the adapters below them would follow it. Write router_aux_loss_coef: 0.0 to "
-            "leave it out, or the weight to keep it; the adapter's own is moe_router_aux_loss_coef.",
-            MoePeftWarning,
-            stacklevel=2,
-        )
-
-
-def trained_in_full(model: Any, config: MoeConfig) -> dict[str, int]:
-    """Modules that are trained and saved beside the adapter: those of `modules_to_save`, and a score head.
-
-    Args:
-        model: The base model.
-        config: The adapter's configuration, its places resolved.
-
-    Returns:
-        Name -> number of parameters.
-    """
-    wanted = {*(config.modules_to_save or []), *(SEQ_CLS_HEAD_NAMES if config.task_type == "SEQ_CLS" else [])}
-    endings = tuple(f".{name}" for name in wanted)
-    found = {name: module for name, module in model.named_modules() if f".{name}".endswith(endings)}
-    return {name: sum(p.numel() for p in module.parameters()) for name, module in found.items()}
-
-
-def meta_model(model_config: Any, task_type: str, trust_remote_code: bool = False) -> Any:
-    """Build the model that the trainer will load, on the meta device.
-
-    Args:
-        model_config: Configuration of the base model.
-        task_type: "SEQ_CLS" gives it a head with one output, a reward; otherwise the class is the checkpoint's own.
-        trust_remote_code: Whether code of the checkpoint may run.
-    """
-    import transformers
-
-    with torch.device("meta"):
-        if task_type == "SEQ_CLS":
-            model_config.num_labels = 1
-            auto_class = transformers.AutoModelForSequenceClassification
-            return auto_class.from_config(model_config, trust_remote_code=trust_remote_code)
-        own_class = getattr(transformers, (model_config.architectures or [""])[0], None)
-        if own_class is not None:
-            return own_class(model_config)
-        return transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
 
 
 def load_data(script_args: Any, dataset_args: Any) -> Any:

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import load_data, model_init_kwargs, model_without_weights, refuse_plain_lora, splits
+from common import load_data, model_init_kwargs, refuse_plain_lora, splits
+from dry_run import model_without_weights
 from trl import SFTConfig
 
 import moe_peft

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from checkpoints import resume_point
-from common import MoeArguments, dry_run, model_init_kwargs, moe_config, refuse_plain_lora
+from common import MoeArguments, model_init_kwargs, moe_config, refuse_plain_lora
+from dry_run import dry_run
 from hub import push_to_hub, save_model
 
 import moe_peft

@@ -115,6 +115,8 @@ class PerftConfig(MoeConfig):
 
     def validate(self) -> None:
         """Check every field; see `MoeConfig.validate`."""
+        for name, value in FIXED[self.variant].items():
+            self._check(getattr(self, name) == value, name, f"left at None: variant {self.variant!r} fixes it")
         super().validate()
         self._check_choice("experts", tuple(name for name in EXPERTS if name in ("low_rank", "bottleneck")))
         self._check_choice("activation", tuple(ACTIVATIONS))
@@ -127,10 +129,8 @@ class PerftConfig(MoeConfig):
             self._check_left_alone("activation", "'low_rank' adapters have no activation")
         if self.variant == "R":
             self._validate_router()
-            return
-        for name, value in FIXED[self.variant].items():
-            self._check(getattr(self, name) == value, name, f"left at None: variant {self.variant!r} fixes it")
-        self._check_left_alone("router_z_loss_coef", f"variant {self.variant!r} has no router of its own")
+        else:
+            self._check_left_alone("router_z_loss_coef", f"variant {self.variant!r} has no router of its own")
 
     def _validate_router(self) -> None:
         self._check(self.router not in (BACKBONE, "constant"), "router", "a router that learns, or variant 'E' or 'D'")

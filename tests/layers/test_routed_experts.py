@@ -121,7 +121,7 @@ def test_adapters_cannot_be_mixed_where_tokens_are_flattened():
 def test_a_module_that_is_called_otherwise_is_told():
     layer = layer_of(perft_model("olmoe", "E"))
     layer.base_layer = nn.Identity()
-    with pytest.raises(ValueError, match=r"An experts module was called with .* not with \(T, H\) hidden states"):
+    with pytest.raises(ValueError, match=r"An experts module was called with .* not with \(T, D\) hidden states"):
         layer(torch.randn(3, 32, dtype=torch.float64))
 
 

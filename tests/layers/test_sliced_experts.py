@@ -86,7 +86,7 @@ def test_active_adapters_that_replace_one_expert_twice_are_refused():
 def test_an_adapter_of_another_kind_cannot_share_a_module():
     _, model = frozen_and_adapted()
     expected = logits(model)
-    with pytest.raises(ValueError, match="has an adapter of another kind.*model of its own"):
+    with pytest.raises(ValueError, match=r"has an adapter of another kind.*model of its own"):
         model.add_adapter("other", EsftConfig(experts={"1": [3]}, expert_adapter="lora"))
     assert list(model.peft_config) == ["default"]
     assert torch.equal(logits(model), expected)

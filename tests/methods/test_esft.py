@@ -43,7 +43,7 @@ def test_low_rank_experts_stand_beside_the_selected_ones_only(kind):
     fields = {"expert_adapter": "lora", "r": 2, "lora_alpha": 6, "init_weights": False}
     base = sparse_model(kind).double()
     twin = copy.deepcopy(base)
-    model = esft(base, **fields)
+    model = esft(base, **fields).eval()
     calls = []
     for module in experts_modules(twin):
         module.register_forward_pre_hook(lambda m, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)

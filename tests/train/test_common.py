@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import common
@@ -11,13 +12,16 @@ import sft
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
+import moe_peft
 from moe_peft.methods import METHODS
-from moe_peft.types import Place
+from tests.tiny import tiny_llama, tiny_mixtral
 
 ROOT = Path(__file__).parents[2]
 # Fields that have no flag: fixed by the scripts, by peft, or not supported.
 WITHOUT_FLAG = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
 WITHOUT_FLAG |= {"inference_mode", "schema_version", "target_parameters", "losses"}
+# Filled in from the model.
+WITHOUT_FLAG |= {"num_backbone_experts"}
 
 
 def parse(*arguments: str):
@@ -62,12 +66,20 @@ def test_unknown_keys_of_a_yaml_file_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/methods").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_method_file_builds_and_names_its_source(path):
+def test_every_method_file_fits_a_model_and_names_its_source(path, tmp_path):
     text = path.read_text()
-    assert "arXiv" in text.splitlines()[0]
+    assert re.search(r"arXiv \d{4}\.\d{5}", "".join(text.splitlines()[:2]))
     moe = common.MoeArguments(**yaml.safe_load(text))
-    assert moe.moe_method == path.stem
-    common.moe_config(moe).build(Place("up_proj", 16, 32))
+    assert path.stem.split("_")[0] == moe.moe_method
+    if moe.moe_experts:
+        moe.moe_experts = str(tmp_path / "expert_config.json")
+        moe_peft.ExpertSelection({"0": [1, 3], "1": [2]}).save(moe.moe_experts)
+    base = tiny_mixtral() if moe.moe_method in ("perft", "esft") else tiny_llama()
+    assert moe_peft.describe(base, common.moe_config(moe)).num_parameters > 0
+
+
+def test_every_method_has_a_file():
+    assert {path.stem.split("_")[0] for path in (ROOT / "configs/methods").glob("*.yaml")} == set(METHODS)
 
 
 def test_data_needs_exactly_one_source():

@@ -77,7 +77,8 @@ def test_reward_models_train_too(method, tmp_path):
     ],
 )
 def test_what_cannot_work_is_refused_before_a_model_is_loaded(method, flags, message, tmp_path):
-    run = make_run(tmp_path, method, [{"text": words(i, 6)} for i in range(4)], **flags)
+    rows = [{"text": words(i, 6)} for i in range(4)]
+    run = make_run(tmp_path, method, rows, **{"router_aux_loss_coef": 0.0, **flags})
     (tmp_path / "base/model.safetensors").unlink()
     with pytest.raises(ValueError, match=message):
         run_here("sft", run)

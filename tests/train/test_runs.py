@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import common
+import dry_run
 import pytest
 import torch
 import yaml
@@ -199,7 +200,7 @@ def test_the_adapter_of_a_run_fits_its_model_at_full_size(path, tmp_path):
         moe.moe_experts = str(selection_file(tmp_path, MODELS[model_args.model_name_or_path]))
     task_type = "SEQ_CLS" if "train/reward.py" in command(path) else "CAUSAL_LM"
     config = common.moe_config(moe, task_type)
-    model = common.meta_model(MODELS[model_args.model_name_or_path], task_type)
+    model = dry_run.meta_model(MODELS[model_args.model_name_or_path], task_type)
     description = describe(model, config)
     assert (len(description.places), description.num_parameters) == SIZES[path.stem]
     with torch.device("meta"):

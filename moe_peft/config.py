@@ -297,10 +297,14 @@ class MoeConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         write_section(save_directory, self.facts())
 
+    def card_fields(self) -> list[str]:
+        """Fields that a model card shows where they are set."""
+        return list(SETTINGS)
+
     def facts(self) -> AdapterFacts:
         """What a model card can say about this adapter without its weights."""
         settings: dict[str, object] = {}
-        for name in SETTINGS:
+        for name in self.card_fields():
             value = getattr(self, name)
             if name not in self.fixed_fields and value not in (None, False, 0.0):
                 settings[name] = sorted(value) if isinstance(value, set) else value

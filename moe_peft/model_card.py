@@ -121,5 +121,7 @@ def _table(heading: str, column: str, values: Mapping[str, object]) -> list[str]
 
 
 def _cell(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key}: {_cell(own)}" for key, own in value.items())
     text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return text.replace("|", "\\|")

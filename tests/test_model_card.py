@@ -6,7 +6,7 @@ import dataclasses
 
 from peft import get_peft_model
 
-from moe_peft import LoraMoeConfig
+from moe_peft import EsftConfig, LoraMoeConfig, MovConfig, PerftConfig
 from moe_peft.model_card import BEGIN, END, AdapterFacts, section, write_section
 from tests.tiny import tiny_llama
 
@@ -59,3 +59,15 @@ def test_the_card_of_a_saved_model_names_its_method_and_settings(tmp_path):
     assert text.count(BEGIN) == text.count(END) == 1
     assert LoraMoeConfig.equation in text and "[arXiv 2312.09979](https://arxiv.org/abs/2312.09979)" in text
     assert "| num_experts | 3 |" in text and "| r | 2 |" in text and "| router |" not in text
+
+
+def test_a_card_shows_what_its_method_uses_and_nothing_else():
+    whole = section(EsftConfig(experts={"1": [26, 8], "2": [5]}).facts())
+    assert "| experts | 1: 8, 26; 2: 5 |" in whole and "| expert_adapter | full |" in whole
+    assert not any(f"| {name} |" in whole for name in ("r", "lora_alpha", "num_experts", "router"))
+    assert "| r | 4 |" in section(EsftConfig(experts={"1": [8]}, expert_adapter="lora").facts())
+    routed = section(PerftConfig(num_experts=8, top_k=2).facts())
+    assert "| variant | R |" in routed and "| top_k | 2 |" in routed and "| activation |" not in routed
+    assert "| activation | silu |" in section(PerftConfig(experts="bottleneck").facts())
+    vectors = section(MovConfig().facts())
+    assert "| router_granularity | head |" in vectors and "| r |" not in vectors

@@ -193,6 +193,11 @@ class EsftConfig(MoeConfig):
         """See `MoeConfig.expected_shapes`; the numbers of experts differ between layers."""
         return {}
 
+    def card_fields(self) -> list[str]:
+        """See `MoeConfig.card_fields`."""
+        low_rank = ["r", "lora_alpha", "use_rslora"] if self.expert_adapter == "lora" else []
+        return ["expert_adapter", "experts", *low_rank, "train_shared_experts", "train_router", "modules_to_save"]
+
     def summary(self) -> str:
         """See `MoeConfig.summary`."""
         count = sum(len(ids) for ids in (self.experts or {}).values())

@@ -132,6 +132,10 @@ class MovConfig(MoeConfig):
         """See `MoeConfig.expected_shapes`."""
         return {".vectors": (self.num_experts,)}
 
+    def card_fields(self) -> list[str]:
+        """See `MoeConfig.card_fields`."""
+        return ["router_input", "router_granularity", *super().card_fields()]
+
     def summary(self) -> str:
         """See `MoeConfig.summary`; says what fused experts keep out of reach."""
         top = "" if self.top_k is None else f", top {self.top_k}"

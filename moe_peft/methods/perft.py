@@ -144,6 +144,11 @@ class PerftConfig(MoeConfig):
         """See `MoeConfig.expected_shapes`; E's number of experts is the backbone's."""
         return {} if self.variant == "E" else super().expected_shapes()
 
+    def card_fields(self) -> list[str]:
+        """See `MoeConfig.card_fields`."""
+        activation = ["activation"] if self.experts == "bottleneck" else []
+        return ["variant", "experts", *activation, *super().card_fields()]
+
     def summary(self) -> str:
         """See `MoeConfig.summary`."""
         kind = "of rank" if self.experts == "low_rank" else "of width"

@@ -111,6 +111,11 @@ class RoutedConfig(LocalizedBalancingConfig):
     def _balance_name(self) -> str:
         return "importance" if self.router == "dense" else "load_balancing"
 
+    def card_fields(self) -> list[str]:
+        """See `MoeConfig.card_fields`."""
+        activation = ["activation"] if self.experts == "bottleneck" else []
+        return ["wraps", "experts", *activation, *super().card_fields()]
+
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         """See `MoeConfig.expected_shapes`."""
         return {} if self.router == BACKBONE else super().expected_shapes()

@@ -195,8 +195,9 @@ def block_width(block: nn.Module) -> int | None:
 
 def _adapter_parts(model: nn.Module) -> set[str]:
     """Names of what peft's layers add to the modules that they wrap."""
-    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    return {f"{name}.{part}" for name, module in layers for part, _ in module.named_children() if part != "base_layer"}
+    parts = ((name, part) for name, module in model.named_modules() for part, _ in module.named_children())
+    layers = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    return {f"{name}.{part}" for name, part in parts if name in layers and part != "base_layer"}
 
 
 def _is_experts(leaf: str, module: nn.Module) -> bool:

@@ -56,6 +56,22 @@ def test_the_programs_of_the_training_page_run_as_printed(tmp_path):
     assert pushed.startswith("moe_peft.push_adapter(")
 
 
+def test_the_programs_of_the_page_on_sparse_backbones_run_as_printed(capsys):
+    from peft import get_peft_model
+
+    import moe_peft
+    from tests.contract.cases import tiny_olmoe
+    from tests.tiny import padded_batch
+
+    perft, esft = re.findall(r"```python\n(.*?)```", (ROOT / "docs/moe_backbones.md").read_text(), re.DOTALL)
+    names = {"base": tiny_olmoe()}
+    exec(perft, names)
+    assert "PERFT: variant R, 8 experts of rank 16" in capsys.readouterr().out
+    names = {"base": tiny_olmoe(), "dataloader": [padded_batch([9, 6])], "moe_peft": moe_peft}
+    exec(esft, {**names, "get_peft_model": get_peft_model}, names)
+    assert names["model"].peft_config["default"].experts == names["config"].experts
+
+
 @pytest.mark.parametrize(
     "document", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
 )

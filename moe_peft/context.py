@@ -113,7 +113,7 @@ class ForwardTracker:
             from_encoder: Whether x holds encoder states.
             in_training: Whether the layer is in train mode, which outside a forward of the model is worth a warning.
         """
-        recomputing = in_backward()
+        recomputing = self._recomputing()
         forward_pass = self.in_reverse if recomputing else self.current
         if forward_pass is None and in_training and not recomputing and torch.is_grad_enabled():
             self._warn_once(OUTSIDE)
@@ -133,7 +133,7 @@ class ForwardTracker:
             The same; in a recomputation what the layer measured in the pass that is repeated, whose sums have been
             joined.
         """
-        if not in_backward():
+        if not self._recomputing():
             assert self.current is not None
             self.current.layers.setdefault((place, adapter), []).append(measured)
             self.current.losses.layers.setdefault((place, adapter), []).append(measured)
@@ -151,11 +151,20 @@ class ForwardTracker:
 
     def record(self, place: str, adapter: str, routing: Routing) -> None:
         """Show what a layer decided to the observers, once per forward pass and never in a recomputation."""
-        if in_backward():
+        if self._recomputing():
             return
         observers = [*self.observers, *self.training_observers] if routing.context.training else self.observers
         for observer in observers:
             observer(place, adapter, routing)
+
+    def _recomputing(self) -> bool:
+        """Whether a layer runs again inside the backward pass, as gradient checkpointing has it do.
+
+        Compiled code cannot ask autograd. It is compiled again where no forward is open, as none is in a backward.
+        """
+        if torch.compiler.is_compiling():
+            return self.current is None and self.in_reverse is not None
+        return in_backward()
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

@@ -72,3 +72,7 @@ class ExpertSlices(nn.Module):
             return base_out_TO + torch.stack(zeros).sum().to(base_out_TO.dtype)
         added = compute(tensors, x_TD[rows], experts_TK[rows, slots][:, None], weights_TK[rows, slots][:, None])
         return base_out_TO.index_add(0, rows, added.to(base_out_TO.dtype))
+
+    def extra_repr(self) -> str:
+        """Say how many experts were copied, as the parameters themselves are not listed."""
+        return f"num_experts={self.num_experts}"

@@ -73,6 +73,7 @@ def test_copies_are_those_of_the_selected_experts_and_share_nothing():
         assert torch.equal(parameter, tensors[name][list(IDS)]) and parameter.dtype == torch.float64
         assert parameter.untyped_storage().data_ptr() != tensors[name].untyped_storage().data_ptr()
     assert [name for name, _ in bank.named_parameters()] == ["up_proj", "up_bias", "down_proj"]
+    assert repr(bank) == "ExpertSlices(num_experts=2)"
 
 
 @pytest.mark.parametrize("num_tokens", [0, 6])

@@ -6,10 +6,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from moe_peft import EsftConfig, MovConfig, PerftConfig, attach
-from tests.integrations.trainers import tokenizer
+from tests.integrations.trainers import preferences, shared, tokenizer
 from tests.methods.sparse_models import EXPERTS, sparse_model, token_batch
 
 LENGTHS = [7, 4, 5, 6, 9, 4, 8, 5]
@@ -99,3 +99,21 @@ def test_the_backbones_own_balance_loss_reaches_the_routers_that_train(tmp_path)
     # One per expert that a token uses when the load is even, as transformers counts.
     assert 2.9 < log["aux_loss"] < 8
     assert len(routers) == 2 and not any(torch.allclose(p, q, atol=1e-3) for p, q in zip(routers, other, strict=True))
+
+
+@pytest.mark.parametrize("method", ["perft-r", "esft", "esft-routers"])
+def test_preference_training_starts_from_a_reference_equal_to_the_policy(method, tmp_path):
+    config = CONFIGS[method]()
+    config.task_type = "CAUSAL_LM"
+    fields = shared(tmp_path, 1, router_aux_loss_coef=0.0)
+    trainer = DPOTrainer(
+        model=sparse_model("olmoe"),
+        args=DPOConfig(**{**fields, "learning_rate": 1e-2, "gradient_checkpointing": True}),
+        train_dataset=preferences(),
+        processing_class=tokenizer(),
+        peft_config=config,
+    )
+    attach(trainer)
+    trainer.train()
+    margins = [entry["rewards/margins"] for entry in trainer.state.log_history if "rewards/margins" in entry]
+    assert abs(margins[0]) < 1e-5 < 1e-4 < abs(margins[-1])

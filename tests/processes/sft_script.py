@@ -1,6 +1,6 @@
 """One optimizer step of SFTTrainer, to be launched with any number of processes: the same global batch each time.
 
-accelerate launch tests/processes/sft_script.py <folder> <accumulation> <scope>
+accelerate launch tests/processes/sft_script.py <folder> <accumulation> <scope> <method>
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from accelerate import DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from datasets import Dataset
-from transformers import PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 from trl import SFTConfig, SFTTrainer
 
 import moe_peft
+from tests.methods.sparse_models import EXPERTS, sparse_model
 from tests.tiny import tiny_llama
 
 ROWS = 8
@@ -46,14 +47,26 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def main(folder: str, accumulation: int, scope: str) -> None:
+def base_of(method: str) -> PreTrainedModel:
+    """The model to adapt, the same in every process."""
+    set_seed(0)
+    return tiny_llama() if method == "routed" else sparse_model("olmoe", "grouped_mm")
+
+
+def config_of(method: str, scope: str) -> moe_peft.config.MoeConfig:
+    fields = {"task_type": "CAUSAL_LM", "init_weights": False, "load_balancing_scope": scope}
+    if method == "esft":
+        return moe_peft.EsftConfig(task_type="CAUSAL_LM", experts=EXPERTS)
+    if method == "perft":
+        return moe_peft.PerftConfig(num_experts=4, lora_dropout=0.0, router_aux_loss_coef=1.0, **fields)
+    return moe_peft.RoutedConfig(num_experts=4, router_aux_loss_coef=1.0, **fields)
+
+
+def main(folder: str, accumulation: int, scope: str, method: str) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         allow_fsdp_on_cpu()
     ids = torch.randint(3, 60, (ROWS, 6), generator=torch.Generator().manual_seed(3)).tolist()
-    config = moe_peft.RoutedConfig(
-        task_type="CAUSAL_LM", num_experts=4, router_aux_loss_coef=1.0, init_weights=False, load_balancing_scope=scope
-    )
     args = SFTConfig(
         output_dir=folder,
         max_steps=1,
@@ -72,14 +85,15 @@ def main(folder: str, accumulation: int, scope: str) -> None:
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
     )
-    set_seed(0)
-    base = tiny_llama()
+    if method != "routed":
+        # The backbone's own balance loss, which TRL would add, is measured process by process.
+        args.router_aux_loss_coef = 0.0
     trainer = SFTTrainer(
-        model=base,
+        model=base_of(method),
         args=args,
         train_dataset=Dataset.from_list([{"input_ids": row} for row in ids]),
         processing_class=tokenizer(),
-        peft_config=config,
+        peft_config=config_of(method, scope),
     )
     moe_peft.attach(trainer)
     trainer.train()
@@ -95,4 +109,4 @@ def main(folder: str, accumulation: int, scope: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

@@ -42,17 +42,17 @@ for stage in (2, 3):
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
 
-def launch(folder: Path, how: str, accumulation: int = 1, scope: str = "global_batch") -> Path:
+def launch(folder: Path, how: str, accumulation: int = 1, scope: str = "global_batch", method: str = "routed") -> Path:
     """Train with accelerate's launcher in a folder of its own."""
-    target = folder / f"{how}-{accumulation}-{scope}"
+    target = folder / f"{how}-{accumulation}-{scope}-{method}"
     target.mkdir()
     config = target / "accelerate.yaml"
-    config.write_text(
-        yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", "mixed_precision": "no", **LAUNCHES[how]})
-    )
+    text = yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", "mixed_precision": "no", **LAUNCHES[how]})
+    config.write_text(text if method == "routed" else text.replace("LlamaDecoderLayer", "OlmoeDecoderLayer"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--main_process_port", "0", "tests/processes/sft_script.py", str(target), str(accumulation), scope]
+    command += ["--main_process_port", "0", "tests/processes/sft_script.py", str(target), str(accumulation)]
+    command += [scope, method]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     return target
@@ -108,3 +108,20 @@ def test_accumulation_on_two_processes_equals_accumulation_on_one_with_the_same_
     found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (two, alone))
     for name, wanted in expected.items():
         torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("method", ["esft", "perft"])
+def test_two_processes_train_a_sparse_backbones_adapter_as_one(method, how, tmp_path):
+    two, one = (launch(tmp_path, processes, method=method) for processes in (how, "one"))
+    facts, single = facts_of(two), facts_of(one)
+    assert facts["world"] == 2 and facts["sharded"] == (how == "fsdp")
+    found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (two, one))
+    assert found.keys() == expected.keys()
+    for name, wanted in expected.items():
+        torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    keys = {key for key in single["log"] if key.startswith("moe/")}
+    assert {key: facts["log"][key] for key in keys} == pytest.approx(
+        {key: single["log"][key] for key in keys}, rel=1e-4
+    )

@@ -95,8 +95,15 @@ def experts_place(name: str, module: nn.Module, layers: list[MoeLayer], quantiza
 
     Raises:
         TypeError: The module is none.
+        ValueError: It holds the experts of one process only, whose indices are its own.
     """
     base = base_of(module)
+    if getattr(base, "_is_expert_parallel", False):
+        raise ValueError(
+            f"The experts of {name} are split over processes (expert parallelism), where their indices are local, so "
+            "an adapter cannot follow them. Load the model without expert parallelism, or use an adapter with a "
+            "router of its own, around blocks or linear layers."
+        )
     for layer in layers:
         if name == layer.experts:
             return Place(

@@ -55,9 +55,6 @@ def run_experts(
     Returns:
         (T, O) weighted sum.
     """
-    if index_TK.shape[1] == 1 and not hasattr(experts, "has_gate"):
-        # Loops outside transformers' common interface may not run with a single slot; a second one adds nothing.
-        index_TK, weights_TK = index_TK.expand(-1, 2), torch.cat([weights_TK, torch.zeros_like(weights_TK)], dim=1)
     count = next(iter(tensors.values())).shape[0]
     # Parametrization and sharding put classes of their own on top, whose tensors are computed or gathered in a call.
     owns = [cls for cls in type(experts).__mro__ if not any(hasattr(cls, name) for name in tensors)]
@@ -72,4 +69,7 @@ def run_experts(
     stand_in.__dict__["_parameters"] = {name: tensor.to(hidden_TD.dtype) for name, tensor in tensors.items()}
     modules = {name: module for name, module in experts._modules.items() if name != "parametrizations"}
     stand_in.__dict__["_modules"] = modules
+    if index_TK.shape[1] == 1 and not hasattr(experts, "has_gate"):
+        # Loops outside transformers' common interface may not run with a single slot; a second one adds nothing.
+        index_TK, weights_TK = index_TK.expand(-1, 2), torch.cat([weights_TK, torch.zeros_like(weights_TK)], dim=1)
     return stand_in.forward(hidden_TD, index_TK, weights_TK)

@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..block_places import experts_names
 from ..config import BACKBONE, MoeConfig, RoutedParts
 from ..experts import EXPERTS, ExpertSlices
 from ..layers.expert_tensors import expert_tensors
@@ -123,8 +124,16 @@ class EsftConfig(MoeConfig):
             ValueError: Nothing is selected, a layer or an expert does not exist, the model is not the one that the
                 experts were selected in, or its experts are split over processes.
         """
+        experts_names(model, list(layers))  # refuses a model without any, with the reason
         selected = {int(layer): ids for layer, ids in (self.experts or {}).items() if ids}
         sizes = {layer.index: layer.num_experts for layer in layers}
+        last = {layer.index: layer.experts for layer in layers}
+        double = next((layer for layer in layers if last[layer.index] != layer.experts), None)
+        if double is not None:
+            raise ValueError(
+                f"{type(self).__name__}: {double.experts} and {last[double.index]} both belong to layer "
+                f"{double.index}, so `experts` cannot tell them apart. Adapt the part of the model with one of them."
+            )
         self._check(
             bool(selected),
             "experts",

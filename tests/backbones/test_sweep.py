@@ -6,9 +6,8 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 
-from moe_peft import EsftConfig
 from moe_peft.backbone import ExpertsCall, experts_call, is_below, router_names
 from moe_peft.layers import RoutedLayer
 from tests.backbones.cases import CASES, FOLLOWED_CASES, LINEAR_CASES, adapted, base_model, batch_for, marked
@@ -136,9 +135,3 @@ def test_trained_experts_equal_the_model_with_those_experts_replaced(model_type)
     batch = batch_for(model)
     merged = copy.deepcopy(model).merge_and_unload()
     torch.testing.assert_close(merged(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("model_type", NO_SLICES)
-def test_whole_matrices_of_experts_without_slices_are_refused(model_type):
-    with pytest.raises(ValueError, match=r"expert_adapter='full' must be 'lora'.*one slice"):
-        get_peft_model(copy.deepcopy(base_model(model_type)), EsftConfig(experts={"0": [1]}))

@@ -35,8 +35,10 @@ def block_names(model: nn.Module, layers: list[MoeLayer], linears: list[str]) ->
         return [layer.block or layer.experts for layer in layers]
     reason = unsupported_reason(model)
     parents = {name.rpartition(".")[0] for name in linears if not re.search(r"attn|attention", name, re.IGNORECASE)}
+    # The linear layers of a block that another adapter wraps cannot be seen.
+    parents |= {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     blocks = [name for name in parents if re.search(r"\.\d+\.", f"{name}.") and not name.rpartition(".")[2].isdigit()]
-    modules = dict(model.named_modules())
+    modules = {name: _base(module) for name, module in model.named_modules()}
     found = [name for name in modules if name in blocks and mlp_features(modules[name]) is not None]
     if reason or not found:
         raise ValueError(

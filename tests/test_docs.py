@@ -81,5 +81,9 @@ def test_examples_run_and_stay_short(example):
     assert len(example.read_text().splitlines()) <= 80
     result = subprocess.run([sys.executable, str(example)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
-    expected = {"01_plain_loop": "reloaded logits equal: True", "02_look_inside": "model.layers.1.self_attn.o_proj"}
+    expected = {
+        "01_plain_loop": "reloaded logits equal: True",
+        "02_look_inside": "model.layers.1.self_attn.o_proj",
+        "05_mov_t5": "reloaded logits equal: True",
+    }
     assert expected[example.stem] in result.stdout

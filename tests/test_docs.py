@@ -102,5 +102,6 @@ def test_examples_run_and_stay_short(example):
         "02_look_inside": "model.layers.1.self_attn.o_proj",
         "03_perft_olmoe": "reloaded logits equal: True",
         "04_esft": "nothing but the selected experts changed: True",
+        "05_mov_t5": "reloaded logits equal: True",
     }
     assert expected[example.stem] in result.stdout

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClassification
 
-from moe_peft import LoraMoeConfig, MoloraConfig, RoutedConfig, SiraConfig, describe
+from moe_peft import LoraMoeConfig, MoloraConfig, PerftConfig, RoutedConfig, SiraConfig, describe
 from moe_peft.layers import RoutedLayer
 from moe_peft.placement import default_target_modules, linear_names, shortest_endings
 from tests.contract.cases import tiny_olmoe, tiny_qwen3
@@ -155,3 +155,13 @@ def test_all_linear_leaves_out_the_head_that_scores_a_sequence():
         assert names == [name for name, module in model.named_modules() if isinstance(module, RoutedLayer)]
         assert names and not {"score", "classifier"} & set(names)
         assert [n for n, p in adapted.named_parameters() if p.requires_grad and "modules_to_save" in n]
+
+
+@pytest.mark.parametrize("layers", [None, [1]])
+def test_blocks_that_an_adapter_wraps_are_found_for_the_next_one(layers):
+    for build in (tiny_llama, tiny_gpt2, tiny_t5):
+        names = [place.name for place in describe(build(), PerftConfig()).places]
+        model = get_peft_model(build(), PerftConfig(layers_to_transform=layers))
+        model.add_adapter("second", PerftConfig())
+        wrapped = [(n, m) for n, m in model.base_model.model.named_modules() if isinstance(m, RoutedLayer)]
+        assert [name for name, module in wrapped if "second" in module.experts] == names

@@ -147,6 +147,13 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         """Adapters that act in this forward: active, present here and not merged."""
         return [name for name in self.active_adapters if name in self.experts and name not in self.merged_adapters]
 
+    def get_base_weight(self) -> torch.Tensor:
+        """The weight of the base layer, dequantized where it is quantized."""
+        if self.quantization_backend is not None:
+            # Evaluation on some CPUs repacks 4-bit weights into a form that cannot be dequantized; saving undoes it.
+            self.get_base_layer().state_dict()
+        return super().get_base_weight()
+
     def is_mergeable(self, adapter_name: str) -> bool:
         """Whether merging the adapter into the base weights is exact; a layer that can merge overrides this."""
         return False

@@ -244,6 +244,12 @@ def _refuse_router(name: str, routers: set[str]) -> None:
 
 def _no_match(model: nn.Module, config: MoeConfig) -> str:
     targets = config.target_modules
+    for name, _ in model.named_modules():
+        if ".base_layer." in name and check_target_module_exists(config, name) is True:
+            return (
+                f"Target modules {targets}: {name} lies inside a module that another adapter wraps already. Add the "
+                "adapter of the inner module first, then the one of the module around it."
+            )
     leaves = _leaves(linear_names(model))
     wanted = [targets] if isinstance(targets, str) else sorted(targets or [])
     near = {match for name in wanted for match in difflib.get_close_matches(name.rpartition(".")[2], leaves)}

@@ -148,23 +148,6 @@ def test_active_adapters_add_up():
     torch.testing.assert_close(outputs[2] - base, outputs[0] + outputs[1] - 2 * base)
 
 
-def test_a_block_is_wrapped_after_what_it_holds():
-    model = perft_model("olmoe", "E")
-    model.add_adapter("around", perft_config("R"))
-    randomize(model, seed=2)
-    model.double().eval()
-    x = torch.randn(2, 7, 32, dtype=torch.float64)
-    outputs = []
-    for names in (["default"], ["around"], ["default", "around"]):
-        model.base_model.set_adapter(names)
-        outputs.append(block_of(model)(x))
-    with model.disable_adapter():
-        base = block_of(model)(x)
-    torch.testing.assert_close(outputs[2] - base, outputs[0] + outputs[1] - 2 * base)
-    with pytest.raises(ValueError, match=r"mlp\.base_layer\.experts lies inside a module that another adapter wraps"):
-        perft_model("olmoe", "R").add_adapter("inside", perft_config("E"))
-
-
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("variant", ["R", "E", "D", "S"])
 def test_sixteen_bit_blocks_are_close_to_float32_ones(variant, autocast):

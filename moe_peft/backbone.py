@@ -16,7 +16,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -31,7 +31,7 @@ ROUTER_NAMES_BESIDE_EXPERTS = ("gate", "shared_expert_gate", *ROUTER_NAMES)
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 # The first matrix of fused experts, and what modules without fused matrices call the width of their input.
 FIRST_MATRICES = ("gate_up_proj", "up_proj")
-WIDTHS = ("hidden_size", "hidden_dim", "d_model", "ffn_hidden_size")
+WIDTHS = ("hidden_size", "hidden_dim", "d_model")
 
 
 def base_of(module: nn.Module) -> nn.Module:
@@ -190,7 +190,11 @@ def block_width(block: nn.Module) -> int | None:
         matrices = [parameter for parameter in router.parameters() if parameter.dim() == 2]
         if matrices:
             return matrices[0].shape[1]
-    return next((getattr(block, width) for width in WIDTHS if isinstance(getattr(block, width, None), int)), None)
+    return _named_width(block)
+
+
+def _named_width(module: nn.Module) -> int | None:
+    return next((getattr(module, width) for width in WIDTHS if isinstance(getattr(module, width, None), int)), None)
 
 
 def _adapter_parts(model: nn.Module) -> set[str]:
@@ -201,12 +205,12 @@ def _adapter_parts(model: nn.Module) -> set[str]:
 
 
 def _is_experts(leaf: str, module: nn.Module) -> bool:
-    """R1; a module called `experts` may keep its weights in another form, and then says how many experts it has."""
+    """R1; a module called `experts` may keep its weights in another form, and then says how many and how wide."""
     if isinstance(module, (nn.ModuleDict, nn.ModuleList)):
         return False
     fused = all(any(len(shape) == 3 for shape in _shapes(module, names)) for names in (FIRST_MATRICES, ("down_proj",)))
     counted = leaf == "experts" and isinstance(getattr(module, "num_experts", None), int)
-    return (fused or counted) and _takes_routing(module)
+    return (fused or (counted and _named_width(module) is not None)) and _takes_routing(module)
 
 
 def _takes_routing(module: nn.Module) -> bool:
@@ -223,16 +227,16 @@ def _sizes(experts: nn.Module) -> tuple[int, int, int]:
         if getattr(experts, "is_transposed", False):
             return last[0], first[1], last[2]
         return last[0], first[2], last[1]
-    base: Any = experts
-    width = next(getattr(base, name) for name in WIDTHS if isinstance(getattr(base, name, None), int))
-    return base.num_experts, width, width
+    num_experts, width = cast(Any, experts).num_experts, _named_width(experts)
+    assert width is not None
+    return num_experts, width, width
 
 
 def _shapes(module: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[int, ...]]:
     """Shapes of the weights of these names; packed ones as they unpack, without unpacking them."""
     for name in names:
         parameter = module._parameters.get(name)
-        if parameter is not None and (parameter.is_floating_point() or parameter.is_meta):
+        if parameter is not None and parameter.is_floating_point():
             yield tuple(parameter.shape)
         elif parametrize.is_parametrized(module, name):
             state = getattr(module.parametrizations[name][0], "quant_state", None)  # type: ignore[index]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -16,30 +16,14 @@ from .adapter_files import check_adapter_files
 from .layer_losses import SCOPES
 from .model_card import SETTINGS, AdapterFacts, write_section
 from .ops import IMPLEMENTATIONS
-from .routers import ROUTERS, Router
+from .parts import RoutedParts
+from .routers import ROUTERS
 from .types import MoeLayer, MoePeftWarning, Place
 
 SCHEMA_VERSION = 1
 # Name of the router of adapters whose experts follow the backbone's own routing.
 BACKBONE = "backbone"
 ROUTER_FIELDS = frozenset(name for router in ROUTERS.values() for name in router.fields)
-
-
-@dataclass(frozen=True)
-class RoutedParts:
-    """What one layer needs for one adapter.
-
-    Attributes:
-        experts: Bank of experts.
-        router: Decides about them; None where the backbone's routing is followed.
-        objective: Router losses.
-        selection: Experts of the backbone that the bank's experts go with, ascending; None for all of them.
-    """
-
-    experts: nn.Module
-    router: Router | None = None
-    objective: Callable | None = None
-    selection: tuple[int, ...] | None = None
 
 
 @dataclass

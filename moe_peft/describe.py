@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 
 from .config import MoeConfig
 from .placement import find_places, resolve_targets
+from .sizes import num_base_weights
 from .types import Place
 
 
@@ -23,7 +23,7 @@ class Description:
         config: A copy of the configuration with its places resolved.
         places: The layers it matches, in the model's order.
         parameters: Trainable parameters at each of them.
-        base_parameters: Parameters of the model as it is.
+        base_parameters: Parameters of the model without adapters.
     """
 
     config: MoeConfig
@@ -77,10 +77,4 @@ def describe(model: nn.Module, config: MoeConfig) -> Description:
             parts = config.build(place)
         modules = [module for module in (parts.router, parts.experts) if module is not None]
         parameters.append(sum(p.numel() for module in modules for p in module.parameters()))
-    return Description(config, places, parameters, sum(_numel(p) for p in model.parameters()))
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    """Number of weights, also where a quantized parameter packs several into one element."""
-    state = getattr(parameter, "quant_state", None)
-    return math.prod(state.shape) if state is not None and hasattr(state, "shape") else parameter.numel()
+    return Description(config, places, parameters, num_base_weights(model))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ from .expert_scores import ExpertScores
 from .expert_tally import MASKS, ExpertTally, scored_tokens
 from .layers.expert_tensors import expert_tensors
 from .processes import num_processes
+from .sizes import num_base_weights
 from .types import MoeLayer
 
 # What packed batches tell an attention implementation, which a forward takes without naming it.
@@ -97,7 +98,7 @@ def score_experts(
             f"completions (score_mask={score_mask!r})."
         )
     by_layer = {layer.index: tally.scores(layer.index, expert_size(model, layer)) for layer in layers}
-    return ExpertScores(by_layer, tally.num_tokens, tally.num_samples, backbone_size(model, layers))
+    return ExpertScores(by_layer, tally.num_tokens, tally.num_samples, num_base_weights(model))
 
 
 def sparse_layers(model: nn.Module) -> list[MoeLayer]:
@@ -129,32 +130,6 @@ def expert_size(model: nn.Module, layer: MoeLayer) -> int:
     module: Any = model.get_submodule(layer.experts)
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     return sum(math.prod(tensor.shape[1:]) for tensor in expert_tensors(base, layer.num_experts).values())
-
-
-def backbone_size(model: nn.Module, layers: Sequence[MoeLayer]) -> int:
-    """Number of parameters without adapters; quantized weights count as weights.
-
-    Args:
-        model: The model.
-        layers: Its sparse layers, whose experts may be packed in another way than other weights.
-    """
-    elsewhere = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, BaseTunerLayer)
-        for name in module.adapter_layer_names
-        for parameter in getattr(module, name).parameters()
-    }
-    for layer in layers:
-        elsewhere |= {id(parameter) for parameter in model.get_submodule(layer.experts).parameters()}
-    rest = sum(weight_count(parameter) for parameter in model.parameters() if id(parameter) not in elsewhere)
-    return rest + sum(layer.num_experts * expert_size(model, layer) for layer in layers)
-
-
-def weight_count(parameter: nn.Parameter) -> int:
-    """Number of weights, also where a quantized parameter packs several into one element."""
-    state = getattr(parameter, "quant_state", None)
-    return math.prod(state.shape) if state is not None and hasattr(state, "shape") else parameter.numel()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from .callback import MoeCallback, restore_router_precision, uses_deepspeed
+from .callback import MoeCallback, restore_precision, uses_deepspeed
 from .checks import check_training
 from .collator import GroupCollator
 from .parameter_groups import set_learning_rates
@@ -71,7 +71,7 @@ def _keep_precision_on_resume(trainer: Any) -> None:
     default turns the experts of a quantized model, which TRL trains in bfloat16, to float32.
     """
     if not uses_deepspeed(trainer.args):
-        restore_router_precision(trainer.model)
+        restore_precision(trainer.model)
     if isinstance(trainer.model, PeftModel) and not isinstance(trainer.model.load_adapter, partial):
         trainer.model.load_adapter = partial(  # type: ignore[method-assign]
             trainer.model.load_adapter, autocast_adapter_dtype=False

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..context import ForwardTracker, find_tracker
+from ..experts import VectorExperts
 from ..layer_losses import WindowSums
 from ..routers import LinearRouter
 from .checks import check_training
@@ -53,7 +54,7 @@ class MoeCallback(TrainerCallback):
         """Check what training would make impossible, and restore the routers' precision before the first step."""
         check_training(args, kwargs["model"])
         if not uses_deepspeed(args):
-            restore_router_precision(kwargs["model"])
+            restore_precision(kwargs["model"])
         tracker = find_tracker(kwargs["model"])
         if tracker is not None:
             self._measure(tracker, False)
@@ -138,8 +139,10 @@ class MoeCallback(TrainerCallback):
         self._measuring = measuring
 
 
-def restore_router_precision(model: nn.Module) -> int:
-    """Turn routers that were cast to 16 bit back to float32.
+def restore_precision(model: nn.Module) -> int:
+    """Turn routers, and vectors, that were cast to 16 bit back to float32.
+
+    Rounded scores change which experts are selected, and a vector near one has no room in 16 bit for small steps.
 
     Parameters that FSDP split over processes keep their dtype, which its mixed precision sets to float32. Do not call
     it on a model that DeepSpeed holds: it owns the storage, and keeps a float32 copy in its optimizer. Scores are
@@ -149,16 +152,14 @@ def restore_router_precision(model: nn.Module) -> int:
         model: A model with routed adapters.
 
     Returns:
-        Number of routers that were cast.
+        Number of parameters that were cast.
     """
-    count = 0
-    for module in model.modules():
-        if not isinstance(module, LinearRouter) or isinstance(module.weight, DTensor):
-            continue
-        if module.weight.dtype in (torch.bfloat16, torch.float16):
-            module.weight.data = module.weight.data.float()
-            count += 1
-    return count
+    modules = (module for module in model.modules() if isinstance(module, (LinearRouter, VectorExperts)))
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    rounded = [p for p in parameters if p.dtype in (torch.bfloat16, torch.float16) and not isinstance(p, DTensor)]
+    for parameter in rounded:
+        parameter.data = parameter.data.float()
+    return len(rounded)
 
 
 def uses_deepspeed(args: TrainingArguments) -> bool:

@@ -10,8 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 
-from ..config import RoutedParts
 from ..context import ForwardTracker
+from ..parts import RoutedParts
 from ..routers import Router
 from ..types import MoePeftWarning, Place, Routing, TokenContext
 

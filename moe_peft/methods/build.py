@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..config import BACKBONE, MoeConfig, RoutedParts
+from ..config import BACKBONE, MoeConfig
 from ..experts import EXPERTS
 from ..objective import Loss, RouterObjective
+from ..parts import RoutedParts
 from ..routers import ROUTERS
 from ..types import Place
 

@@ -18,9 +18,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..block_places import experts_names
-from ..config import BACKBONE, MoeConfig, RoutedParts
+from ..config import BACKBONE, MoeConfig
 from ..experts import EXPERTS, ExpertSlices
 from ..layers.expert_tensors import expert_tensors
+from ..parts import RoutedParts
 from ..registration import extend_peft_type, register
 from ..tuner import RoutedTuner
 from ..types import MoeLayer, Place

@@ -13,9 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..config import RoutedParts
 from ..losses import z_loss
 from ..objective import Loss
+from ..parts import RoutedParts
 from ..registration import extend_peft_type, register
 from ..tuner import RoutedTuner
 from ..types import Place

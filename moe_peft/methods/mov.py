@@ -18,10 +18,11 @@ from typing import ClassVar
 
 from torch import nn
 
-from ..config import MoeConfig, RoutedParts
+from ..config import MoeConfig
 from ..experts import VectorExperts
 from ..losses import importance, z_loss
 from ..objective import Loss, RouterObjective
+from ..parts import RoutedParts
 from ..placement import linear_names, shortest_endings
 from ..registration import extend_peft_type, register
 from ..routers import ROUTERS

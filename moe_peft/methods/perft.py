@@ -17,11 +17,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..config import BACKBONE, MoeConfig, RoutedParts
+from ..config import BACKBONE, MoeConfig
 from ..experts import EXPERTS
 from ..experts.bottleneck import ACTIVATIONS
 from ..losses import load_balancing, z_loss
 from ..objective import Loss
+from ..parts import RoutedParts
 from ..registration import extend_peft_type, register
 from ..tuner import RoutedTuner
 from ..types import Place

@@ -11,11 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..config import BACKBONE, RoutedParts
+from ..config import BACKBONE
 from ..experts import EXPERTS
 from ..experts.bottleneck import ACTIVATIONS
 from ..losses import LOSSES
 from ..objective import Loss
+from ..parts import RoutedParts
 from ..registration import extend_peft_type, register
 from ..routers import ROUTERS, LinearRouter
 from ..tuner import RoutedTuner

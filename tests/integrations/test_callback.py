@@ -10,10 +10,10 @@ from torch.optim import SGD
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from moe_peft import LoraMoeConfig, MoePeftWarning, RoutedConfig, telemetry
+from moe_peft import LoraMoeConfig, MoePeftWarning, MovConfig, RoutedConfig, telemetry
 from moe_peft.context import find_tracker
 from moe_peft.integrations import GroupCollator, MoeCallback, attach
-from moe_peft.integrations.callback import restore_router_precision
+from moe_peft.integrations.callback import restore_precision
 from tests.contract.cases import randomize
 from tests.tiny import tiny_llama
 
@@ -129,12 +129,23 @@ def test_routers_turned_to_sixteen_bit_are_float32_again():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
     places = sum("_router." in name for name, _ in model.named_parameters())
-    assert restore_router_precision(model) == places
+    assert restore_precision(model) == places
     for name, parameter in model.named_parameters():
         if "_router." in name:
             assert parameter.dtype == torch.float32
         elif "_experts." in name:
             assert parameter.dtype == torch.bfloat16
+
+
+def test_vectors_turned_to_sixteen_bit_are_float32_again_and_take_small_steps():
+    model = get_peft_model(tiny_llama(), MovConfig(task_type="CAUSAL_LM", num_experts=2))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    vectors = [p for name, p in model.named_parameters() if name.endswith(".vectors")]
+    assert restore_precision(model) == 2 * len(vectors)
+    assert all(torch.equal(p, torch.ones_like(p)) and p.dtype == torch.float32 for p in vectors)
+    assert not torch.equal(vectors[0] - 3e-4, vectors[0]) and (vectors[0].bfloat16() - 3e-4).eq(1).all()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

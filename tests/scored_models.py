@@ -2,90 +2,41 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
-from transformers import (
-    DeepseekV2Config,
-    DeepseekV2ForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    OlmoeConfig,
-    OlmoeForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-    set_seed,
-)
 
 from moe_peft.backbone import find_moe_layers
+from tests.backbones.models import tiny_model
 
-SHARED = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 128,
-    "num_experts_per_tok": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+
+def decided(model_type: str, **overrides) -> nn.Module:
+    """A model whose routers prefer some experts clearly, so that rounding does not change a choice."""
+    model = tiny_model(model_type, **overrides)
+    model.set_experts_implementation("eager")  # grouped_mm has no float64
+    model = model.double().train()
+    for layer in find_moe_layers(model):
+        weight = model.get_submodule(layer.router).weight
+        weight.data = torch.randn(weight.shape, dtype=torch.float64)
+    return model
 
 
 def olmoe(num_experts: int = 6, **overrides) -> nn.Module:
-    config = OlmoeConfig(**{**SHARED, "intermediate_size": 16, "num_experts": num_experts, **overrides})
-    return decided(OlmoeForCausalLM, config)
-
-
-def mixtral() -> nn.Module:
-    return decided(MixtralForCausalLM, MixtralConfig(**SHARED, intermediate_size=16, num_local_experts=5))
-
-
-def qwen3_moe() -> nn.Module:
-    config = Qwen3MoeConfig(
-        **SHARED, intermediate_size=16, moe_intermediate_size=16, head_dim=8, num_experts=6, norm_topk_prob=True
-    )
-    return decided(Qwen3MoeForCausalLM, config)
-
-
-def deepseek_v2() -> nn.Module:
-    config = DeepseekV2Config(
-        **{**SHARED, "num_hidden_layers": 3},
-        intermediate_size=16,
-        moe_intermediate_size=16,
-        n_routed_experts=6,
-        n_shared_experts=1,
-        first_k_dense_replace=1,
-        kv_lora_rank=8,
-        q_lora_rank=8,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=8,
-        v_head_dim=8,
-        head_dim=8,
-        routed_scaling_factor=1.7,
-    )
-    return decided(DeepseekV2ForCausalLM, config)
+    return decided("olmoe", **{"num_experts": num_experts, "intermediate_size": 16, **overrides})
 
 
 # Model -> whether the used weights of a token are rescaled to sum to one, and the factor of all weights.
 MODELS = {
     "olmoe": (olmoe, False, 1.0),
-    "mixtral": (mixtral, True, 1.0),
-    "qwen3_moe": (qwen3_moe, True, 1.0),
-    "deepseek_v2": (deepseek_v2, False, 1.7),
+    "mixtral": (partial(decided, "mixtral", num_local_experts=5), True, 1.0),
+    "qwen3_moe": (partial(decided, "qwen3_moe", norm_topk_prob=True), True, 1.0),
+    "deepseek_v2": (
+        partial(decided, "deepseek_v2", num_hidden_layers=3, first_k_dense_replace=1, routed_scaling_factor=1.7),
+        False,
+        1.7,
+    ),
 }
-
-
-def decided(model_cls: type, config) -> nn.Module:
-    """A model whose routers prefer some experts clearly, so that rounding does not change a choice."""
-    set_seed(0)
-    model = model_cls(config)
-    model.set_experts_implementation("eager")  # grouped_mm has no float64
-    model = model.double()
-    for layer in find_moe_layers(model):
-        weight = model.get_submodule(layer.router).weight
-        weight.data = torch.randn(weight.shape, dtype=torch.float64)
-    return model
 
 
 def block_inputs(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[int, torch.Tensor]:

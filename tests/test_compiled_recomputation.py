@@ -8,7 +8,7 @@ from peft import get_peft_model
 
 from moe_peft import PerftConfig
 from tests.contract.cases import randomize
-from tests.methods.sparse_models import sparse_model, token_batch
+from tests.methods.esft_models import sparse_model, token_batch
 
 
 def gradients(*, compiled: bool, use_reentrant: bool | None) -> list[dict[str, torch.Tensor]]:

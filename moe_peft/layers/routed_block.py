@@ -41,7 +41,7 @@ class RoutedBlock(RoutedLayer):
             return self.base_layer(*args, **kwargs)
         x = _first_floating(args, kwargs)
         if adapter_names is not None:
-            self._check_rows(adapter_names, x)
+            self.check_rows(adapter_names, x, min_dim=3)
         own_x = x.clone() if self.jitters and self.training else x
         result = self.base_layer(*args, **kwargs)
         out = result[0] if isinstance(result, tuple) else result
@@ -75,14 +75,6 @@ class RoutedBlock(RoutedLayer):
         self, name: str, x_TD: torch.Tensor, context: TokenContext, args: tuple, kwargs: dict[str, Any]
     ) -> Routing:
         return self.route(name, x_TD, context)
-
-    def _check_rows(self, adapter_names: list[str], x: torch.Tensor) -> None:
-        if len(adapter_names) != x.shape[0] or x.dim() < 3:
-            raise ValueError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
-                f"and {tuple(x.shape)} at {self.place}. Give one name per row of the batch; modules that receive "
-                "flattened tokens, as a backbone's experts do, cannot mix adapters in a batch."
-            )
 
 
 def _jitters(block: nn.Module) -> bool:

@@ -154,6 +154,28 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             self.get_base_layer().state_dict()
         return super().get_base_weight()
 
+    def check_rows(self, adapter_names: list[str], x: torch.Tensor, min_dim: int = 1) -> None:
+        """Refuse adapter names that cannot be matched with the rows of an input.
+
+        Args:
+            adapter_names: Adapter of each row.
+            x: (..., D) input of the layer.
+            min_dim: Dimensions below which x holds flattened tokens, no rows.
+
+        Raises:
+            ValueError: There is not one name per row, or an adapter is merged into the base weight.
+        """
+        if len(adapter_names) != x.shape[0] or x.dim() < min_dim:
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
+                f"and {tuple(x.shape[:-1])} respectively at {self.place}. Give one name per row of the batch; layers "
+                "that receive flattened tokens cannot mix adapters in a batch."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
     def is_mergeable(self, adapter_name: str) -> bool:
         """Whether merging the adapter into the base weights is exact; a layer that can merge overrides this."""
         return False

@@ -88,16 +88,7 @@ class RoutedLinear(RoutedLayer):
     def _mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
     ) -> torch.Tensor:
-        if len(adapter_names) != x.shape[0]:
-            raise ValueError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
-                f"and {x.shape[0]} respectively at {self.place}. Give one name per row of the batch; layers that "
-                "receive flattened tokens cannot mix adapters in a batch."
-            )
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
+        self.check_rows(adapter_names, x)
         out = self.base_layer(x, *args, **kwargs)
         result = out.clone()
         context = TokenContext()

@@ -78,15 +78,7 @@ class ScaledLinear(RoutedLayer):
     def _mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
     ) -> torch.Tensor:
-        if len(adapter_names) != x.shape[0]:
-            raise ValueError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
-                f"and {x.shape[0]} respectively at {self.place}. Give one name per row of the batch."
-            )
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
+        self.check_rows(adapter_names, x)
         names = sorted(set(adapter_names) & set(self.experts))
         at_input = [name for name in names if self.experts[name].scales_input]
         out = self.base_layer(self._scale_rows(at_input, x, x, adapter_names), *args, **kwargs)

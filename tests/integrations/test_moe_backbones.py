@@ -10,7 +10,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from moe_peft import EsftConfig, MovConfig, PerftConfig, attach
 from tests.integrations.trainers import preferences, shared, tokenizer
-from tests.methods.sparse_models import EXPERTS, sparse_model, token_batch
+from tests.methods.esft_models import EXPERTS, sparse_model, token_batch
 
 LENGTHS = [7, 4, 5, 6, 9, 4, 8, 5]
 FORMS = {

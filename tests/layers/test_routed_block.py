@@ -12,7 +12,7 @@ from torch import nn
 from moe_peft import PerftConfig
 from moe_peft.layers import RoutedBlock
 from tests.contract.cases import randomize
-from tests.sparse_models import BUILDERS, block_of, perft_config, perft_model, router_weight, sparse_model
+from tests.perft_models import BUILDERS, block_of, perft_config, perft_model, router_weight, sparse_model
 from tests.tiny import padded_batch
 
 

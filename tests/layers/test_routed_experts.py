@@ -12,7 +12,7 @@ from moe_peft.layers import RoutedExperts
 from tests import perft_reference
 from tests.compare import assert_same
 from tests.contract.cases import randomize
-from tests.sparse_models import layer_of, perft_config, perft_model, sparse_model
+from tests.perft_models import layer_of, perft_config, perft_model, sparse_model
 from tests.tiny import padded_batch
 
 
@@ -114,7 +114,7 @@ def test_the_general_type_follows_the_backbone_too():
 
 def test_adapters_cannot_be_mixed_where_tokens_are_flattened():
     model = perft_model("olmoe", "E")
-    with pytest.raises(ValueError, match="a backbone's experts do, cannot mix adapters in a batch"):
+    with pytest.raises(ValueError, match="layers that receive flattened tokens cannot mix adapters in a batch"):
         model(**padded_batch([9, 6]), adapter_names=["default", "__base__"])
 
 

@@ -9,7 +9,7 @@ import torch
 
 from moe_peft import EsftConfig, MoePeftWarning, telemetry
 from moe_peft.layers import SlicedExperts
-from tests.methods.sparse_models import (
+from tests.methods.esft_models import (
     IMPLEMENTATIONS,
     experts_modules,
     first_layer,

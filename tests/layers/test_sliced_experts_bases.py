@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from tests.methods.sparse_models import (
+from tests.methods.esft_models import (
     EXPERTS,
     IMPLEMENTATIONS,
     esft,

@@ -12,7 +12,7 @@ from torch import distributed as dist
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 from moe_peft import EsftConfig, describe
-from tests.methods.sparse_models import (
+from tests.methods.esft_models import (
     EXPERTS,
     FOUR_KINDS,
     esft,

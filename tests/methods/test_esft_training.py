@@ -10,7 +10,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 
-from tests.methods.sparse_models import (
+from tests.methods.esft_models import (
     EXPERTS,
     FOUR_KINDS,
     IMPLEMENTATIONS,

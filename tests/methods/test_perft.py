@@ -13,7 +13,7 @@ from moe_peft import MoePeftWarning
 from moe_peft.layers import RoutedLayer
 from tests import perft_reference, reference
 from tests.compare import assert_same
-from tests.sparse_models import (
+from tests.perft_models import (
     RENORMALISING,
     SPARSE,
     block_of,

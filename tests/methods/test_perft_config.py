@@ -8,7 +8,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
 from moe_peft import PerftConfig, describe
-from tests.sparse_models import perft_config, sparse_model
+from tests.perft_models import perft_config, sparse_model
 from tests.tiny import tiny_bert, tiny_llama
 
 VARIANTS = ("R", "E", "D", "S")

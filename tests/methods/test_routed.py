@@ -12,7 +12,7 @@ from moe_peft.objective import router_loss_values
 from tests import reference
 from tests.compare import assert_same
 from tests.contract.cases import randomize
-from tests.sparse_models import perft_model, sparse_model
+from tests.perft_models import perft_model, sparse_model
 from tests.tiny import adapted_linear, padded_batch, routed_layer_of, tiny_llama
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 from trl import SFTConfig, SFTTrainer
 
 import moe_peft
-from tests.methods.sparse_models import EXPERTS, sparse_model
+from tests.methods.esft_models import EXPERTS, sparse_model
 from tests.tiny import tiny_llama
 
 ROWS = 8

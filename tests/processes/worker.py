@@ -17,7 +17,7 @@ from torch import nn
 
 from moe_peft import EsftConfig, LoraMoeConfig, MovConfig, PerftConfig, RoutedConfig, router_loss
 from tests.contract.cases import randomize, tiny_olmoe
-from tests.methods.sparse_models import sparse_model
+from tests.methods.esft_models import sparse_model
 from tests.tiny import padded_batch, tiny_llama, tiny_t5
 
 # Rows of unequal length, so that the processes hold unequal numbers of tokens.

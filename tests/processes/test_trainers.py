@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -42,6 +45,15 @@ for stage in (2, 3):
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
 
+def free_port() -> int:
+    """A port below those that the system gives to outgoing connections, which would take it before it is bound."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            port = random.SystemRandom().randrange(20_000, 32_000)
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def launch(folder: Path, how: str, accumulation: int = 1, scope: str = "global_batch", method: str = "routed") -> Path:
     """Train with accelerate's launcher in a folder of its own."""
     target = folder / f"{how}-{accumulation}-{scope}-{method}"
@@ -51,8 +63,8 @@ def launch(folder: Path, how: str, accumulation: int = 1, scope: str = "global_b
     config.write_text(text if method == "routed" else text.replace("LlamaDecoderLayer", "OlmoeDecoderLayer"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--main_process_port", "0", "tests/processes/sft_script.py", str(target), str(accumulation)]
-    command += [scope, method]
+    command += ["--main_process_port", str(free_port()), "tests/processes/sft_script.py"]
+    command += [str(target), str(accumulation), scope, method]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     return target

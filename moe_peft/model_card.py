@@ -63,7 +63,7 @@ def section(facts: AdapterFacts) -> str:
         f"""{BEGIN}
 ## Load this adapter
 
-A {facts.method} adapter of the package `peft-moe` (`pip install peft-moe`). Importing `moe_peft` registers the adapter
+{facts.method}, an adapter of the package `peft-moe` (`pip install peft-moe`). Importing `moe_peft` registers the adapter
 type with peft; without it loading stops with a `KeyError` of the type's name.
 
 ```python

@@ -95,9 +95,11 @@ def default_target_modules(model: nn.Module, kind: str) -> list[str]:
     else:
         chosen = {name for name in linears if name.rpartition(".")[2] not in UNGATED_NAMES}
     if not chosen:
+        sparse = " Its FFNs are mixtures of fused experts; adapters around blocks or experts reach those."
         raise ValueError(
             f"{type(model).__name__} has no linear layer of the kind {kind!r} to adapt. Please specify "
             f"`target_modules`; its linear layers are called {_leaves(linear_names(model))}."
+            f"{sparse if find_moe_layers(model) else ''}"
         )
     return shortest_endings(chosen, set(dict(model.named_modules())) - chosen)
 

@@ -63,8 +63,8 @@ def section(facts: AdapterFacts) -> str:
         f"""{BEGIN}
 ## Load this adapter
 
-{facts.method}, an adapter of the package `peft-moe` (`pip install peft-moe`). Importing `moe_peft` registers the adapter
-type with peft; without it loading stops with a `KeyError` of the type's name.
+{facts.method}, an adapter of the package `peft-moe` (`pip install peft-moe`). Importing `moe_peft` registers its type
+with peft; without it loading stops with a `KeyError` of the type's name.
 
 ```python
 import moe_peft

@@ -178,9 +178,8 @@ class MoeConfig(PeftConfig):
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):
             self._check(getattr(self, name) >= 0, name, "zero or a positive number")
         self._check(self.routed_scaling_factor > 0, "routed_scaling_factor", "a positive number")
-        self._check(
-            self.capacity_factor is None or self.capacity_factor > 0, "capacity_factor", "a positive number or None"
-        )
+        positive = self.capacity_factor is None or self.capacity_factor > 0
+        self._check(positive, "capacity_factor", "a positive number or None")
         self._check_choice("capacity_order", ("position", "choice"))
         self._check_choice("load_balancing_scope", SCOPES)
         self._check_choice("experts_implementation", tuple(IMPLEMENTATIONS))
@@ -188,11 +187,8 @@ class MoeConfig(PeftConfig):
         if self.top_k is not None:
             hint = f"between 1 and num_experts={self.num_experts}"
             self._check(1 <= self.top_k <= self.num_experts, "top_k", hint)
-        self._check(
-            not self.target_parameters,
-            "target_parameters",
-            "None: experts are adapted as modules; name the modules in target_modules",
-        )
+        by_module = "None: experts are adapted as modules; name the modules in target_modules"
+        self._check(not self.target_parameters, "target_parameters", by_module)
         self._check_choice("router", (*ROUTERS, BACKBONE))
         self._check(
             self.router != BACKBONE or self.placement in ("experts", "slices"),

@@ -260,7 +260,7 @@ def find_stacks(model: nn.Module) -> list[nn.Module]:
 
 def in_backward() -> bool:
     """Whether the caller runs inside a backward pass, as recomputations of gradient checkpointing do."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return torch._C._current_graph_task_id() != -1
 
 
 def _nodes(output: Any) -> Iterator[Any]:

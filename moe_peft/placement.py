@@ -14,7 +14,7 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .backbone import find_moe_layers, is_below, router_names
+from .backbone import base_of, find_moe_layers, is_below, router_names
 from .block_places import block_names, block_place, experts_names, experts_place
 from .types import MoeLayer, Place
 
@@ -35,7 +35,7 @@ def linear_features(module: nn.Module, **quantization: Any) -> tuple[int, int] |
         module: Module or tuner layer around one.
         **quantization: What `peft.utils.quantization_utils.get_quantization_kwargs` says of the model.
     """
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    base = base_of(module)
     if hasattr(base, "n_groups"):  # block-diagonal, as in DeepSeek-V4: its input has an axis of groups
         return None
     if isinstance(base, nn.Linear):
@@ -59,7 +59,7 @@ def linear_names(model: nn.Module) -> list[str]:
             continue
         if isinstance(module, (BaseTunerLayer, nn.MultiheadAttention)):
             inside.add(name)
-        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        base = base_of(module)
         if linear_features(module) is not None and base not in heads and not is_below(name, routers):
             names.append(name)
     return names
@@ -190,7 +190,7 @@ def reads_encoder_states(name: str) -> bool:
 
 def _linear_place(name: str, module: nn.Module, layers: list[MoeLayer], quantization: dict[str, Any]) -> Place:
     features = linear_features(module, **quantization)
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    base = base_of(module)
     if features is None:
         raise TypeError(
             f"Target module {name} ({type(base).__name__}) is not supported. Currently, only `torch.nn.Linear` "

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from .backbone import experts_call, find_moe_layers, unsupported_reason
+from .backbone import base_of, experts_call, find_moe_layers, unsupported_reason
 from .expert_scores import ExpertScores
 from .expert_tally import MASKS, ExpertTally, scored_tokens
 from .layers.expert_tensors import expert_tensors
@@ -116,19 +115,20 @@ def sparse_layers(model: nn.Module) -> list[MoeLayer]:
     layers = find_moe_layers(model)
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} is a dense model: it has no experts to score. ESFT needs a mixture-of-experts "
-            "backbone; for a dense one use LoraMoeConfig, MoloraConfig or another adapter that brings its own experts."
+            f"{type(model).__name__} is a dense model: it has no experts to score. Score a mixture-of-experts "
+            "backbone; for a dense one use an adapter that brings its own experts."
         )
     indices = [layer.index for layer in layers]
     if len(set(indices)) < len(indices):
-        raise ValueError(f"{type(model).__name__} has several expert modules in one layer, which ESFT does not cover.")
+        raise ValueError(
+            f"{type(model).__name__} has several expert modules in one layer, which its index does not tell apart."
+        )
     return layers
 
 
 def expert_size(model: nn.Module, layer: MoeLayer) -> int:
     """Number of parameters of one expert of a layer, biases included; quantized weights count as weights."""
-    module: Any = model.get_submodule(layer.experts)
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    base = base_of(model.get_submodule(layer.experts))
     return sum(math.prod(tensor.shape[1:]) for tensor in expert_tensors(base, layer.num_experts).values())
 
 

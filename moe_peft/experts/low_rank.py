@@ -24,8 +24,7 @@ class LowRankExperts(nn.Module):
         scaling: s, the factor of the routed sum.
         lora_dropout: Probability that an input element is dropped in training passes; one mask for all experts.
         init_weights: True: A uniform as in `nn.Linear`, B zero, so that the adapter starts as the identity.
-            "gaussian": A normal with standard deviation 0.02, B zero. "perft": A normal with variance 2 / r, B normal
-            with standard deviation 1e-6. False: both uniform, for tests.
+            "gaussian": A normal with standard deviation 0.02, B zero. False: both uniform, for tests.
         experts_implementation: Name of the op that computes the sum, see `moe_peft.ops.IMPLEMENTATIONS`.
 
     Attributes:
@@ -64,8 +63,6 @@ class LowRankExperts(nn.Module):
         """Initialise A and B; see the class for the meaning of `init_weights`."""
         if init_weights == "gaussian":
             nn.init.normal_(self.A, std=0.02)
-        elif init_weights == "perft":
-            nn.init.normal_(self.A, std=math.sqrt(2 / self.A.shape[1]))
         else:
             # Each (r, D) slice is initialised as a Linear of its own; the fan of a 3-D tensor would be r * D.
             bound = math.sqrt(1.0 / self.A.shape[-1])
@@ -73,8 +70,6 @@ class LowRankExperts(nn.Module):
         if init_weights is False:
             bound = math.sqrt(1.0 / self.B.shape[1])
             nn.init.uniform_(self.B, -bound, bound)
-        elif init_weights == "perft":
-            nn.init.normal_(self.B, std=1e-6)
         else:
             nn.init.zeros_(self.B)
 

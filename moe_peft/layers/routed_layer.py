@@ -12,6 +12,7 @@ from torch import nn
 
 from ..context import ForwardTracker
 from ..parts import RoutedParts
+from ..placement import reads_encoder_states
 from ..routers import Router
 from ..types import MoePeftWarning, Place, Routing, TokenContext
 
@@ -52,6 +53,8 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         self.place = place.name
         self.in_features, self.out_features = place.in_features, place.out_features
         self.num_backbone_experts = place.num_experts or 0
+        # Whether the input holds encoder states.
+        self.from_encoder = reads_encoder_states(place.name)
         self.tracker = tracker
         self.adapter_layer_names = (f"{prefix}experts", f"{prefix}router")
         self.other_param_names = ("objectives", "selections")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -13,7 +12,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ..experts import LowRankExperts
 from ..ops import cast_to_compute_dtype
-from ..placement import reads_encoder_states
 from ..routers import LinearRouter
 from ..types import TokenContext
 from .routed_layer import RoutedLayer
@@ -21,11 +19,6 @@ from .routed_layer import RoutedLayer
 
 class RoutedLinear(RoutedLayer):
     """Wraps a linear layer, plain or quantized."""
-
-    @cached_property
-    def from_encoder(self) -> bool:
-        """Whether the input holds encoder states."""
-        return reads_encoder_states(self.place)
 
     def forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any

@@ -5,14 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from transformers.pytorch_utils import Conv1D
 
-from ..placement import reads_encoder_states
 from ..types import TokenContext
 from .routed_layer import RoutedLayer
 
@@ -55,11 +53,6 @@ class ScaledLinear(RoutedLayer):
         at_input = [name for name in names if self.experts[name].scales_input]
         out = self.base_layer(self._scale(at_input, x, x, context), *args, **kwargs)
         return self._scale([name for name in names if name not in at_input], out, x, context)
-
-    @cached_property
-    def from_encoder(self) -> bool:
-        """Whether the input holds encoder states."""
-        return reads_encoder_states(self.place)
 
     def _scale(
         self, names: Sequence[str], u: torch.Tensor, hidden: torch.Tensor, context: TokenContext

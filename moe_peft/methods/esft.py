@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..backbone import base_of
 from ..block_places import experts_names
 from ..config import BACKBONE, MoeConfig
 from ..experts import EXPERTS, ExpertSlices
@@ -243,7 +244,7 @@ class EsftConfig(MoeConfig):
 
 def _refuse_split(name: str, experts: nn.Module) -> None:
     """Refuse experts of which this process holds a part only."""
-    base = experts.get_base_layer() if isinstance(experts, BaseTunerLayer) else experts
+    base = base_of(experts)
     expert_parallel = bool(getattr(base, "_is_expert_parallel", False))
     if expert_parallel or any(isinstance(parameter, DTensor) for parameter in base.parameters()):
         kind = "expert parallelism" if expert_parallel else "distributed tensors"

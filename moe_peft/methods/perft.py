@@ -14,11 +14,14 @@ by layer and equals one when even; the authors' pools all layers and equals k.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, cast
+
+from torch import nn
 
 from ..config import BACKBONE, MoeConfig
-from ..experts import EXPERTS
+from ..experts import EXPERTS, LowRankExperts
 from ..experts.bottleneck import ACTIVATIONS
 from ..losses import load_balancing, z_loss
 from ..objective import Loss
@@ -163,7 +166,12 @@ class PerftConfig(MoeConfig):
             "load_balancing": (load_balancing, self.router_aux_loss_coef or 0.0),
             "z_loss": (z_loss, self.router_z_loss_coef),
         }
-        return build_parts(self, place, losses=losses, experts=self.experts, router_init_std=0.02)
+        parts = build_parts(self, place, losses=losses, experts=self.experts, router_init_std=0.02)
+        if self.init_weights == "perft":
+            bank = cast(LowRankExperts, parts.experts)
+            nn.init.normal_(bank.A, std=math.sqrt(2 / self.r))
+            nn.init.normal_(bank.B, std=1e-6)
+        return parts
 
 
 class PerftModel(RoutedTuner):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
 import sys
 
 import pytest
@@ -17,6 +15,7 @@ from transformers import AutoModelForCausalLM, BatchEncoding, BitsAndBytesConfig
 from moe_peft import EsftConfig, ExpertScores, PerftConfig, describe, score_experts
 from moe_peft.expert_scores import AGGREGATES, CRITERIA
 from tests.contract.cases import randomize
+from tests.processes.together import run_together
 from tests.scored_models import MODELS, olmoe, reference_scores
 from tests.tiny import padded_batch, tiny_llama
 
@@ -315,6 +314,7 @@ WORKER = """
 import sys, torch
 from torch import distributed as dist
 from moe_peft import score_experts
+from tests.processes.together import run_together
 from tests.scored_models import olmoe
 from tests.test_scoring import LENGTHS, batch_from, rows_of
 from tests.tiny import padded_batch
@@ -332,11 +332,7 @@ dist.destroy_process_group()
 
 @pytest.mark.multi_process
 def test_two_processes_score_as_one(tmp_path, model, rows, expected):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", WORKER, str(rank), str(tmp_path)], env=environment) for rank in (0, 1)
-    ]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    run_together([[sys.executable, "-c", WORKER, str(rank), str(tmp_path)] for rank in (0, 1)])
     # Five tokens of the first process, four of the second.
     limited = score(model, [batch_from([rows[0][:5], rows[2][:4]])])
     for rank in (0, 1):

@@ -65,5 +65,19 @@ def train(trainer: Any, script_args: Any, moe_args: MoeArguments, report: Any = 
         report.after(training_args.output_dir, trainer.model.get_base_model().name_or_path)
     if training_args.push_to_hub:
         push_to_hub(trainer, script_args)
-    trainer.accelerator.end_training()
+    end_training(trainer)
     return trainer
+
+
+def end_training(trainer: Any) -> None:
+    """Close what logs the run, and the process group, which nothing may outlive that communicates with it.
+
+    DDP's wrapper of the model would otherwise be what destroys the group. It does so with the interpreter's lock held,
+    while a thread of the group may be waiting for that lock: now and then a run would hang after its last step.
+
+    Args:
+        trainer: A trainer that will not train again. Its model stays.
+    """
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
@@ -12,26 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 from tests.processes import worker
+from tests.processes.together import run_together
 
 pytestmark = pytest.mark.multi_process
 
 
 def run_processes(folder, wrapping, world=2):
     """Run the worker in several processes of their own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     command = [sys.executable, "-m", "tests.processes.worker"]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(world), str(folder), wrapping],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert not any(process.returncode for process in processes), "\n".join(outputs)[-4000:]
+    run_together([[*command, str(rank), str(world), str(folder), wrapping] for rank in range(world)])
     return folder, json.loads((folder / "facts.json").read_text())
 
 

@@ -98,6 +98,7 @@ def launch(script: str, config: Path, *flags: str, launcher: tuple[str, ...] = (
         text=True,
         cwd=config.parent,
         env=environment(config.parent),
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout

@@ -21,6 +21,7 @@ from .hub import push_adapter
 from .integrations import CoefficientSchedule, FreezeCallback, MoeCallback, attach
 from .methods import EsftConfig, LoraMoeConfig, MoloraConfig, MovConfig, PerftConfig, RoutedConfig, SiraConfig
 from .objective import router_loss
+from .quantization import MoeBitsAndBytesConfig
 from .scoring import score_experts
 from .selection import ExpertSelection, select_experts
 from .selection_report import overlap_table, plot_selection, selection_table
@@ -38,6 +39,7 @@ __all__ = [
     "ExpertSelection",
     "FreezeCallback",
     "LoraMoeConfig",
+    "MoeBitsAndBytesConfig",
     "MoeCallback",
     "MoePeftWarning",
     "MoloraConfig",

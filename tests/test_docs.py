@@ -6,9 +6,11 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.tiny import tiny_llama
 
@@ -56,20 +58,26 @@ def test_the_programs_of_the_training_page_run_as_printed(tmp_path):
     assert pushed.startswith("moe_peft.push_adapter(")
 
 
-def test_the_programs_of_the_page_on_sparse_backbones_run_as_printed(capsys):
+def test_the_programs_of_the_page_on_sparse_backbones_run_as_printed(capsys, tmp_path):
     from peft import get_peft_model
 
     import moe_peft
     from tests.contract.cases import tiny_olmoe
     from tests.tiny import padded_batch
 
-    perft, esft = re.findall(r"```python\n(.*?)```", (ROOT / "docs/moe_backbones.md").read_text(), re.DOTALL)
+    perft, esft, four_bit = re.findall(r"```python\n(.*?)```", (ROOT / "docs/moe_backbones.md").read_text(), re.DOTALL)
     names = {"base": tiny_olmoe()}
     exec(perft, names)
     assert "PERFT: variant R, 8 experts of rank 16" in capsys.readouterr().out
     names = {"base": tiny_olmoe(), "dataloader": [padded_batch([9, 6])], "moe_peft": moe_peft}
     exec(esft, {**names, "get_peft_model": get_peft_model}, names)
     assert names["model"].peft_config["default"].experts == names["config"].experts
+    if find_spec("bitsandbytes"):
+        tiny_olmoe().save_pretrained(tmp_path)
+        names = {"name": str(tmp_path)}
+        exec(four_bit, names)
+        assert names["model"].get_parameter("model.layers.0.mlp.gate.weight").dtype == torch.bfloat16
+        assert not any(p.dim() == 3 for p in names["model"].parameters())
 
 
 @pytest.mark.parametrize(

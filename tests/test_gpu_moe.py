@@ -7,7 +7,9 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import AutoModelForCausalLM
 
+from moe_peft import MoeBitsAndBytesConfig
 from tests.contract.cases import METHODS, OF_EXPERTS, randomize, tiny_deepseek_v2, tiny_olmoe
 from tests.test_gpu import cuda, on_cuda  # noqa: F401
 from tests.tiny import padded_batch
@@ -47,6 +49,25 @@ def test_bfloat16_trains_with_grouped_experts_and_generates(method):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+    tokens = model.eval().generate(**on_cuda(padded_batch([5, 5])), max_new_tokens=4, do_sample=False)
+    assert tokens.shape == (2, 9)
+
+
+@pytest.mark.bnb
+def test_experts_that_are_loaded_in_four_bits_train_and_generate_on_cuda(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tiny_olmoe().save_pretrained(tmp_path)
+    config = MoeBitsAndBytesConfig(bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=config, dtype=torch.bfloat16, device_map={"": 0}
+    )
+    assert {p.device.type for p in base.parameters()} == {"cuda"}
+    model = get_peft_model(base, METHODS["perft-e"](task_type="CAUSAL_LM"))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = on_cuda(padded_batch([9, 6, 9]))
+    model.train()(**batch, labels=batch["input_ids"]).loss.backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert grads and all(g is not None and torch.isfinite(g).all() for g in grads)
     tokens = model.eval().generate(**on_cuda(padded_batch([5, 5])), max_new_tokens=4, do_sample=False)
     assert tokens.shape == (2, 9)
 

@@ -82,10 +82,13 @@ class MoeArguments:
     moe_lora_plus_ratio: float | None = field(
         default=None, metadata={"help": "Learning rate of the experts' up matrices over learning_rate (LoRA+)."}
     )
+    moe_quantize_experts: bool = field(
+        default=True, metadata={"help": "With load_in_4bit: quantize fused experts too, not linear layers alone."}
+    )
 
 
 # Flags that are no fields of the adapter.
-SCRIPT_FIELDS = ("moe_method", "moe_report", "moe_router_lr", "moe_lora_plus_ratio")
+SCRIPT_FIELDS = ("moe_method", "moe_quantize_experts", "moe_report", "moe_router_lr", "moe_lora_plus_ratio")
 
 
 def moe_config(arguments: MoeArguments, task_type: str = "CAUSAL_LM") -> MoeConfig:
@@ -153,17 +156,20 @@ def refuse_plain_lora(model_args: Any) -> None:
         raise ValueError(f"{changed} describe plain LoRA. Describe the adapter with --moe_* flags, as --moe_r 4.")
 
 
-def model_init_kwargs(model_args: Any, training_args: Any) -> dict[str, Any]:
+def model_init_kwargs(model_args: Any, training_args: Any, quantize_experts: bool = False) -> dict[str, Any]:
     """Arguments of `from_pretrained`, quantization included, in TRL's manner.
 
     Args:
         model_args: TRL's `ModelConfig`.
         training_args: The trainer's arguments.
+        quantize_experts: Quantize fused experts to 4 bits too, which transformers leaves as they are.
     """
     from accelerate import PartialState
     from trl import get_quantization_config
 
     quantization = get_quantization_config(model_args)
+    if quantization is not None and quantize_experts:
+        quantization = moe_peft.MoeBitsAndBytesConfig.from_dict(quantization.to_dict())
     on_gpu = quantization is not None and torch.cuda.is_available()
     kwargs = {
         # The trainer moves the model, except a quantized one, which is packed where it will be. TRL's own default

@@ -11,31 +11,67 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 import moe_peft
 from moe_peft.config import MoeConfig
 from moe_peft.describe import Description
+from moe_peft.quantization import expert_parameters, expert_sizes
 from moe_peft.types import MoePeftWarning
 
 
-def dry_run(model_args: Any, training_args: Any, config: MoeConfig) -> Description:
+def dry_run(
+    model_args: Any,
+    training_args: Any,
+    config: MoeConfig,
+    model_config: Any,
+    model: Any,
+    quantize_experts: bool = False,
+) -> Description:
     """Print which layers the adapter matches and what it trains, from the model's configuration alone.
 
     Args:
         model_args: TRL's `ModelConfig`.
         training_args: The trainer's arguments.
         config: The adapter's configuration.
+        model_config: Configuration of the model to load.
+        model: It on the meta device; see `model_without_weights`.
+        quantize_experts: Whether fused experts will be loaded in 4 bits.
 
     Returns:
         The description that was printed.
 
     Raises:
-        ValueError: There is no model to train, or the configuration does not fit it; nothing has been loaded yet.
+        ValueError: The configuration does not fit the model; nothing has been loaded yet.
     """
-    model_config, model = model_without_weights(model_args, training_args, config.task_type)
     warn_of_backbone_loss(model_config, training_args)
     description = moe_peft.describe(model, config)
     if training_args.local_process_index == 0:
         print(description, flush=True)
+        if quantize_experts:
+            print_expert_bytes(model, model_args)
         for name, count in trained_in_full(model, description.config).items():
             print(f"and {name} in full: {count:,} trainable parameters", flush=True)
     return description
+
+
+def can_quantize_experts(model_args: Any, model: Any) -> bool:
+    """Whether there are fused experts to quantize as they are loaded; a checkpoint may be quantized already.
+
+    Args:
+        model_args: TRL's `ModelConfig`.
+        model: The model on the meta device.
+    """
+    quantized_already = getattr(model.config, "quantization_config", None)
+    return model_args.load_in_4bit and not quantized_already and bool(expert_parameters(model))
+
+
+def print_expert_bytes(model: Any, model_args: Any) -> None:
+    """Print the size of a backbone's fused experts, before and after quantization.
+
+    Args:
+        model: The model on the meta device.
+        model_args: TRL's `ModelConfig`.
+    """
+    dtype = getattr(torch, str(model_args.dtype), None) or model.config.dtype or torch.float32
+    before, after = expert_sizes(model, dtype, model_args.use_bnb_nested_quant)
+    name = str(dtype).removeprefix("torch.")
+    print(f"Fused experts: {before / 1e6:,.1f} MB in {name}, {after / 1e6:,.1f} MB in 4 bits", flush=True)
 
 
 def model_without_weights(model_args: Any, training_args: Any, task_type: str) -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common import load_data, model_init_kwargs, refuse_plain_lora, splits
-from dry_run import model_without_weights
+from dry_run import can_quantize_experts, model_without_weights
 from trl import SFTConfig
 
 import moe_peft
@@ -72,8 +72,11 @@ def main(
     from accelerate import PartialState
 
     refuse_plain_lora(model_args)
-    first = sparse_layers(model_without_weights(model_args, training_args, "CAUSAL_LM")[1])[0]
-    training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
+    _, model = model_without_weights(model_args, training_args, "CAUSAL_LM")
+    first = sparse_layers(model)[0]
+    training_args.model_init_kwargs = model_init_kwargs(
+        model_args, training_args, can_quantize_experts(model_args, model)
+    )
     rows, _ = splits(load_data(script_args, dataset_args), script_args, evaluates=False)
     check_completions(rows, training_args, arguments)
     trainer = make_trainer(model_args, training_args, own_part(rows, training_args.seed), first.index)

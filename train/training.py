@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from checkpoints import resume_point
 from common import MoeArguments, model_init_kwargs, moe_config, refuse_plain_lora
-from dry_run import dry_run
+from dry_run import can_quantize_experts, dry_run, model_without_weights
 from hub import push_to_hub, save_model
 
 import moe_peft
@@ -34,8 +34,10 @@ def prepare(model_args: Any, training_args: Any, moe_args: MoeArguments, task_ty
     if model_args.model_revision != "main":
         config.revision = model_args.model_revision
     training_args.resume_from_checkpoint = resume_point(training_args)
-    dry_run(model_args, training_args, config)
-    training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
+    model_config, model = model_without_weights(model_args, training_args, task_type)
+    quantize_experts = moe_args.moe_quantize_experts and can_quantize_experts(model_args, model)
+    dry_run(model_args, training_args, config, model_config, model, quantize_experts)
+    training_args.model_init_kwargs = model_init_kwargs(model_args, training_args, quantize_experts)
     return config
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..four_bit import Dequantize
 from ..layers import RoutedLayer
 from ..types import MoePeftWarning
 
@@ -30,12 +31,28 @@ def check_training(args: Any, model: nn.Module) -> None:
             MoePeftWarning,
             stacklevel=3,
         )
+    if has_four_bit_experts(model) and not args.gradient_checkpointing:
+        warnings.warn(
+            "gradient_checkpointing=False keeps the dequantized experts of all layers for the backward, which takes "
+            "more memory than 4-bit experts save. Set gradient_checkpointing=True, which keeps one layer's at a time.",
+            MoePeftWarning,
+            stacklevel=3,
+        )
     if getattr(args, "n_gpu", 0) > 1:
         raise ValueError(
             f"One process drives n_gpu={args.n_gpu} GPUs, for which the trainer takes torch.nn.DataParallel, whose "
             "copies of the model share no routing. Start one process per GPU with `accelerate launch`, or show this "
             "process a single GPU (CUDA_VISIBLE_DEVICES=0)."
         )
+
+
+def has_four_bit_experts(model: nn.Module) -> bool:
+    """Whether parameters of a model are dequantized where they are read, as experts in 4 bits are.
+
+    Args:
+        model: Any model.
+    """
+    return any(isinstance(module, Dequantize) for module in model.modules())
 
 
 def check_vllm(model: nn.Module) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 from datasets import Dataset
+from peft import get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from moe_peft import MoePeftWarning, RoutedConfig
+from moe_peft import MoePeftWarning, PerftConfig, RoutedConfig
+from moe_peft.four_bit import dequantize_on_read, quantize
 from moe_peft.integrations import MoeCallback, attach
+from tests.contract.cases import tiny_olmoe
 from tests.integrations.test_callback import adapted, rows, tiny_tokenizer  # noqa: F401
 from tests.tiny import tiny_llama
 
@@ -140,8 +143,6 @@ def test_vllm_is_refused_for_an_adapter_that_cannot_be_merged(tmp_path, tiny_tok
 
 
 def sft_model(num_experts):
-    from peft import get_peft_model
-
     return get_peft_model(
         tiny_llama(), RoutedConfig(num_experts=num_experts, router="dense", router_aux_loss_coef=0.0)
     )
@@ -160,4 +161,21 @@ def test_several_gpus_in_one_process_are_refused(tmp_path, tiny_tokenizer):  # n
     trainer = plain_trainer(tmp_path, tiny_tokenizer, Tracker())
     trainer.args._n_gpu = 2
     with pytest.raises(ValueError, match="One process drives n_gpu=2 GPUs"):
+        attach(trainer)
+
+
+@pytest.mark.bnb
+def test_experts_in_four_bits_without_gradient_checkpointing_warn(tmp_path, tiny_tokenizer, recwarn):  # noqa: F811
+    pytest.importorskip("bitsandbytes")
+    trainer = plain_trainer(tmp_path, tiny_tokenizer, Tracker())
+    base = tiny_olmoe()
+    for layer in base.model.layers:
+        values = quantize(layer.mlp.experts.down_proj)
+        dequantize_on_read(layer.mlp.experts, "down_proj", *values)
+    trainer.model = get_peft_model(base, PerftConfig(variant="E"))
+    trainer.args.gradient_checkpointing = True
+    attach(trainer)
+    assert not [w for w in recwarn if "dequantized" in str(w.message)]
+    trainer.args.gradient_checkpointing = False
+    with pytest.warns(MoePeftWarning, match="keeps the dequantized experts of all layers"):
         attach(trainer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -27,8 +28,8 @@ CASES = {
 }
 
 
-def make_run(folder, method, rows, **values):
-    tiny_mixtral().save_pretrained(folder / "base")
+def make_run(folder, method, rows, sizes=None, **values):
+    tiny_mixtral(**(sizes or {})).save_pretrained(folder / "base")
     make_tokenizer().save_pretrained(folder / "base")
     flags, _ = CASES[method]
     if method.startswith("esft"):
@@ -54,6 +55,29 @@ def test_supervised_fine_tuning_trains_every_tensor_and_saves_what_it_trained(me
     assert_all_moved(out / "checkpoint-1", out, method)
     assert all(torch.isfinite(torch.tensor(e["loss"])) for e in trainer.state.log_history if "loss" in e)
     torch.testing.assert_close(logits(reloaded(str(tmp_path / "base"), out)), logits(trainer.model), rtol=0, atol=0)
+
+
+@pytest.mark.bnb
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@pytest.mark.parametrize("method", ["perft-e", "esft", "mov"])
+def test_four_bits_are_for_the_experts_too_unless_told_otherwise(method, tmp_path, capfd):
+    rows = [{"text": words(i, 6)} for i in range(8)]
+    # Wide enough for the kernels of evaluation.
+    fields = {"router_aux_loss_coef": 0.0, "dtype": "float32", "gradient_checkpointing": True}
+    run = make_run(tmp_path, method, rows, {"hidden_size": 64, "intermediate_size": 64}, **fields)
+    trainer = run_here("sft", run, "--load_in_4bit", "--eval_strategy", "steps", "--eval_steps", "2")
+    # Two layers of four experts with three matrices of 64 x 64, then half a byte a weight and a scale for 64 of them.
+    assert "Fused experts: 0.4 MB in float32, 0.1 MB in 4 bits" in capfd.readouterr().out
+    assert expert_dtypes(trainer.model) == {torch.uint8}
+    assert_all_moved(tmp_path / "out/checkpoint-1", tmp_path / "out", method)
+    trainer = run_here("sft", run, "--load_in_4bit", "--moe_quantize_experts", "false")
+    assert expert_dtypes(trainer.model) == {torch.float32} and "Fused experts" not in capfd.readouterr().out
+
+
+def expert_dtypes(model):
+    """Dtypes of the backbone's experts."""
+    names = (n for n, _ in model.named_parameters() if ".experts." in n and "esft_" not in n and "perft_" not in n)
+    return {model.get_parameter(name).dtype for name in names}
 
 
 @pytest.mark.parametrize("method", ["perft-r", "esft"])

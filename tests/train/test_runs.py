@@ -16,6 +16,7 @@ import yaml
 from peft import get_peft_model
 from transformers import DeepseekV2Config, LlamaConfig, OlmoeConfig, Qwen3Config, Qwen3MoeConfig
 
+import moe_peft
 from moe_peft import describe
 from tests.train.tiny_run import ROOT
 
@@ -181,9 +182,12 @@ def test_a_run_begins_with_its_command_and_every_key_takes_effect(path):
         if key not in ("bf16", "use_cpu", "report_to"):
             assert str(getattr(parsed[key], "value", parsed[key])) == str(value), key
     common.refuse_plain_lora(model)
-    quantization = common.model_init_kwargs(model, training).get("quantization_config")
-    assert (quantization is not None) == model.load_in_4bit
-    if quantization is not None:
+    for quantize in (False, True):
+        quantization = common.model_init_kwargs(model, training, quantize).get("quantization_config")
+        assert (quantization is not None) == model.load_in_4bit
+        if quantization is None:
+            continue
+        assert isinstance(quantization, moe_peft.MoeBitsAndBytesConfig) == quantize
         assert quantization.bnb_4bit_quant_type == "nf4" and quantization.bnb_4bit_use_double_quant
 
 
@@ -225,3 +229,21 @@ def test_a_run_on_selected_experts_reads_what_its_first_command_writes():
         assert run["moe_experts"] == f"{folder}/expert_config.json"
         assert f"--model_name_or_path {run['model_name_or_path']} " in select
         assert (ROOT / re.search(r"train/\w+\.py", select)[0]).is_file()
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in HUB_RUNS if "30b_a3b_4bit" in path.stem], ids=lambda path: path.stem
+)
+def test_a_run_in_four_bits_says_what_its_experts_weigh(path, capsys):
+    *_, model_args, _, moe = parse(path)
+    model = dry_run.meta_model(MODELS[model_args.model_name_or_path], "CAUSAL_LM")
+    assert moe.moe_quantize_experts and dry_run.can_quantize_experts(model_args, model)
+    dry_run.print_expert_bytes(model, model_args)
+    # Two bytes a weight; half a byte, a byte for 64 of them, and four bytes for 64 x 256.
+    weights = 48 * 128 * 3 * 2048 * 768
+    assert capsys.readouterr().out == "Fused experts: 57,982.1 MB in bfloat16, 14,955.6 MB in 4 bits\n"
+    assert (2 * weights, weights // 2 + weights // 64 + weights // 4096) == (57_982_058_496, 14_955_577_344)
+    assert dry_run.expert_sizes(model, torch.bfloat16, True) == (
+        2 * weights,
+        weights // 2 + weights // 64 + weights // 4096,
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from torch import distributed as dist
 from torch import nn
 
 from moe_peft import EsftConfig, LoraMoeConfig, MovConfig, PerftConfig, RoutedConfig, router_loss
+from moe_peft.four_bit import dequantize_on_read, quantize
 from tests.contract.cases import randomize, tiny_olmoe
 from tests.methods.esft_models import sparse_model
 from tests.tiny import padded_batch, tiny_llama, tiny_t5
@@ -49,8 +51,10 @@ CONFIGS = {
     "esft-idle": lambda scope: EsftConfig(experts=IDLE),
     "mov": lambda scope: MovConfig(num_experts=4, target_modules=["k_proj", "v_proj"]),
 }
+FOUR_BIT = ("perft-e-4bit", "esft-4bit") if find_spec("bitsandbytes") else ()
+CONFIGS |= {kind: CONFIGS[kind.removesuffix("-4bit")] for kind in FOUR_BIT}
 # Methods that are tested on a sparse backbone.
-SPARSE = ("perft-r", "perft-e", "esft", "esft-lora", "esft-idle", "mov")
+SPARSE = ("perft-r", "perft-e", "esft", "esft-lora", "esft-idle", "mov", *FOUR_BIT)
 WITHOUT_LOSSES = SPARSE[1:]
 # name -> (configuration, scope, checkpointing)
 CASES = {
@@ -72,6 +76,12 @@ def base_of(case: str) -> nn.Module:
     kind = CASES[case][0]
     if kind == "esft-idle":
         return sparse_model("olmoe", num_experts=32)
+    if kind in FOUR_BIT:
+        base = tiny_olmoe()
+        for layer in base.model.layers:
+            for name in ("gate_up_proj", "down_proj"):
+                dequantize_on_read(layer.mlp.experts, name, *quantize(getattr(layer.mlp.experts, name)))
+        return base
     if kind in SPARSE:
         return tiny_olmoe()
     return tiny_t5(dropout_rate=0.0) if case == "t5" else tiny_llama()

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from moe_peft import LoraMoeConfig, RoutedConfig, SiraConfig
 from tests.contract.cases import groups_for, randomize
-from tests.tiny import padded_batch, tiny_llama
+from tests.tiny import padded_batch, tiny_llama, train
 
 pytestmark = pytest.mark.gpu
 
@@ -68,12 +68,5 @@ def test_four_bit_model_trains_on_cuda(tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization, device_map={"": 0})
     model = get_peft_model(base, LoraMoeConfig(task_type="CAUSAL_LM")).train()
     batch = on_cuda(padded_batch([9, 6, 9]))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(6):
-        loss = model(**batch, labels=batch["input_ids"]).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(model, batch)
     assert losses[-1] < losses[0]

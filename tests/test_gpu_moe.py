@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from moe_peft import MoeBitsAndBytesConfig
 from tests.contract.cases import METHODS, OF_EXPERTS, randomize, tiny_deepseek_v2, tiny_olmoe
 from tests.test_gpu import cuda, on_cuda  # noqa: F401
-from tests.tiny import padded_batch
+from tests.tiny import padded_batch, train
 
 pytestmark = pytest.mark.gpu
 ON_EXPERTS = ["perft-r", "perft-d", *OF_EXPERTS, "mov"]
@@ -40,14 +40,7 @@ def test_bfloat16_trains_with_grouped_experts_and_generates(method):
     base.set_experts_implementation("grouped_mm")
     model = get_peft_model(base, METHODS[method](task_type="CAUSAL_LM")).train()
     batch = on_cuda(padded_batch([9, 6, 9]))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(6):
-        loss = model(**batch, labels=batch["input_ids"]).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(model, batch)
     assert losses[-1] < losses[0]
     tokens = model.eval().generate(**on_cuda(padded_batch([5, 5])), max_new_tokens=4, do_sample=False)
     assert tokens.shape == (2, 9)

@@ -14,7 +14,7 @@ from moe_peft.four_bit import quantize
 from moe_peft.quantization import expert_parameters, expert_sizes
 from moe_peft.sizes import num_base_weights
 from tests.backbones.models import tiny_model
-from tests.tiny import padded_batch, tiny_llama
+from tests.tiny import padded_batch, tiny_llama, train
 
 pytestmark = pytest.mark.bnb
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -129,17 +129,8 @@ def test_adapters_train_on_a_packed_model_and_come_back(folders, tmp_path, adapt
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
-    losses = []
-    for _ in range(6):
-        loss = model(**batch, labels=batch["input_ids"]).loss
-        loss.backward()
-        assert all(p.grad is not None for p in trained.values())
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(model, batch)
     assert losses[-1] < losses[0]
     assert all(torch.equal(model.get_parameter(name), value) for name, value in frozen.items())
     assert not parametrize._cache and not parametrize._cache_enabled

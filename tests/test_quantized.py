@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from moe_peft import LoraMoeConfig, MoloraConfig, MovConfig, PerftConfig, RoutedConfig, SiraConfig, describe
 from moe_peft.layers import RoutedLayer
 from tests.contract.cases import randomize
-from tests.tiny import padded_batch, tiny_llama
+from tests.tiny import padded_batch, tiny_llama, train
 
 pytestmark = pytest.mark.bnb
 pytest.importorskip("bitsandbytes")
@@ -68,14 +68,7 @@ def test_quantized_base_trains_and_comes_back(base_folder, tmp_path, config_cls,
     model.train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     assert {p.dtype for p in trainable} == {torch.float32}
-    optimizer = torch.optim.AdamW(trainable, lr=1e-2)
-    losses = []
-    for _ in range(6):
-        loss = model(**batch, labels=batch["input_ids"]).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(model, batch)
     if config_cls is MovConfig:  # vectors only rescale what a random model computes, which hardly matters to its loss
         assert all(not p.eq(1).any() for name, p in model.named_parameters() if name.endswith(".vectors"))
     else:

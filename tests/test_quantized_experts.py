@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, OlmoeConfig, 
 from moe_peft import PerftConfig, describe
 from moe_peft.layers import RoutedLayer
 from tests.contract.cases import randomize
-from tests.tiny import VOCAB, padded_batch
+from tests.tiny import VOCAB, padded_batch, train
 
 pytestmark = pytest.mark.bnb
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -78,15 +78,7 @@ def test_a_packed_base_trains_and_comes_back(base_folder, tmp_path, variant):
     packed = {n: p.clone() for n, p in model.named_parameters() if p.dtype == torch.uint8}
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert len(packed) == 12 and trainable and all("perft_" in name for name in trainable)
-    optimizer = torch.optim.AdamW(trainable.values(), lr=1e-2)
-    losses = []
-    for _ in range(8):
-        loss = model(**batch, labels=batch["input_ids"]).loss
-        loss.backward()
-        assert all(p.grad is not None for p in trainable.values())
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(model, batch, steps=8)
     assert losses[-1] < losses[0] - 0.02
     assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in packed.items())
 

@@ -156,3 +156,18 @@ def routed_layer_of(model: nn.Module) -> RoutedLayer:
     """The only routed layer of a model."""
     (layer,) = [module for module in model.modules() if isinstance(module, RoutedLayer)]
     return layer
+
+
+def train(model: nn.Module, batch: dict[str, torch.Tensor], steps: int = 6, lr: float = 1e-2) -> list[float]:
+    """Train on one batch with AdamW, every trainable tensor with a gradient in each step; the losses."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=lr)
+    losses = []
+    for _ in range(steps):
+        loss = model(**batch, labels=batch["input_ids"]).loss
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in trainable)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses

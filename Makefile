@@ -44,6 +44,7 @@ quality: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/train_step.py --output benchmarks/results/train_step.json
 	$(BIN)/python benchmarks/moe_block.py --output benchmarks/results/moe_block.json
+	$(BIN)/python benchmarks/decode.py --output benchmarks/results/decode.json
 
 clean:
 	rm -rf $(VENV) .cache outputs

@@ -68,7 +68,10 @@ class ExpertSlices(nn.Module):
             return base_out_TO + compute(tensors, x_TD, experts_TK, weights_TK).to(base_out_TO.dtype)
         rows, slots = hit_TK.nonzero(as_tuple=True)
         if rows.numel() == 0:
-            zeros = [0.0 * tensor.sum() for tensor in tensors.values()]
+            if not torch.is_grad_enabled():
+                return base_out_TO
+            # Sums of nothing: gradients of zero without reading the copies.
+            zeros = [tensor.flatten()[:0].sum() for tensor in tensors.values()]
             return base_out_TO + torch.stack(zeros).sum().to(base_out_TO.dtype)
         added = compute(tensors, x_TD[rows], experts_TK[rows, slots][:, None], weights_TK[rows, slots][:, None])
         return base_out_TO.index_add(0, rows, added.to(base_out_TO.dtype))

@@ -88,6 +88,17 @@ def test_parameters_get_zero_gradients_where_no_slot_uses_them(num_tokens):
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in bank.parameters())
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_copies_that_no_slot_uses_are_not_read(grad):
+    bank = ExpertSlices(backbone_tensors(), IDS)
+    for parameter in bank.parameters():
+        parameter.data.fill_(torch.inf)
+    x, base, local, weights = case(4)
+    with torch.set_grad_enabled(grad):
+        out = bank(x, base, torch.full_like(local, 2), weights, compute)
+    assert torch.equal(out, base) and (out.grad_fn is not None or not grad)
+
+
 def test_a_copy_that_no_slot_uses_gets_a_zero_gradient_beside_one_that_is_used():
     bank = ExpertSlices(backbone_tensors(), IDS)
     x, base, _, weights = case(4)

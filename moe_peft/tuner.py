@@ -20,6 +20,9 @@ from .context import ForwardTracker, find_tracker
 from .layers import LAYERS, RoutedLayer
 from .placement import find_places, resolve_targets
 
+# Parts that the names of saved weights have beside those of the place, see layers.RoutedLayer.
+NAME_PARTS = frozenset({"base_model", "base_layer", "model", "A", "B", "vectors", "weight"})
+
 
 class RoutedTuner(BaseTuner):
     """Base of the tuner of every routed adapter type; a subclass sets `prefix`."""
@@ -40,6 +43,7 @@ class RoutedTuner(BaseTuner):
         resolve_targets(model, peft_config)
         places = find_places(model, peft_config, **get_quantization_kwargs(model))
         self._places = {place.name: place for place in places}
+        self._check_name(peft_config)
         self._check_kinds(peft_config, model)
         if peft_config.placement != "linear":
             _record_router_outputs(model)
@@ -51,6 +55,19 @@ class RoutedTuner(BaseTuner):
         if group_column is not None:
             known = tracker.group_columns.get(group_column, frozenset())
             tracker.group_columns[group_column] = known | frozenset(groups or ())
+
+    def _check_name(self, peft_config: MoeConfig) -> None:
+        """Refuse an adapter name that its weights' own names contain, as peft saves and loads by that part of them."""
+        newest_first = reversed(self.peft_config.items())
+        adapter_name = next(name for name, config in newest_first if config is peft_config)
+        parts = {*NAME_PARTS, f"{self.prefix}experts", f"{self.prefix}router"}
+        for place in self._places:
+            if adapter_name in parts.union(place.split(".")):
+                raise ValueError(
+                    f"adapter_name={adapter_name!r} is a part of the names of the weights at {place}, by which peft "
+                    "tells adapters apart, so that saving would lose weights. Take another name, as "
+                    f"{'adapter_' + adapter_name!r}."
+                )
 
     def _check_kinds(self, peft_config: MoeConfig, model: nn.Module) -> None:
         """Refuse an adapter whose layer computes in another way than the one that is there under its prefix."""

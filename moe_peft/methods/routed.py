@@ -85,6 +85,9 @@ class RoutedConfig(LocalizedBalancingConfig):
         self._check_choice("activation", tuple(ACTIVATIONS))
         if self.experts != "bottleneck":
             self._check_left_alone("activation", f"the kind {self.experts!r} has none")
+        else:
+            for name in ("lora_alpha", "use_rslora"):
+                self._check_left_alone(name, "the kind 'bottleneck' has no scale")
         if self.router == BACKBONE:
             self._check_left_alone("num_experts", "there is one expert for each of the backbone's")
         if not self._router_learns():

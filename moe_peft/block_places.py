@@ -36,7 +36,7 @@ def block_names(model: nn.Module, layers: list[MoeLayer], linears: list[str]) ->
     # The linear layers of a block that another adapter wraps cannot be seen.
     parents |= {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     blocks = [name for name in parents if re.search(r"\.\d+\.", f"{name}.") and not name.rpartition(".")[2].isdigit()]
-    found = [name for name in modules if name in blocks and mlp_features(modules[name]) is not None]
+    found = [name for name in modules if name in blocks and _is_mlp(modules[name])]
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no block that an adapter can wrap: its layers have no MLP module that maps "
@@ -135,6 +135,12 @@ def mlp_features(module: nn.Module) -> int | None:
     if len(linears) < 2 or linears[0][0] != linears[-1][1]:
         return None
     return linears[0][0]
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    """Whether a module of linear layers is an MLP, and not a mixer of tokens, as those with a convolution are."""
+    mixes = any(isinstance(child, nn.Conv1d) for child in module.children())
+    return not mixes and mlp_features(module) is not None
 
 
 def _linear_widths(module: nn.Module) -> tuple[int, int] | None:

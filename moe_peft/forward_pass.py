@@ -58,7 +58,9 @@ class ForwardPass:
         if len(leading) == 1 and self.shape is not None and leading[0] == self.shape[0] * self.shape[1]:
             rows = self.shape
         valid_T = None
-        if mask is not None and len(rows) == 2 and mask.shape[0] == rows[0] and mask.shape[1] >= rows[1]:
+        # A longer mask is that of cached tokens; but other rows, as a vision tower's patches, have no mask at all.
+        cached = mask is not None and rows == self.shape and mask.shape[0] == rows[0] and mask.shape[1] > rows[1]
+        if mask is not None and len(rows) == 2 and (cached or tuple(mask.shape) == tuple(rows)):
             valid_T = mask[:, mask.shape[1] - rows[1] :].reshape(-1).to(device).bool()
         if self.segments is not None and not from_encoder and tuple(self.segments.shape) == rows:
             sequences_T, num_sequences = number_segments(self.segments.to(device))

@@ -118,8 +118,10 @@ def resolve_targets(model: nn.Module, config: MoeConfig) -> None:
         config: Its `target_modules` is set.
 
     Raises:
-        ValueError: It is None, and the model has no structure to choose by.
+        ValueError: It is None, and the model has no structure to choose by; or `layers_to_transform` and
+            `layers_pattern` would have no effect.
     """
+    _check_layer_selection(config)
     layers = find_moe_layers(model)
     config.resolve(model, layers)
     targets = config.target_modules
@@ -134,7 +136,25 @@ def resolve_targets(model: nn.Module, config: MoeConfig) -> None:
             )
         config.target_modules = set(default_target_modules(model, config.default_targets))  # type: ignore[assignment]
     elif isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-        config.target_modules = set(linear_names(model))  # type: ignore[assignment]
+        # Endings, as peft takes a full name whatever its layer.
+        names = linear_names(model)
+        config.target_modules = set(shortest_endings(names, set(dict(model.named_modules())) - set(names)))  # type: ignore[assignment]
+
+
+def _check_layer_selection(config: MoeConfig) -> None:
+    """Refuse a choice of layers that peft would not look at."""
+    targets, layers, pattern = config.target_modules, config.layers_to_transform, config.layers_pattern
+    kind = type(config).__name__
+    if layers is None and pattern:
+        raise ValueError(f"{kind}: layers_pattern={pattern!r} has no effect without layers_to_transform; set both.")
+    if layers == []:
+        raise ValueError(f"{kind}: layers_to_transform=[] names no layer. Write None for all layers, or some indices.")
+    regex = isinstance(targets, str) and targets.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND
+    if regex and layers is not None:
+        raise ValueError(
+            f"{kind}: layers_to_transform={layers!r} has no effect on target_modules={targets!r}, a regex of full "
+            "names. Write the layers into it, as in r'.*layers\\.(0|1)\\..*_proj', or give a list of names."
+        )
 
 
 def find_places(model: nn.Module, config: MoeConfig, **quantization: Any) -> list[Place]:
@@ -174,6 +194,7 @@ def find_places(model: nn.Module, config: MoeConfig, **quantization: Any) -> lis
             )
         if config.placement == "block":
             _refuse_adapted_parts(name, module)
+        _refuse_trained_parts(name, module, config.modules_to_save or [])
         places.append(PLACES[config.placement](name, module, layers, quantization))
         taken.add(name)
     if not places and not excluded:
@@ -216,6 +237,16 @@ def _refuse_adapted_parts(name: str, block: nn.Module) -> None:
         )
 
 
+def _refuse_trained_parts(name: str, module: nn.Module, modules_to_save: list[str]) -> None:
+    for part, _ in module.named_modules():
+        if part and f"{name}.{part}".endswith(tuple(modules_to_save)):
+            raise ValueError(
+                f"modules_to_save={modules_to_save!r} matches {name}.{part}, which lies inside {name}, where an "
+                "adapter wraps the whole module and peft keeps no trained copy of a part. Name modules outside, or "
+                "take an adapter around the experts alone (PERFT variant 'E'), which leaves a block's router outside."
+            )
+
+
 def _no_match(model: nn.Module, config: MoeConfig) -> str:
     targets = config.target_modules
     outer = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
@@ -225,14 +256,20 @@ def _no_match(model: nn.Module, config: MoeConfig) -> str:
                 f"Target modules {targets} lie inside modules that an adapter wraps already ({name}), where peft adds "
                 "no further one. Put the adapter on a base model of its own."
             )
-    leaves = _leaves(linear_names(model))
+    kind, names = "Linear layers", linear_names(model)
+    if config.placement in NAMES:
+        kind = "Experts modules" if config.placement != "block" else "Blocks"
+        names = NAMES[config.placement](model, find_moe_layers(model))
+    leaves = _leaves(names)
     wanted = [targets] if isinstance(targets, str) else sorted(targets or [])
     near = {match for name in wanted for match in difflib.get_close_matches(name.rpartition(".")[2], leaves)}
-    hint = f"Nearest names: {sorted(near)}. " if near else ""
-    layers = "" if config.layers_to_transform is None else f" in the layers {config.layers_to_transform}"
+    hint = f"Nearest names: {sorted(near)}. " if near - set(wanted) else ""
+    layers, default = "", " Leave target_modules None to take them all." if config.placement in NAMES else ""
+    if config.layers_to_transform is not None:
+        layers = f" in the layers {config.layers_to_transform} (layers_pattern names the list that is counted)"
     return (
         f"Target modules {targets} not found in the base model{layers}. {hint}"
-        f"Linear layers of {type(model).__name__} are called {leaves}."
+        f"{kind} of {type(model).__name__} are called {leaves}.{default}"
     )
 
 

@@ -63,6 +63,14 @@ def test_missing_tensor_is_named_and_no_weight_changes(base, folder):
 
 
 @checks_tensors
+def test_tensors_of_layers_that_the_model_lacks_are_not_dropped_silently(folder):
+    with pytest.raises(
+        ValueError, match=r"9 tensors more than this model has places for, the first is .*layers\.1\.mlp"
+    ):
+        PeftModel.from_pretrained(tiny_llama(num_hidden_layers=1), folder)
+
+
+@checks_tensors
 def test_other_width_than_the_model_needs_is_refused(folder):
     wider = tiny_llama(intermediate_size=64)
     with pytest.raises(ValueError, match=r"shape .*48.* but this model needs .*64"):

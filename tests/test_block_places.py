@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_peft import PerftConfig
 from moe_peft.backbone import find_moe_layers
@@ -28,6 +29,23 @@ def test_dense_models_give_the_mlps_of_their_layers():
     assert blocks(tiny_llama()) == ["model.layers.0.mlp", "model.layers.1.mlp"]
     assert blocks(tiny_gpt2()) == ["transformer.h.0.mlp", "transformer.h.1.mlp"]
     assert blocks(tiny_t5())[0] == "encoder.block.0.layer.1.DenseReluDense"
+
+
+HYBRIDS = {
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "attn_layer_indices": [1]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1},
+}
+
+
+@pytest.mark.parametrize("model_type", HYBRIDS)
+def test_mixers_of_a_dense_hybrid_are_no_mlps(model_type):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(model_type, **sizes, **heads, **HYBRIDS[model_type])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert blocks(model) == ["model.layers.0.feed_forward", "model.layers.1.feed_forward"]
 
 
 def test_a_model_without_a_module_for_its_mlp_is_refused():

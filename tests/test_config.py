@@ -100,6 +100,8 @@ def test_one_expert_group_is_refused(config):
 @pytest.mark.parametrize("config", [LoraMoeConfig, RoutedConfig])
 def test_three_expert_groups_are_refused_in_the_paper_mode_alone(config):
     fields = {"num_experts": 3, "expert_groups": [0, 1, 2]}
+    if config is RoutedConfig:
+        fields["losses"] = {"localized_balancing": 0.1}
     with pytest.raises(ValueError, match="for more groups set localized_balancing_mode='specialize'"):
         config(**fields)
     assert config(**fields, localized_balancing_mode="specialize").expert_groups == [0, 1, 2]

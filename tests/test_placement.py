@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClassification
 
-from moe_peft import LoraMoeConfig, MoloraConfig, PerftConfig, RoutedConfig, SiraConfig, describe
+from moe_peft import LoraMoeConfig, MoloraConfig, MovConfig, PerftConfig, RoutedConfig, SiraConfig, describe
 from moe_peft.layers import RoutedLayer
 from moe_peft.placement import default_target_modules, linear_names, shortest_endings
 from tests.contract.cases import tiny_olmoe, tiny_qwen3
@@ -165,3 +165,59 @@ def test_blocks_that_an_adapter_wraps_are_found_for_the_next_one(layers):
         model.add_adapter("second", PerftConfig())
         wrapped = [(n, m) for n, m in model.base_model.model.named_modules() if isinstance(m, RoutedLayer)]
         assert [name for name, module in wrapped if "second" in module.experts] == names
+
+
+@pytest.mark.parametrize("config_cls", [LoraMoeConfig, MovConfig])
+def test_all_linear_keeps_to_the_layers_that_are_chosen(config_cls):
+    config = config_cls(target_modules="all-linear", layers_to_transform=[1])
+    names = [place.name for place in describe(tiny_llama(), config).places]
+    assert len(names) == 7 and all(name.startswith("model.layers.1.") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"target_modules": r".*\.mlp", "layers_to_transform": [0]},
+            r"layers_to_transform=\[0\] has no effect on target_modules='.*mlp', a regex.*Write the layers into it",
+        ),
+        ({"layers_pattern": "layers"}, "layers_pattern='layers' has no effect without layers_to_transform; set both"),
+        ({"layers_to_transform": []}, r"layers_to_transform=\[\] names no layer. Write None for all layers"),
+    ],
+)
+def test_a_choice_of_layers_without_effect_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        describe(tiny_llama(), PerftConfig(**fields))
+
+
+@pytest.mark.parametrize(
+    ("build", "config", "message"),
+    [
+        (tiny_mixtral, PerftConfig(target_modules=["block_sparse_moe"]), r"Blocks of Mixtral\w+ are called \['mlp'\]"),
+        (
+            tiny_mixtral,
+            PerftConfig(variant="E", target_modules=["expert"]),
+            r"Nearest names: \['experts'\]. Experts mod",
+        ),
+        (
+            tiny_llama,
+            PerftConfig(layers_to_transform=[7]),
+            r"in the layers \[7\] \(layers_pattern names the list.*\['mlp'\]",
+        ),
+    ],
+)
+def test_missing_blocks_and_experts_name_those_that_are_there(build, config, message):
+    with pytest.raises(ValueError, match=f"{message}.*Leave target_modules None to take them all"):
+        describe(build(), config)
+
+
+def test_a_part_of_a_wrapped_block_cannot_be_trained_in_full_beside_it():
+    model = tiny_mixtral()
+    before = set(dict(model.named_modules()))
+    with pytest.raises(ValueError, match=r"matches model.layers.0.mlp.gate, which lies inside .*PERFT variant 'E'"):
+        get_peft_model(model, PerftConfig(modules_to_save=["gate"]))
+    assert set(dict(model.named_modules())) == before
+    beside = get_peft_model(model, PerftConfig(variant="E", modules_to_save=["gate"]))
+    assert beside.get_submodule(
+        "base_model.model.model.layers.1.mlp.gate.modules_to_save.default"
+    ).weight.requires_grad

@@ -15,7 +15,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 
-from moe_peft import LoraMoeConfig, MoloraConfig, MovConfig, RoutedConfig, SiraConfig
+from moe_peft import LoraMoeConfig, MoePeftWarning, MoloraConfig, MovConfig, RoutedConfig, SiraConfig
 from moe_peft.context import TRACKER_ATTRIBUTE
 from moe_peft.layers import RoutedLayer
 from tests.contract.cases import randomize
@@ -268,7 +268,10 @@ def test_stock_lora_beside_ours_saves_and_loads_cleanly(base, batch, tmp_path):
 def test_adapter_attached_to_the_parts_of_two_types_wraps_around(base, batch):
     model = copy.deepcopy(base)
     model.add_adapter(MoloraConfig(target_modules=["down_proj"]), adapter_name="inner")
-    model.add_adapter(SiraConfig(target_modules=["down_proj"]), adapter_name="outer")
+    with pytest.warns(
+        MoePeftWarning, match=r"down_proj \(and 1 more\) has an adapter of another type.*Save it before"
+    ):
+        model.add_adapter(SiraConfig(target_modules=["down_proj"]), adapter_name="outer")
     randomize(model)
     places = [layer for layer in model.modules() if isinstance(layer, RoutedLayer)]
     assert {layer.prefix for layer in places} == {"molora_", "sira_"}

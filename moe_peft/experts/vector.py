@@ -6,11 +6,13 @@ The residual form starts as the identity under any weights, also where only the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..ops import without_rounding
 from ..types import Routing
 
 
@@ -27,7 +29,7 @@ class VectorExperts(nn.Module):
         init_weights: True: ones. False: normal around one with standard deviation 0.5, for tests.
 
     Attributes:
-        vectors: (E, O).
+        vectors: (E, O), float32 in a 16-bit model too: near one, 16 bit has no room for small steps.
         mergeable: Whether the experts add a matrix to the base weight; they multiply it.
     """
 
@@ -75,6 +77,11 @@ class VectorExperts(nn.Module):
         offsets = (self.vectors - 1).to(dtype).view(num_experts, *by_head)
         scaled: torch.Tensor = _Scale.apply(base_out_TO.view(num_tokens, *by_head), gates, offsets)
         return scaled.reshape(num_tokens, width)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> VectorExperts:
+        """Follow a change of device, but never one to a 16-bit dtype."""
+        super()._apply(lambda t: without_rounding(t, fn(t)), recurse)
+        return self
 
 
 class _Scale(torch.autograd.Function):

@@ -97,7 +97,8 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             self.selections[adapter_name] = parts.selection
         self._local_indices.clear()
         _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        if dtype is not None and dtype.is_floating_point:
+        # Eight bits hold a frozen weight with a scale of its own; a trained one would be rounded.
+        if dtype is not None and dtype.is_floating_point and dtype.itemsize > 1:
             parts.experts.to(dtype)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)

@@ -85,6 +85,14 @@ class RoutedConfig(LocalizedBalancingConfig):
         self._check_choice("activation", tuple(ACTIVATIONS))
         if self.experts != "bottleneck":
             self._check_left_alone("activation", f"the kind {self.experts!r} has none")
+        else:
+            for name in ("lora_alpha", "use_rslora"):
+                self._check_left_alone(name, "the kind 'bottleneck' has no scale")
+        self._check(
+            self.expert_groups is None or "localized_balancing" in (self.losses or {}),
+            "expert_groups",
+            "None without the loss that reads it; set its weight, as in losses={'localized_balancing': 0.1}",
+        )
         if self.router == BACKBONE:
             self._check_left_alone("num_experts", "there is one expert for each of the backbone's")
         if not self._router_learns():

@@ -8,9 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .dense import combine_experts, dense_experts, project
-from .dtypes import cast_to_compute_dtype
+from .dtypes import cast_to_compute_dtype, without_rounding
 from .eager import eager_experts
 
 IMPLEMENTATIONS: dict[str, Callable] = {"eager": eager_experts, "dense": dense_experts}
 
-__all__ = ["IMPLEMENTATIONS", "cast_to_compute_dtype", "combine_experts", "dense_experts", "eager_experts", "project"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "cast_to_compute_dtype",
+    "combine_experts",
+    "dense_experts",
+    "eager_experts",
+    "project",
+    "without_rounding",
+]

@@ -1,4 +1,4 @@
-"""The dtype an adapter computes in: that of its input, or autocast's where autocast is on."""
+"""The dtype an adapter computes in, that of its input or autocast's; and weights that are never rounded to 16 bit."""
 
 from __future__ import annotations
 
@@ -20,3 +20,18 @@ def cast_to_compute_dtype(x: torch.Tensor) -> torch.Tensor:
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
+
+
+def without_rounding(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Let a module's weight follow a change of device or dtype, but never one to 16 bit or less.
+
+    Args:
+        before: The weight.
+        after: What a function of the module made of it, as `module.to(...)` does.
+
+    Returns:
+        after, or before on the device of after where that is narrower than float32.
+    """
+    if after.is_floating_point() and after.dtype.itemsize < min(before.dtype.itemsize, 4):
+        return before.to(after.device)
+    return after

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..ops import without_rounding
 from ..types import Routing, TokenContext
 
 
@@ -140,14 +141,8 @@ class LinearRouter(Router):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> LinearRouter:
         """Follow a change of device, but never one to a 16-bit dtype."""
-        super()._apply(lambda t: _without_rounding(t, fn(t)), recurse)
+        super()._apply(lambda t: without_rounding(t, fn(t)), recurse)
         return self
-
-
-def _without_rounding(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    if after.is_floating_point() and after.dtype.itemsize < before.dtype.itemsize:
-        return before.to(after.device)
-    return after
 
 
 def gate_probs(logits_TE: torch.Tensor, expert_dropout: float, context: TokenContext) -> torch.Tensor:

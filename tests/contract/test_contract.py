@@ -124,7 +124,9 @@ def test_sixteen_bit_base_gives_sixteen_bit_output_and_keeps_float32_routers(mod
         randomize(model)
         routers, experts = (adapter_parameters(model, kind).values() for kind in ("router", "experts"))
         assert {p.dtype for p in routers} <= {torch.float32}
-        assert {p.dtype for p in experts} == {torch.float32 if autocast_adapter_dtype else torch.bfloat16}
+        # Vectors are near one, where 16 bit has no room for what they learn.
+        keeps = autocast_adapter_dtype or method.startswith("mov")
+        assert {p.dtype for p in experts} == {torch.float32 if keeps else torch.bfloat16}
         batch = case.batch()
         output = model.train()(**batch, **groups_for(config, batch))
         assert output.logits.dtype == torch.bfloat16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from moe_peft import EsftConfig, PerftConfig, RoutedConfig
@@ -12,7 +12,7 @@ from moe_peft.layers import RoutedExperts
 from tests import perft_reference
 from tests.compare import assert_same
 from tests.contract.cases import randomize
-from tests.perft_models import layer_of, perft_config, perft_model, sparse_model
+from tests.perft_models import experts_of, layer_of, perft_config, perft_model, sparse_model
 from tests.tiny import padded_batch
 
 
@@ -104,7 +104,7 @@ def test_a_router_of_its_own_may_stand_at_the_experts():
 
 
 def test_the_general_type_follows_the_backbone_too():
-    config = RoutedConfig(wraps="experts", router="backbone", r=3, lora_alpha=6, experts="bottleneck")
+    config = RoutedConfig(wraps="experts", router="backbone", r=3, experts="bottleneck")
     model = get_peft_model(sparse_model("olmoe", torch.float64), config)
     randomize(model)
     batch = padded_batch([9, 6])
@@ -130,3 +130,28 @@ def test_following_the_backbone_needs_its_experts():
         RoutedConfig(router="backbone", wraps="block")
     with pytest.raises(TypeError, match="is no experts module of the backbone; those are"):
         get_peft_model(sparse_model("olmoe"), PerftConfig(variant="E", target_modules=["mlp"]))
+
+
+@pytest.mark.parametrize("through", ["peft", "peft without autocast", "transformers"])
+def test_adapters_of_eight_bit_experts_are_not_rounded_to_theirs(through, tmp_path):
+    def base():
+        model = sparse_model("mixtral")
+        for layer in model.model.layers:
+            for name in ("gate_up_proj", "down_proj"):
+                weight = getattr(layer.mlp.experts, name).data.to(torch.float8_e4m3fn)
+                setattr(layer.mlp.experts, name, nn.Parameter(weight, requires_grad=False))
+        return model
+
+    model = get_peft_model(base(), perft_config("E"))
+    A = experts_of(model).A
+    assert A.dtype == torch.float32 and A.unique().numel() > 0.99 * A.numel()
+    model.save_pretrained(tmp_path)
+    if through == "transformers":
+        loaded = base()
+        loaded.load_adapter(str(tmp_path))
+    else:
+        loaded = PeftModel.from_pretrained(base(), tmp_path, autocast_adapter_dtype=through == "peft")
+    (found,) = [
+        p for name, p in loaded.named_parameters() if name.endswith("layers.1.mlp.experts.perft_experts.default.A")
+    ]
+    assert torch.equal(found, A)

@@ -279,3 +279,17 @@ def test_feedforward_modules_that_match_nothing_are_refused():
     own = config(feedforward_modules=r".*\.mlp\.down_proj", target_modules=["down_proj", "v_proj"])
     sides = {p.name.rpartition(".")[2]: own.scales_input(p.name) for p in describe(tiny_llama(), own).places}
     assert sides == {"down_proj": True, "v_proj": False}
+
+
+def test_vectors_of_a_sixteen_bit_model_are_not_rounded(tmp_path):
+    model = get_peft_model(tiny_llama().bfloat16(), config())
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    loaded = tiny_llama().bfloat16()
+    loaded.load_adapter(str(tmp_path))
+    plain = PeftModel.from_pretrained(tiny_llama().bfloat16(), tmp_path, autocast_adapter_dtype=False)
+    cast = copy.deepcopy(model).bfloat16()
+    for other in (loaded, plain, cast):
+        found = [p for n, p in other.named_parameters() if n.endswith(".vectors")]
+        expected = [p for n, p in model.named_parameters() if n.endswith(".vectors")]
+        assert all(torch.equal(p, q) for p, q in zip(found, expected, strict=True))

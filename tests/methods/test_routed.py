@@ -154,7 +154,19 @@ def test_around_a_block_it_is_perft(router):
             {"router": "backbone", "wraps": "experts", "num_experts": 4},
             "there is one expert for each of the backbone's",
         ),
+        (
+            {"num_experts": 2, "expert_groups": [0, 1], "losses": {"z_loss": 0.1}},
+            r"expert_groups=\[0, 1\] must be None without the loss that reads it; set its weight",
+        ),
         ({"activation": "relu"}, "activation='relu' must be left at 'silu': the kind 'low_rank' has none"),
+        (
+            {"experts": "bottleneck", "lora_alpha": 64},
+            "lora_alpha=64 must be left at 8: the kind 'bottleneck' has no sc",
+        ),
+        (
+            {"experts": "bottleneck", "use_rslora": True},
+            "use_rslora=True must be left at False: the kind 'bottleneck'",
+        ),
         ({"router": "constant", "losses": {"z_loss": 0.1}}, "the 'constant' router learns nothing"),
         ({"router": "constant", "router_z_loss_coef": 0.1}, "the 'constant' router learns nothing"),
     ],

@@ -6,6 +6,7 @@
     R4  routing: the inputs of the experts module
     R5  widths and number of experts: those of the experts' weights
     R6  linear adapters stay out of routers
+    R7  experts of an encoder of images or sound are not those of the language model
 
 No rule asks for the name of a class, as quantization replaces classes.
 """
@@ -23,6 +24,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .modalities import encoder_names
 from .types import MoeLayer
 
 # Names of the modules that decide about experts: anywhere, and where `experts` stands beside them.
@@ -103,16 +105,16 @@ def experts_call(args: tuple, kwargs: dict[str, Any]) -> ExpertsCall:
 
 
 def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
-    """The sparse layers of a model whose experts an adapter can follow, in its order; empty for a dense one.
+    """The sparse layers of a language model whose experts an adapter can follow, in order; empty for a dense one.
 
     Args:
         model: Any model, with or without adapters.
     """
     found: list[MoeLayer] = []
-    adapters = _adapter_parts(model)
+    others = _adapter_parts(model) | encoder_names(model)
     for name, module in model.named_modules():
         parent_name, _, leaf = name.rpartition(".")
-        if leaf == "base_layer" or leaf.startswith("shared") or is_below(name, adapters):
+        if leaf == "base_layer" or leaf.startswith("shared") or is_below(name, others):
             continue
         if not _is_experts(leaf, base_of(module)):
             continue
@@ -148,11 +150,13 @@ def opaque_blocks(model: nn.Module) -> dict[str, str]:
         Full name of the block -> why, in the model's order.
     """
     followed = {layer.experts.rpartition(".")[0] for layer in find_moe_layers(model)}
-    routers = router_names(model)
+    routers, encoders = router_names(model), encoder_names(model)
     blocks: dict[str, str] = {}
     for parent_name, parent in model.named_modules():
         routes = any(f"{parent_name}.{child}" in routers for child, _ in parent.named_children())
         if not parent_name or not routes or parent_name in followed or ATTENTION.search(parent_name):
+            continue
+        if is_below(parent_name, encoders):
             continue
         name, experts = _outermost(parent_name), dict(parent.named_children()).get("experts")
         if experts is None:

@@ -45,7 +45,11 @@ def segments_of(inputs: dict[str, Any]) -> torch.Tensor | None:
     seq_idx = two_dimensional(inputs.get("seq_idx"))
     if seq_idx is not None:
         return seq_idx
-    positions = two_dimensional(inputs.get("position_ids"))
+    positions = inputs.get("position_ids")
+    if isinstance(positions, torch.Tensor) and positions.ndim == 3 and positions.shape[0] == 4:
+        # Those of the text, then time, height and width.
+        positions = positions[0]
+    positions = two_dimensional(positions)
     if positions is None or two_dimensional(inputs.get("attention_mask")) is not None:
         return None
     restarts = torch.zeros_like(positions)

@@ -8,7 +8,8 @@ from typing import Any, cast
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .backbone import ATTENTION, base_of, block_width, opaque_blocks, unsupported_reason
+from .backbone import ATTENTION, base_of, block_width, is_below, opaque_blocks, unsupported_reason
+from .modalities import encoder_names
 from .types import MoeLayer, Place
 
 
@@ -20,7 +21,7 @@ def block_names(model: nn.Module, layers: list[MoeLayer], linears: list[str]) ->
     Args:
         model: A transformers model.
         layers: Its sparse layers.
-        linears: Names of its linear layers.
+        linears: Names of the linear layers of its language model.
 
     Returns:
         Full module names.
@@ -34,7 +35,9 @@ def block_names(model: nn.Module, layers: list[MoeLayer], linears: list[str]) ->
         return [name for name in modules if name in sparse]
     parents = {name.rpartition(".")[0] for name in linears if not ATTENTION.search(name)}
     # The linear layers of a block that another adapter wraps cannot be seen.
-    parents |= {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    wrapped = (name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    encoders = encoder_names(model)
+    parents |= {name for name in wrapped if not is_below(name, encoders)}
     blocks = [name for name in parents if re.search(r"\.\d+\.", f"{name}.") and not name.rpartition(".")[2].isdigit()]
     found = [name for name in modules if name in blocks and _is_mlp(modules[name])]
     if not found:
@@ -80,7 +83,7 @@ def block_place(name: str, module: nn.Module, layers: list[MoeLayer], quantizati
     layer = next((layer for layer in layers if name in (layer.block, layer.experts)), None)
     if layer is not None and name == layer.experts:
         return Place(name, layer.in_features, layer.out_features, kind=type(base).__name__)
-    routes = layer is not None or "router" in dict(base.named_children())
+    routes = layer is not None or not {"router", "experts"}.isdisjoint(dict(base.named_children()))
     features = block_width(base) if routes else mlp_features(base)
     if features is None:
         raise TypeError(

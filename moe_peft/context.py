@@ -20,7 +20,7 @@ from torch import nn
 from .batch import batch_shape, check_groups, named_inputs, segments_of, two_dimensional
 from .forward_pass import ForwardPass
 from .layer_losses import ForwardLosses, LayerLosses, WindowSums, finish
-from .types import LossScale, MoePeftWarning, Routing, TokenContext
+from .types import LossScale, MoePeftWarning, Routing, Rows, TokenContext
 
 TRACKER_ATTRIBUTE = "_moe_peft_tracker"
 HANDLES_ATTRIBUTE = "_moe_peft_handles"
@@ -105,12 +105,12 @@ class ForwardTracker:
             handle.remove()
         model.__dict__.pop(TRACKER_ATTRIBUTE, None)
 
-    def tokens(self, x: torch.Tensor, from_encoder: bool = False, in_training: bool = False) -> TokenContext:
+    def tokens(self, x: torch.Tensor, rows: Rows = "tokens", in_training: bool = False) -> TokenContext:
         """Describe the tokens of a layer's input.
 
         Args:
             x: (..., D) input.
-            from_encoder: Whether x holds encoder states.
+            rows: What the rows of x are.
             in_training: Whether the layer is in train mode, which outside a forward of the model is worth a warning.
         """
         recomputing = self._recomputing()
@@ -119,7 +119,7 @@ class ForwardTracker:
             self._warn_once(OUTSIDE)
         if forward_pass is None or not (forward_pass.training or self.observers):
             return INFERENCE
-        return forward_pass.tokens(tuple(x.shape[:-1]), x.device, from_encoder)
+        return forward_pass.tokens(tuple(x.shape[:-1]), x.device, rows)
 
     def enter(self, place: str, adapter: str, measured: LayerLosses) -> LayerLosses:
         """Keep the router losses of a layer in a training pass.
@@ -213,6 +213,8 @@ class ForwardTracker:
             attention_mask=two_dimensional(inputs.get("attention_mask")),
             encoder_attention_mask=two_dimensional(inputs.get("encoder_attention_mask")),
             segments=segments_of(inputs),
+            # ERNIE 4.5 VL has a block for each modality.
+            modalities=two_dimensional(inputs.get("moe_mm_token_type_ids")),
             groups=self._groups,
         )
         if self.current.training:

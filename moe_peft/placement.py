@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -12,11 +13,13 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .backbone import base_of, find_moe_layers, is_below, router_names
 from .block_places import block_names, block_place, experts_names, experts_place
-from .types import MoeLayer, Place
+from .modalities import encoder_names
+from .types import MoeLayer, Place, Rows
 
 if TYPE_CHECKING:
     from .config import MoeConfig
@@ -65,15 +68,24 @@ def linear_names(model: nn.Module) -> list[str]:
     return names
 
 
+def text_linear_names(model: nn.Module) -> list[str]:
+    """Those of `linear_names` that belong to no encoder of images or sound, of which adapters choose their places."""
+    encoders = encoder_names(model)
+    return [name for name in linear_names(model) if not is_below(name, encoders)]
+
+
 def _output_heads(model: nn.Module) -> list[nn.Module]:
     """The layer that predicts tokens, or that classifies or scores a sequence."""
-    embeddings = cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    heads = [embeddings] if embeddings is not None else [getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES]
+    # A multi-modal model may leave the head to its language model.
+    parts = [model, *(part for part in model.modules() if isinstance(part, PreTrainedModel))]
+    heads = [cast(Any, part).get_output_embeddings() for part in parts if hasattr(part, "get_output_embeddings")]
+    if not any(isinstance(head, nn.Module) for head in heads):
+        heads = [getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES]
     return [head for head in heads if isinstance(head, nn.Module)]
 
 
 def default_target_modules(model: nn.Module, kind: str) -> list[str]:
-    """Linear layers of the decoder (or encoder) blocks, by what they belong to.
+    """Linear layers of the decoder (or encoder) blocks of the language model, by what they belong to.
 
     Args:
         model: A transformers model.
@@ -86,7 +98,7 @@ def default_target_modules(model: nn.Module, kind: str) -> list[str]:
     Raises:
         ValueError: The model has no such layer, as an FFN of fused experts.
     """
-    linears = [name for name in linear_names(model) if re.search(r"\.\d+\.", name)]
+    linears = [name for name in text_linear_names(model) if re.search(r"\.\d+\.", name)]
     attention = {name for name in linears if ATTENTION.search(name)}
     if kind == "attention":
         chosen = attention
@@ -98,7 +110,7 @@ def default_target_modules(model: nn.Module, kind: str) -> list[str]:
         sparse = " Its FFNs are mixtures of fused experts; adapters around blocks or experts reach those."
         raise ValueError(
             f"{type(model).__name__} has no linear layer of the kind {kind!r} to adapt. Please specify "
-            f"`target_modules`; its linear layers are called {_leaves(linear_names(model))}."
+            f"`target_modules`; its linear layers are called {_leaves(text_linear_names(model))}."
             f"{sparse if find_moe_layers(model) else ''}"
         )
     return shortest_endings(chosen, set(dict(model.named_modules())) - chosen)
@@ -171,6 +183,7 @@ def find_places(model: nn.Module, config: MoeConfig, **quantization: Any) -> lis
     if config.target_modules in (DUMMY_TARGETS, {DUMMY_TARGETS}):
         return []
     routers, modules, layers = router_names(model), dict(model.named_modules()), find_moe_layers(model)
+    encoders = encoder_names(model)
     places: list[Place] = []
     inside: set[str] = set()
     taken: set[str] = set()
@@ -195,11 +208,18 @@ def find_places(model: nn.Module, config: MoeConfig, **quantization: Any) -> lis
         if config.placement == "block":
             _refuse_adapted_parts(name, module)
         _refuse_trained_parts(name, module, config.modules_to_save or [])
-        places.append(PLACES[config.placement](name, module, layers, quantization))
+        place = PLACES[config.placement](name, module, layers, quantization)
+        places.append(replace(place, rows=_rows(name, encoders)))
         taken.add(name)
     if not places and not excluded:
         raise ValueError(_no_match(model, config))
     return places
+
+
+def _rows(name: str, encoders: set[str]) -> Rows:
+    if is_below(name, encoders):
+        return "media"
+    return "encoder_states" if reads_encoder_states(name) else "tokens"
 
 
 def reads_encoder_states(name: str) -> bool:
@@ -292,7 +312,7 @@ PLACES: dict[str, Callable[..., Place]] = {
 }
 # Kind of placement -> names of all modules of that kind, for kinds whose default places are all of them.
 NAMES: dict[str, Callable[[nn.Module, list[MoeLayer]], list[str]]] = {
-    "block": lambda model, layers: block_names(model, layers, linear_names(model)),
+    "block": lambda model, layers: block_names(model, layers, text_linear_names(model)),
     "experts": experts_names,
     "slices": experts_names,
 }

@@ -9,7 +9,9 @@ import re
 
 from torch import nn
 
-from .placement import ATTENTION, linear_features, linear_names
+from .backbone import is_below
+from .modalities import encoder_names
+from .placement import ATTENTION, linear_features, linear_names, text_linear_names
 
 KEY_VALUE_NAMES = ("k_proj", "v_proj", "k", "v", "key", "value", "key_proj", "value_proj", "k_lin", "v_lin")
 # Projections that hold queries, keys and values (or keys and values) in one matrix.
@@ -20,7 +22,7 @@ VALUE_HEAD_WIDTHS = ("v_head_dim", *HEAD_WIDTHS)
 
 
 def key_value_names(model: nn.Module) -> list[str]:
-    """The key and value projections of a model, or the fused ones where there are no others, as in peft's (IA)3.
+    """Key and value projections of a language model, or the fused ones where there are no others, as in peft's (IA)3.
 
     Args:
         model: A transformers model.
@@ -28,7 +30,7 @@ def key_value_names(model: nn.Module) -> list[str]:
     Raises:
         ValueError: It has neither.
     """
-    linears = linear_names(model)
+    linears = text_linear_names(model)
     inside = [name for name in linears if ATTENTION.search(name)]
     for wanted in (KEY_VALUE_NAMES, FUSED_NAMES):
         names = [name for name in inside if _leaf(name) in wanted]
@@ -77,20 +79,21 @@ def head_widths(model: nn.Module, head_dim: int | None = None) -> dict[str, int]
 
     Args:
         model: Any model.
-        head_dim: The width, where the attention modules are not to be asked.
+        head_dim: The width, where the attention modules of the language model are not to be asked.
 
     Raises:
         ValueError: Heads of `head_dim` do not fill a projection.
     """
-    modules, widths = dict(model.named_modules()), {}
+    modules, widths, encoders = dict(model.named_modules()), {}, encoder_names(model)
     for name, module in modules.items():
         features = linear_features(module)
         if features is None or _leaf(name) not in KEY_VALUE_NAMES or not ATTENTION.search(name):
             continue
-        width = head_dim or _own_width(modules[name.rpartition(".")[0]], _leaf(name))
+        given = None if is_below(name, encoders) else head_dim
+        width = given or _own_width(modules[name.rpartition(".")[0]], _leaf(name))
         if width is not None and features[1] % width == 0:
             widths[name] = width
-        elif head_dim is not None:
+        elif given is not None:
             raise ValueError(
                 f"head_dim={head_dim} does not divide the {features[1]} outputs of {name}. Leave head_dim None to ask "
                 "the model's attention modules, or set router_granularity='token'."

@@ -19,8 +19,9 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from .config import MoeConfig
 from .context import ForwardTracker, find_tracker
 from .layers import LAYERS, RoutedLayer
+from .modalities import encoder_names, encoder_pattern
 from .placement import find_places, resolve_targets
-from .types import MoePeftWarning
+from .types import MoePeftWarning, Place
 
 # Parts that the names of saved weights have beside those of the place, see layers.RoutedLayer.
 NAME_PARTS = frozenset({"base_model", "base_layer", "model", "A", "B", "vectors", "weight"})
@@ -48,6 +49,7 @@ class RoutedTuner(BaseTuner):
         self._check_name(peft_config)
         self._check_kinds(peft_config, model)
         self._warn_of_other_types(peft_config, model)
+        _refuse_groups_of_media(peft_config, places, model)
         if peft_config.placement != "linear":
             _record_router_outputs(model)
         tracker = find_tracker(model)
@@ -235,6 +237,18 @@ class RoutedTuner(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         _check_adapter_tensors(cls.prefix, model.state_dict(), adapter_name, remapped)
         return remapped
+
+
+def _refuse_groups_of_media(peft_config: MoeConfig, places: list[Place], model: nn.Module) -> None:
+    """Refuse places that cannot tell the sample of a row, where experts belong to groups of samples."""
+    groups = getattr(peft_config, "expert_groups", None)
+    media = [place.name for place in places if place.rows == "media"]
+    if groups is not None and media:
+        raise ValueError(
+            f"expert_groups={groups} needs the group of every row, but {media[0]} reads images or sound, which do not "
+            f"tell the sample they belong to. Set exclude_modules={encoder_pattern(encoder_names(model))!r}, "
+            "target_modules=None, which leaves encoders out, or expert_groups=None."
+        )
 
 
 def _record_router_outputs(model: nn.Module) -> None:

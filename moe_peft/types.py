@@ -11,9 +11,14 @@ Shape suffixes of local tensors:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import nn
+
+# What the rows of a layer's input are: tokens of the text, encoder states that cross-attention reads, or patches of
+# images and frames of sound.
+Rows = Literal["tokens", "encoder_states", "media"]
 
 
 class MoePeftWarning(UserWarning):
@@ -32,6 +37,7 @@ class Place:
         num_experts: Experts of the backbone there; None where it has none.
         layer_index: Index of the decoder layer, for a place with experts of the backbone.
         base: The module itself, for adapters that start from its weights.
+        rows: What the rows of its input are.
     """
 
     name: str
@@ -41,6 +47,7 @@ class Place:
     num_experts: int | None = None
     layer_index: int | None = None
     base: nn.Module | None = field(default=None, repr=False, compare=False)
+    rows: Rows = "tokens"
 
 
 @dataclass(frozen=True)

@@ -52,3 +52,11 @@ def test_groups_without_an_expert_are_named():
     check_groups(torch.tensor([9]), "task_type", frozenset())
     with pytest.raises(ValueError, match=r"'task_type' holds the sample groups \[2, 3\].*expert_groups has \[0, 1\]"):
         check_groups(torch.tensor([3, 0, 2]), "task_type", frozenset({0, 1}))
+
+
+def test_positions_of_text_beside_those_in_images_tell_the_documents():
+    text = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]])
+    in_images = torch.tensor([[0, 1, 1, 0, 1], [0, 0, 1, 1, 1]])
+    positions = torch.stack([text, in_images, in_images, in_images])
+    assert segments_of({"position_ids": positions}).tolist() == [[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]]
+    assert segments_of({"position_ids": positions[1:]}) is None

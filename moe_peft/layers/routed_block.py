@@ -40,18 +40,20 @@ class RoutedBlock(RoutedLayer):
         if self.disable_adapters or not names:
             return self.base_layer(*args, **kwargs)
         x = _first_floating(args, kwargs)
+        if x.dim() == 1:  # the hidden states of chosen tokens, one after the other
+            x = x.reshape(-1, self.in_features)
         if adapter_names is not None:
             self.check_rows(adapter_names, x, min_dim=3)
         own_x = x.clone() if self.jitters and self.training else x
         result = self.base_layer(*args, **kwargs)
         out = result[0] if isinstance(result, tuple) else result
         if adapter_names is None:
-            context = self.tracker.tokens(own_x, in_training=self.training)
+            context = self.tracker.tokens(own_x, self.rows, self.training)
             for name in names:
                 out = self._add_adapter(name, own_x, out, context, args, kwargs)
         else:
             # Some blocks return flattened tokens.
-            mixed = out.reshape(*x.shape[:-1], out.shape[-1]).clone()
+            mixed = out.reshape(*x.shape[:-1], self.out_features).clone()
             for name in names:
                 rows = [row for row, own in enumerate(adapter_names) if own == name]
                 mixed[rows] = self._add_adapter(name, own_x[rows], mixed[rows], TokenContext(), args, kwargs)
@@ -69,7 +71,7 @@ class RoutedBlock(RoutedLayer):
     ) -> torch.Tensor:
         x_TD = cast_to_compute_dtype(x.reshape(-1, x.shape[-1]))
         routing = self._decide(name, x_TD, context, args, kwargs)
-        return self.experts[name](x_TD, out.reshape(-1, out.shape[-1]), routing).reshape(out.shape)
+        return self.experts[name](x_TD, out.reshape(-1, self.out_features), routing).reshape(out.shape)
 
     def _decide(
         self, name: str, x_TD: torch.Tensor, context: TokenContext, args: tuple, kwargs: dict[str, Any]

@@ -12,7 +12,6 @@ from torch import nn
 
 from ..context import ForwardTracker
 from ..parts import RoutedParts
-from ..placement import reads_encoder_states
 from ..routers import Router
 from ..types import MoePeftWarning, Place, Routing, TokenContext
 
@@ -53,8 +52,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         self.place = place.name
         self.in_features, self.out_features = place.in_features, place.out_features
         self.num_backbone_experts = place.num_experts or 0
-        # Whether the input holds encoder states.
-        self.from_encoder = reads_encoder_states(place.name)
+        self.rows = place.rows
         self.tracker = tracker
         self.adapter_layer_names = (f"{prefix}experts", f"{prefix}router")
         self.other_param_names = ("objectives", "selections")
@@ -169,6 +167,12 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: There is not one name per row, or an adapter is merged into the base weight.
         """
+        if self.rows == "media":
+            raise ValueError(
+                f"Cannot pass `adapter_names`: {self.place} reads images or sound, which do not tell the row of the "
+                "batch they belong to. Leave the encoders out of an adapter whose rows are to be mixed; "
+                "target_modules=None does."
+            )
         if len(adapter_names) != x.shape[0] or x.dim() < min_dim:
             raise ValueError(
                 f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "

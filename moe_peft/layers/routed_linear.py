@@ -44,7 +44,7 @@ class RoutedLinear(RoutedLayer):
         if self.merged or not names:
             return self.base_layer(x, *args, **kwargs)
 
-        context = self.tracker.tokens(x, self.from_encoder, self.training)
+        context = self.tracker.tokens(x, self.rows, self.training)
         x_TD = x.reshape(-1, x.shape[-1])
         out_TO = self.base_layer(x_TD, *args, **kwargs)
         if self.quantization_backend is not None:

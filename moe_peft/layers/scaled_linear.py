@@ -49,7 +49,7 @@ class ScaledLinear(RoutedLayer):
         names = self.active_names()
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        context = self.tracker.tokens(x, self.from_encoder, self.training)
+        context = self.tracker.tokens(x, self.rows, self.training)
         at_input = [name for name in names if self.experts[name].scales_input]
         out = self.base_layer(self._scale(at_input, x, x, context), *args, **kwargs)
         return self._scale([name for name in names if name not in at_input], out, x, context)

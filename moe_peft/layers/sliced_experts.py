@@ -87,7 +87,7 @@ class SlicedExperts(RoutedLayer):
         """Tell the tracker what the backbone decided, where somebody looks."""
         if not (self.tracker.observers or self.tracker.training_observers):
             return
-        context = self.tracker.tokens(call.hidden, in_training=self.training)
+        context = self.tracker.tokens(call.hidden, self.rows, self.training)
         for name in names:
             self.note(name, backbone_routing(call.index, call.weights, self.num_backbone_experts, context))
 

@@ -23,7 +23,7 @@ from ..experts import VectorExperts
 from ..losses import importance, z_loss
 from ..objective import Loss, RouterObjective
 from ..parts import RoutedParts
-from ..placement import linear_names, shortest_endings
+from ..placement import linear_names, shortest_endings, text_linear_names
 from ..registration import extend_peft_type, register
 from ..routers import ROUTERS
 from ..scaled_places import ffn_output_names, head_widths, key_value_names
@@ -119,7 +119,8 @@ class MovConfig(MoeConfig):
         self._head_widths = head_widths(model, self.head_dim)
         outputs = ffn_output_names(model)
         if self.target_modules is None:
-            names = [*key_value_names(model), *outputs]
+            text = set(text_linear_names(model))
+            names = [*key_value_names(model), *(name for name in outputs if name in text)]
             self.target_modules = set(shortest_endings(names, others - set(names)))  # type: ignore[assignment]
         if self.feedforward_modules is None:
             self.feedforward_modules = set(shortest_endings(outputs, others - set(outputs)))  # type: ignore[assignment]

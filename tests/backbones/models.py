@@ -12,7 +12,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     set_seed,
 )
@@ -68,34 +67,6 @@ LINEAR_ATTENTION = {
 INDEXER = {"index_topk": 64, "index_head_dim": 8, "index_n_heads": 4}
 INKLING = {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8, "rel_extent": 32, "d_rel": 4}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_chunk_size": 16}
-
-STEP_TEXT = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "share_expert_dim": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "n_routed_experts": EXPERTS,
-    "num_experts_per_tok": 2,
-    "sliding_window": 16,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    **ALL_SPARSE,
-}
-STEP_VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
 
 # Model type -> fields of its own.
 TYPES: dict[str, Mapping[str, object]] = {
@@ -209,7 +180,6 @@ TYPES: dict[str, Mapping[str, object]] = {
     "qwen3_next": LINEAR_ATTENTION,
     "qwen3_5_moe_text": LINEAR_ATTENTION,
     "solar_open": {},
-    "step3p7": {"text_config": STEP_TEXT, "vision_config": STEP_VISION},
     "switch_transformers": {
         "d_model": 32,
         "d_kv": 8,
@@ -225,8 +195,6 @@ TYPES: dict[str, Mapping[str, object]] = {
 }
 
 
-# Types that exist only together with an encoder of images; they are given text.
-SEEING = ("step3p7",)
 # Type -> why no adapter follows its experts; an adapter with a router of its own wraps its blocks.
 OPAQUE = {
     "jetmoe": "calls no module with its routing",
@@ -244,14 +212,20 @@ def known(model_type: str) -> bool:
     return model_type in CONFIG_MAPPING
 
 
-def tiny_config(model_type: str, **overrides):
-    """Its smallest useful configuration."""
-    cls = CONFIG_MAPPING[model_type]
-    names = {*inspect.get_annotations(cls), *(cls.attribute_map or {})}
-    fields = {name: value for name, value in COMMON.items() if name in names}
-    for alias, name in (cls.attribute_map or {}).items():
+def known_fields(cls: type, values: Mapping[str, object]) -> dict[str, object]:
+    """The values whose names a configuration knows, each under one name."""
+    aliases = cls.attribute_map or {}
+    names = {*inspect.get_annotations(cls), *aliases}
+    fields = {name: value for name, value in values.items() if name in names}
+    for alias, name in aliases.items():
         if alias in fields and name in fields:
             del fields[alias]
+    return fields
+
+
+def tiny_config(model_type: str, **overrides):
+    """Its smallest useful configuration."""
+    fields = known_fields(CONFIG_MAPPING[model_type], COMMON)
     return AutoConfig.for_model(model_type, **{**fields, **TYPES[model_type], **overrides})
 
 
@@ -259,6 +233,4 @@ def tiny_model(model_type: str, seed: int = 0, **overrides) -> nn.Module:
     set_seed(seed)
     config = tiny_config(model_type, **overrides)
     auto = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
-    if model_type in SEEING:
-        auto = AutoModelForImageTextToText
     return auto.from_config(config).eval()

@@ -8,9 +8,13 @@ from pathlib import Path
 from moe_peft.backbone import find_moe_layers, opaque_blocks
 from moe_peft.layers.expert_tensors import expert_tensors
 from tests.backbones.models import TYPES, known, tiny_model
+from tests.backbones.multimodal_cases import base_model, sparse_blocks
+from tests.backbones.multimodal_models import MULTIMODAL, language_model_type
 
 PAGE = Path(__file__).parents[2] / "docs/backbones.md"
 HEADS = ("model type", "PERFT-R, D, S around", "PERFT-E, low-rank ESFT", "ESFT with whole matrices", "experts run as")
+
+MULTIMODAL_HEADS = ("multi-modal type", "language model", HEADS[1], "PERFT-E", "ESFT, scores of experts")
 
 
 def supported_row(model_type: str) -> tuple[str, ...] | None:
@@ -34,26 +38,41 @@ def refused_row(model_type: str) -> tuple[str, ...]:
     return f"`{model_type}`", f"`{name.rpartition('.')[2]}`", reason
 
 
+def multimodal_row(model_type: str) -> tuple[str, ...]:
+    """What works on a multi-modal type by the structure of its model."""
+    model = base_model(model_type)
+    layers, blocks = find_moe_layers(model), sparse_blocks(model)
+    indices = [layer.index for layer in layers]
+    followed = "yes" if layers else "no, as on its language model"
+    selected = "no: two experts modules in a layer" if len(set(indices)) < len(indices) else followed
+    wrapped = " and ".join(f"`{name}`" for name in dict.fromkeys(block.rpartition(".")[2] for block in blocks))
+    if blocks == [layer.experts for layer in layers]:
+        wrapped = "its experts"
+    return f"`{model_type}`", f"`{language_model_type(model_type)}`", wrapped, followed, selected
+
+
 def markdown(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [heads, ("---",) * len(heads), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def tables() -> tuple[str, str]:
-    """The supported types and the refused ones, of those that the installed transformers has."""
+def tables() -> tuple[str, str, str]:
+    """The supported types, the refused ones and the multi-modal ones, of those that the installed transformers has."""
     types = [model_type for model_type in TYPES if known(model_type)]
     rows = {model_type: supported_row(model_type) for model_type in types}
     supported = [row for row in rows.values() if row is not None]
     refused = [refused_row(model_type) for model_type, row in rows.items() if row is None]
-    return markdown(HEADS, supported), markdown(
-        ("model type", HEADS[1], "why no adapter follows its experts"), refused
+    multimodal = [multimodal_row(model_type) for model_type in MULTIMODAL if known(model_type)]
+    return (
+        markdown(HEADS, supported),
+        markdown(("model type", HEADS[1], "why no adapter follows its experts"), refused),
+        markdown(MULTIMODAL_HEADS, multimodal),
     )
 
 
 if __name__ == "__main__":
-    supported, refused = tables()
     text = PAGE.read_text()
-    for table in (supported, refused):
+    for table in tables():
         heads = re.escape(table.splitlines()[0])
         text = re.sub(rf"^{heads}\n(\|.*\n)*", lambda match, table=table: f"{table}\n", text, flags=re.MULTILINE)
     PAGE.write_text(text)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from tests.backbones.models import FOLLOWED, OPAQUE, TYPES, known
+from tests.backbones.multimodal_models import MULTIMODAL
 from tests.backbones.table import PAGE, tables
 
 
 def test_the_tables_of_the_page_are_those_of_the_models():
     text = PAGE.read_text()
-    if all(known(model_type) for model_type in TYPES):
+    if all(known(model_type) for model_type in (*TYPES, *MULTIMODAL)):
         for table in tables():
             assert table in text, "run: python -m tests.backbones.table"
     else:

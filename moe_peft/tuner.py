@@ -106,8 +106,9 @@ class RoutedTuner(BaseTuner):
         # 8-bit layers, and reads a weight that not every wrapped module has.
         setattr(parent, child_name, new_module)
 
-    def _check_merge_allowed(self, adapter_names: list[str] | None = None) -> None:
-        super()._check_merge_allowed()
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Refuse a merge that one of the layers would refuse, before another one has merged."""
+        self._check_merge_allowed()
         names = self.active_adapters if adapter_names is None else adapter_names
         for layer in self.model.modules():
             if not isinstance(layer, RoutedLayer):
@@ -120,14 +121,15 @@ class RoutedTuner(BaseTuner):
                         "(model.save_pretrained), or call unload() to get the base model back. Adapters of linear "
                         "layers merge exactly with num_experts=1."
                     )
+            layer.check_merge(names, safe_merge)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge mergeable adapters into the base weights; arguments as in peft.
 
         Raises:
-            ValueError: An adapter depends on its input; nothing has been changed.
+            ValueError: An adapter depends on its input, or a layer cannot merge it; nothing has been changed.
         """
-        self._check_merge_allowed(adapter_names)
+        self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(  # type: ignore[override]
@@ -138,7 +140,7 @@ class RoutedTuner(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self._check_merge_allowed(adapter_names)
+            self._check_merge(adapter_names, safe_merge)
         # peft annotates None, but returns the model.
         model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -182,6 +183,17 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
     def is_mergeable(self, adapter_name: str) -> bool:
         """Whether merging the adapter into the base weights is exact; a layer that can merge overrides this."""
         return False
+
+    def check_merge(self, adapter_names: Sequence[str], safe_merge: bool = False) -> None:
+        """Refuse a merge for reasons beyond `is_mergeable`, without changing anything; there is none by default.
+
+        Args:
+            adapter_names: Adapters to merge.
+            safe_merge: Whether to look for values that are not finite.
+
+        Raises:
+            ValueError: The adapters cannot be merged here.
+        """
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse to merge; a layer that can overrides this.

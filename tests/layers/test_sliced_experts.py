@@ -132,6 +132,28 @@ def test_copies_that_are_not_finite_are_not_merged():
     assert torch.equal(first_layer(model).base_layer.down_proj, experts_modules(base)[0].down_proj)
 
 
+@pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize("reason", ["overlap", "not finite"])
+def test_a_merge_that_the_last_layer_refuses_changes_no_other(method, reason):
+    _, model = frozen_and_adapted()
+    model.add_adapter("other", EsftConfig(experts={"0": [0], "1": [2]}))
+    layers = [module for module in model.modules() if isinstance(module, SlicedExperts)]
+    if reason == "overlap":
+        arguments, message = {"adapter_names": ["default", "other"]}, r"both replace the experts \[2\]"
+    else:
+        arguments, message = {"safe_merge": True}, "seems to be broken"
+        layers[1].experts["default"].down_proj.data[0, 0, 0] = float("nan")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        getattr(model, method)(**arguments)
+    after = model.state_dict()
+    assert after.keys() == state.keys()
+    assert all(torch.equal(after[name].nan_to_num(), tensor.nan_to_num()) for name, tensor in state.items())
+    assert not any(layer.merged for layer in layers)
+    model.merge_adapter(["other"])
+    assert [layer.merged_adapters for layer in layers] == [["other"], ["other"]]
+
+
 def test_one_model_serves_one_adapter_at_a_time():
     _, model = frozen_and_adapted()
     with pytest.raises(ValueError, match="cannot be mixed in a batch"):

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
@@ -17,7 +17,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .config import MoeConfig
 from .context import ForwardTracker, find_tracker
-from .layers import LAYERS, RoutedLayer
+from .layers import LAYERS, RoutedLayer, SlicedExperts
 from .placement import find_places, resolve_targets
 
 
@@ -53,14 +53,23 @@ class RoutedTuner(BaseTuner):
             tracker.group_columns[group_column] = known | frozenset(groups or ())
 
     def _check_kinds(self, peft_config: MoeConfig, model: nn.Module) -> None:
-        """Refuse an adapter whose layer computes in another way than the one that is there under its prefix."""
+        """Refuse an adapter that cannot share a module with the one that is there."""
+        layer_cls = LAYERS[peft_config.placement]
         for name in self._places:
             target = model.get_submodule(name)
             same_type = isinstance(target, RoutedLayer) and target.prefix == self.prefix
-            if same_type and type(target) is not LAYERS[peft_config.placement]:
+            if same_type and type(target) is not layer_cls:
                 raise ValueError(
                     f"{name} has an adapter of another kind, which cannot share its layer with {peft_config.method} "
                     f"({peft_config.summary()}). Put this adapter on a base model of its own."
+                )
+            wraps_another = isinstance(target, BaseTunerLayer) and not same_type
+            if wraps_another and SlicedExperts in (layer_cls, type(target)):
+                raise ValueError(
+                    f"{name} has an adapter of another type, around which {peft_config.method} "
+                    f"({peft_config.summary()}) cannot stand: an adapter inside copies of experts is not given their "
+                    "weights, and copies inside another adapter are saved under a name that a base model does not "
+                    "have. Put this adapter on a base model of its own."
                 )
 
     def _create_and_replace(  # type: ignore[override]

@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig
 
-from moe_peft import EsftConfig, MoePeftWarning, telemetry
+from moe_peft import EsftConfig, MoePeftWarning, PerftConfig, RoutedConfig, telemetry
 from moe_peft.layers import SlicedExperts
 from tests.methods.esft_models import (
     IMPLEMENTATIONS,
@@ -15,6 +16,7 @@ from tests.methods.esft_models import (
     first_layer,
     frozen_and_adapted,
     logits,
+    sparse_model,
     token_batch,
 )
 
@@ -90,6 +92,25 @@ def test_an_adapter_of_another_kind_cannot_share_a_module():
         model.add_adapter("other", EsftConfig(experts={"1": [3]}, expert_adapter="lora"))
     assert list(model.peft_config) == ["default"]
     assert torch.equal(logits(model), expected)
+
+
+OTHER_TYPES = {
+    "perft": lambda: PerftConfig(variant="E", r=2),
+    "routed": lambda: RoutedConfig(wraps="experts", num_experts=2, r=2),
+    "lora": lambda: LoraConfig(target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], r=2),
+}
+
+
+@pytest.mark.parametrize(("first", "second"), [*((name, "esft") for name in OTHER_TYPES), ("esft", "perft")])
+def test_copies_and_adapters_of_another_type_do_not_wrap_one_another(first, second):
+    configs = {"esft": lambda: EsftConfig(experts=OTHER), **OTHER_TYPES}
+    model = sparse_model("olmoe")
+    model.add_adapter(configs[first](), "first")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"layers.0.mlp.experts has an adapter of another type.*model of its own"):
+        model.add_adapter(configs[second](), "second")
+    after = model.state_dict()
+    assert after.keys() == state.keys() and all(torch.equal(after[name], tensor) for name, tensor in state.items())
 
 
 @pytest.mark.parametrize("kind", ["olmoe", "gpt_oss"])

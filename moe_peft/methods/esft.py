@@ -54,6 +54,7 @@ class EsftConfig(MoeConfig):
     equation: ClassVar[str] = "y = sum_k w_k FFN_{i_k}(x), FFN_i trained where expert i is selected"
     source: ClassVar[str] = "arXiv 2407.01906"
     adapter_type: ClassVar[str] = "ESFT"
+    weight_fields: ClassVar[tuple[str, ...]] = ("experts",)
     fixed_fields: ClassVar[dict[str, str]] = {
         **dict.fromkeys(ROUTING_FIELDS, ROUTED_BY_BACKBONE),
         **dict.fromkeys(PLACING_FIELDS, "`experts` names the layers"),

@@ -91,6 +91,12 @@ class EsftConfig(MoeConfig):
 
     def _normalised(self, experts: Mapping[Any, Any]) -> dict[str, list[int]]:
         """Layers as strings and ids in ascending order, whichever form they were written in."""
+        self._check(
+            isinstance(experts, Mapping),
+            "experts",
+            "a dict from layer index to expert ids: the entry `experts` of what moe_peft.select_experts returns, or "
+            "moe_peft.ExpertSelection.load(path) of a file",
+        )
         layers = [str(layer) for layer in experts]
         wrong = next((layer for layer in layers if not layer.isdecimal()), None)
         hint = f"{wrong!r} is no layer; of a file of the authors' take the entry 'experts'"
@@ -187,7 +193,7 @@ class EsftConfig(MoeConfig):
         self._check(
             bool(names) or not self.train_shared_experts,
             "train_shared_experts",
-            "False: the model has no such experts",
+            "False: no module beside the model's experts is called shared...; name others in modules_to_save",
         )
         routers = [layer.router for layer in chosen if layer.router is not None] if self.train_router else []
         self._check(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import distributed as dist
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
-from moe_peft import EsftConfig, describe
+from moe_peft import EsftConfig, ExpertSelection, describe
 from tests.methods.esft_models import (
     EXPERTS,
     FOUR_KINDS,
@@ -151,6 +151,9 @@ def test_layers_may_be_numbers_and_ids_in_any_order(experts, expected):
         ({"1": ["2"]}, "different expert ids"),
         ({"1": [True]}, "different expert ids"),
         ({"1": 2}, "different expert ids"),
+        ([1, 2], r"experts=\[1, 2\] must be a dict"),
+        ("expert_config.json", "ExpertSelection.load"),
+        (ExpertSelection({"1": [2]}), "the entry `experts` of what moe_peft.select_experts returns"),
         ({"-1": [2]}, "'-1' is no layer"),
         ({"experts": {"1": [2]}, "shared_experts": False}, "take the entry 'experts'"),
         ({"1": [2], 1: [3]}, "no layer twice"),
@@ -172,7 +175,7 @@ def test_a_selection_that_is_none_is_refused_where_it_is_written(experts, messag
         ({"target_modules": ["layers.0.mlp.experts"]}, "None, as `experts` names the layers"),
         ({"experts": {"0": [1]}, "target_modules": ["experts"]}, "None, as `experts` names the layers"),
         ({"target_modules": ["q_proj"]}, "None, as `experts` names the layers"),
-        ({"train_shared_experts": True}, "the model has no such experts"),
+        ({"train_shared_experts": True}, "name others in modules_to_save"),
         ({"num_backbone_experts": 16}, "selected in another model"),
     ],
 )

@@ -21,7 +21,7 @@ from ..backbone import base_of
 from ..block_places import experts_names
 from ..config import BACKBONE, MoeConfig
 from ..experts import EXPERTS, ExpertSlices
-from ..layers.expert_tensors import expert_tensors
+from ..layers.expert_tensors import expert_tensors, keeps_slices
 from ..parts import RoutedParts
 from ..registration import extend_peft_type, register
 from ..tuner import RoutedTuner
@@ -131,7 +131,7 @@ class EsftConfig(MoeConfig):
 
         Raises:
             ValueError: Nothing is selected, a layer or an expert does not exist, the model is not the one that the
-                experts were selected in, or its experts are split over processes.
+                experts were selected in, or it keeps its experts in another form than one slice of each.
         """
         experts_names(model, list(layers))  # refuses a model without any, with the reason
         selected = {int(layer): ids for layer, ids in (self.experts or {}).items() if ids}
@@ -157,8 +157,15 @@ class EsftConfig(MoeConfig):
         self._check_size({sizes[layer] for layer in selected})
         chosen = [layer for layer in layers if layer.index in selected]
         self._check_targets(layers, chosen)
-        for name in (layer.experts for layer in chosen):
-            _refuse_split(name, model.get_submodule(name))
+        for own in chosen:
+            experts = base_of(model.get_submodule(own.experts))
+            _refuse_split(own.experts, experts)
+            self._check(
+                self.expert_adapter == "lora" or keeps_slices(experts, own.num_experts),
+                "expert_adapter",
+                f"'lora' for {own.experts} ({type(experts).__name__}), which does not keep one slice of 16 or 32 "
+                "bit per expert",
+            )
         further = self._further_modules(chosen)
         if further:
             self.modules_to_save = sorted({*(self.modules_to_save or []), *further})
@@ -223,11 +230,7 @@ class EsftConfig(MoeConfig):
         return f"{kind} of {count} experts of the backbone"
 
     def build(self, place: Place) -> RoutedParts:
-        """Build the parts of one layer; see `MoeConfig.build`.
-
-        Raises:
-            ValueError: The backbone keeps its experts in another form than one slice per expert.
-        """
+        """Build the parts of one layer; see `MoeConfig.build`."""
         assert place.base is not None and place.num_experts is not None and self.experts is not None
         ids = tuple(self.experts[str(place.layer_index)])
         if self.expert_adapter == "lora":
@@ -240,20 +243,14 @@ class EsftConfig(MoeConfig):
                 **{name: getattr(self, name) for name in cls.fields},
             )
             return RoutedParts(experts=bank, selection=ids)
-        tensors = expert_tensors(place.base, place.num_experts)
-        self._check(
-            len(tensors) >= 2 and all(t.is_floating_point() and t.element_size() > 1 for t in tensors.values()),
-            "expert_adapter",
-            f"'lora' for {place.name} ({place.kind}), which does not keep one slice of 16 or 32 bit per expert",
-        )
-        return RoutedParts(experts=ExpertSlices(tensors, ids), selection=ids)
+        slices = ExpertSlices(expert_tensors(place.base, place.num_experts), ids)
+        return RoutedParts(experts=slices, selection=ids)
 
 
 def _refuse_split(name: str, experts: nn.Module) -> None:
     """Refuse experts of which this process holds a part only."""
-    base = base_of(experts)
-    expert_parallel = bool(getattr(base, "_is_expert_parallel", False))
-    if expert_parallel or any(isinstance(parameter, DTensor) for parameter in base.parameters()):
+    expert_parallel = bool(getattr(experts, "_is_expert_parallel", False))
+    if expert_parallel or any(isinstance(parameter, DTensor) for parameter in experts.parameters()):
         kind = "expert parallelism" if expert_parallel else "distributed tensors"
         raise ValueError(
             f"The experts of {name} are split over processes ({kind}), so their slices cannot be copied here. Load "

@@ -244,7 +244,9 @@ def test_experts_that_are_split_over_processes_are_refused(tmp_path):
 
 def test_experts_in_eight_bits_are_refused_with_the_low_rank_way_out():
     model = sparse_model("olmoe").requires_grad_(False)
-    for module in experts_modules(model):
-        module.to(torch.float8_e4m3fn)
-    with pytest.raises(ValueError, match="must be 'lora'"):
+    experts_modules(model)[1].to(torch.float8_e4m3fn)
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=r"must be 'lora' for model\.layers\.1\.mlp\.experts"):
         esft(model)
+    assert [name for name, _ in model.named_modules()] == names
+    esft(model, expert_adapter="lora")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -183,11 +184,19 @@ class EsftConfig(MoeConfig):
         )
 
     def _check_targets(self, layers: Sequence[MoeLayer], chosen: Sequence[MoeLayer]) -> None:
-        """Refuse targets that leave out a layer with selected experts, or add one without."""
+        """Refuse fields that leave out a layer with selected experts, or add one without."""
+        expected = [layer.experts for layer in chosen]
+        own = SimpleNamespace(target_modules=set(expected), modules_to_save=self.modules_to_save)
+        whole = [name for name in expected if not check_target_module_exists(own, name)]
+        self._check(
+            not whole,
+            "modules_to_save",
+            f"other modules than those around selected experts, as it would train {whole} whole. Name parts beside "
+            "the experts, or leave these layers out of `experts`",
+        )
         if self.target_modules is None or self.target_modules == "all-linear":
             return
         found = [layer.experts for layer in layers if check_target_module_exists(self, layer.experts)]
-        expected = [layer.experts for layer in chosen]
         self._check(
             found == expected,
             "target_modules",

@@ -177,6 +177,8 @@ def test_a_selection_that_is_none_is_refused_where_it_is_written(experts, messag
         ({"target_modules": ["q_proj"]}, "None, as `experts` names the layers"),
         ({"train_shared_experts": True}, "name others in modules_to_save"),
         ({"num_backbone_experts": 16}, "selected in another model"),
+        ({"modules_to_save": ["layers.1"]}, r"would train \['model.layers.1.mlp.experts'\] whole"),
+        ({"modules_to_save": ["experts"]}, "Name parts beside the experts"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused_before_it_is_changed(fields, message):

@@ -142,8 +142,11 @@ class ExpertSelection:
         if content.get("non_expert_modules"):
             raise ValueError(f"{path}: {NON_EXPERT_MODULES}")
         ordered = {layer: experts[layer] for layer in sorted(experts, key=int)}
+        sizes = content.get("num_experts")
         return cls(
-            ordered, shared_experts=bool(content.get("shared_experts")), num_experts=content.get("num_experts") or {}
+            ordered,
+            shared_experts=bool(content.get("shared_experts")),
+            num_experts=sizes if isinstance(sizes, dict) else {},
         )
 
 

@@ -47,8 +47,8 @@ class ExpertSlices(nn.Module):
     ) -> torch.Tensor:
         """Add the weighted sum of the copies to the output of the frozen experts.
 
-        Every parameter takes part in every call, as data-parallel training expects, and is read inside this call,
-        before which sharded training gathers it.
+        Every parameter takes part in every call with gradients, as data-parallel training expects, and is read inside
+        this call, before which sharded training gathers it.
 
         Args:
             x_TD: (T, D) input.
@@ -68,6 +68,8 @@ class ExpertSlices(nn.Module):
             return base_out_TO + compute(tensors, x_TD, experts_TK, weights_TK).to(base_out_TO.dtype)
         rows, slots = hit_TK.nonzero(as_tuple=True)
         if rows.numel() == 0:
+            if not torch.is_grad_enabled():
+                return base_out_TO  # most steps of a generation: the copies need not even be read
             zeros = [0.0 * tensor.sum() for tensor in tensors.values()]
             return base_out_TO + torch.stack(zeros).sum().to(base_out_TO.dtype)
         added = compute(tensors, x_TD[rows], experts_TK[rows, slots][:, None], weights_TK[rows, slots][:, None])

@@ -39,6 +39,7 @@ class MoeConfig(PeftConfig):
     source: ClassVar[str] = ""
     default_targets: ClassVar[Literal["ffn", "attention", "all"]] = "ffn"
     fixed_fields: ClassVar[dict[str, str]] = {}
+    weight_fields: ClassVar[tuple[str, ...]] = ()  # which say what the saved tensors belong to
     adapter_type: ClassVar[str] = ""
     init_choices: ClassVar[tuple[bool | str, ...]] = (True, False, "gaussian")
 

@@ -59,6 +59,24 @@ class ExpertScores:
     num_samples: int | None = None
     model_parameters: int | None = None
 
+    def __post_init__(self) -> None:
+        if not self.by_layer:
+            raise ValueError("Expert scores of no layer: there is nothing to select from.")
+        kinds = set.union(*(set(own.values) for own in self.by_layer.values()))
+        for layer, own in self.by_layer.items():
+            if set(own.values) != kinds or len({scores_E.numel() for scores_E in own.values.values()}) != 1:
+                found = {kind: scores_E.numel() for kind, scores_E in own.values.items()}
+                raise ValueError(
+                    f"Layer {layer} has the scores {found} (criterion and aggregate: experts). Every layer needs the "
+                    f"same ones, {sorted(kinds)}, with one number per expert."
+                )
+            for kind, scores_E in own.values.items():
+                if not bool((torch.isfinite(scores_E) & (scores_E >= 0)).all()):
+                    raise ValueError(
+                        f"The {kind[0]} scores of layer {layer} are {scores_E.tolist()}; a score is zero or "
+                        "positive. Score the experts again with moe_peft.score_experts."
+                    )
+
     @property
     def layers(self) -> list[int]:
         """Indices of the decoder layers with experts."""
@@ -131,7 +149,8 @@ class ExpertScores:
             ValueError: The file has another form.
         """
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        missing = [key for key in ("token_scores", "gate_scores") if not content.get(key)]
+        needed = ("token_scores", "gate_scores")
+        missing = [key for key in needed if not isinstance(content, dict) or not content.get(key)]
         if missing:
             raise ValueError(
                 f"{path} has no {missing}. Expert scores are {{'token_scores': {{'1': {{'0': 0.01, ...}}}}, "
@@ -158,6 +177,7 @@ def _numbered(scores_E: torch.Tensor) -> dict[str, float]:
 
 
 def _vector(scores: dict[str, float], where: str) -> torch.Tensor:
-    if sorted(map(int, scores)) != list(range(len(scores))):
+    numbers = isinstance(scores, dict) and all(type(score) in (int, float) for score in scores.values())
+    if not numbers or sorted(map(int, scores)) != list(range(len(scores))):
         raise ValueError(f"{where}: the experts must be numbered from 0 to {len(scores) - 1}, each with a score.")
     return torch.tensor([scores[str(expert)] for expert in range(len(scores))], dtype=torch.float64)

@@ -68,7 +68,7 @@ def score_experts(
         raise ValueError(f"score_mask={score_mask!r} must be one of {MASKS}.")
     if max_tokens is not None and max_tokens < num_processes():
         raise ValueError(f"max_tokens={max_tokens} must be at least 1 for each process, or None for all tokens.")
-    model = extract_model_from_parallel(model)
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     layers = sparse_layers(model)
     device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
     limit, tally = _own_share(max_tokens), ExpertTally(layers)
@@ -78,6 +78,11 @@ def score_experts(
         tqdm(total=limit, desc="Scoring the experts", unit="token", disable=not show_progress) as progress,
     ):
         for batch in dataloader:
+            if not isinstance(batch, Mapping):
+                raise ValueError(
+                    f"A batch is a {type(batch).__name__}, not a dict of tensors. Give batches as "
+                    "{'input_ids': ..., 'attention_mask': ...}."
+                )
             batch = with_positions(batch)
             left = None if limit is None else limit - tally.num_tokens
             tokens = scored_tokens(_on_cpu(batch), score_mask, left)
@@ -219,6 +224,7 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any], device: torch.devic
         device: Where the model is.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = extract_model_from_parallel(base, keep_torch_compile=False)  # a compiled one names no arguments
     known = inspect.signature(type(base).forward).parameters
     names = set(known) - set(NOT_FOR_THE_MODEL)
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):

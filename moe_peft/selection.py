@@ -113,10 +113,12 @@ class ExpertSelection:
     def save(self, path: str | Path) -> None:
         """Write the authors' JSON form: `experts`, `shared_experts` and `non_expert_modules`.
 
+        Where it is known, `num_experts` follows, which their readers pass over: it tells backbones apart.
+
         Args:
             path: The file; its folder must exist.
         """
-        names = ("experts", "shared_experts", "non_expert_modules")
+        names = ["experts", "shared_experts", "non_expert_modules", *(["num_experts"] if self.num_experts else [])]
         Path(path).write_text(json.dumps({name: getattr(self, name) for name in names}) + "\n", encoding="utf-8")
 
     @classmethod
@@ -140,7 +142,12 @@ class ExpertSelection:
         if content.get("non_expert_modules"):
             raise ValueError(f"{path}: {NON_EXPERT_MODULES}")
         ordered = {layer: experts[layer] for layer in sorted(experts, key=int)}
-        return cls(ordered, shared_experts=bool(content.get("shared_experts")))
+        sizes = content.get("num_experts")
+        return cls(
+            ordered,
+            shared_experts=bool(content.get("shared_experts")),
+            num_experts=sizes if isinstance(sizes, dict) else {},
+        )
 
 
 def select_experts(

@@ -18,7 +18,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .config import MoeConfig
 from .context import ForwardTracker, find_tracker
-from .layers import LAYERS, RoutedLayer
+from .layers import LAYERS, RoutedLayer, SlicedExperts
 from .modalities import encoder_names, encoder_pattern
 from .placement import find_places, resolve_targets
 from .types import MoePeftWarning, Place
@@ -75,14 +75,23 @@ class RoutedTuner(BaseTuner):
                 )
 
     def _check_kinds(self, peft_config: MoeConfig, model: nn.Module) -> None:
-        """Refuse an adapter whose layer computes in another way than the one that is there under its prefix."""
+        """Refuse an adapter that cannot share a module with the one that is there."""
+        layer_cls = LAYERS[peft_config.placement]
         for name in self._places:
             target = model.get_submodule(name)
             same_type = isinstance(target, RoutedLayer) and target.prefix == self.prefix
-            if same_type and type(target) is not LAYERS[peft_config.placement]:
+            if same_type and type(target) is not layer_cls:
                 raise ValueError(
                     f"{name} has an adapter of another kind, which cannot share its layer with {peft_config.method} "
                     f"({peft_config.summary()}). Put this adapter on a base model of its own."
+                )
+            wraps_another = isinstance(target, BaseTunerLayer) and not same_type
+            if wraps_another and SlicedExperts in (layer_cls, type(target)):
+                raise ValueError(
+                    f"{name} has an adapter of another type, around which {peft_config.method} "
+                    f"({peft_config.summary()}) cannot stand: an adapter inside copies of experts is not given their "
+                    "weights, and copies inside another adapter are saved under a name that a base model does not "
+                    "have. Put this adapter on a base model of its own."
                 )
 
     def _warn_of_other_types(self, peft_config: MoeConfig, model: nn.Module) -> None:
@@ -141,8 +150,9 @@ class RoutedTuner(BaseTuner):
         # 8-bit layers, and reads a weight that not every wrapped module has.
         setattr(parent, child_name, new_module)
 
-    def _check_merge_allowed(self, adapter_names: list[str] | None = None) -> None:
-        super()._check_merge_allowed()
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Refuse a merge that one of the layers would refuse, before another one has merged."""
+        self._check_merge_allowed()
         names = self.active_adapters if adapter_names is None else adapter_names
         for layer in self.model.modules():
             if not isinstance(layer, RoutedLayer):
@@ -155,14 +165,15 @@ class RoutedTuner(BaseTuner):
                         "(model.save_pretrained), or call unload() to get the base model back. Adapters of linear "
                         "layers merge exactly with num_experts=1."
                     )
+            layer.check_merge(names, safe_merge)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge mergeable adapters into the base weights; arguments as in peft.
 
         Raises:
-            ValueError: An adapter depends on its input; nothing has been changed.
+            ValueError: An adapter depends on its input, or a layer cannot merge it; nothing has been changed.
         """
-        self._check_merge_allowed(adapter_names)
+        self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(  # type: ignore[override]
@@ -173,7 +184,7 @@ class RoutedTuner(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self._check_merge_allowed(adapter_names)
+            self._check_merge(adapter_names, safe_merge)
         # peft annotates None, but returns the model.
         model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names

@@ -58,11 +58,43 @@ def test_a_file_of_the_authors_is_read_in_the_order_of_the_layers(tmp_path):
     assert "sample_token_scores" not in json.loads(path.read_text())
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gate_scores": {"2": AUTHORS["gate_scores"]["2"]}}, "Layer 10 has the scores .* same ones"),
+        ({"gate_scores": {**AUTHORS["gate_scores"], "10": {"0": 0.5, "1": 0.1}}}, "Layer 10 .* one number per expert"),
+        (
+            {"gate_scores": {**AUTHORS["gate_scores"], "2": {"0": 0.1, "1": float("nan"), "2": 0.3}}},
+            "gate scores of layer 2",
+        ),
+        (
+            {"token_scores": {**AUTHORS["token_scores"], "2": {"0": -0.1, "1": 1.0, "2": 0.1}}},
+            "token scores of layer 2",
+        ),
+        (
+            {"token_scores": {**AUTHORS["token_scores"], "2": {"0": "0.1", "1": "0.9", "2": "0"}}},
+            "token_scores, layer 2",
+        ),
+        ({"token_scores": {**AUTHORS["token_scores"], "2": [0.1, 0.9, 0.0]}}, "token_scores, layer 2"),
+    ],
+)
+def test_scores_that_rank_nothing_are_refused_before_experts_are_selected(change, message, tmp_path):
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps({**AUTHORS, **change}))
+    with pytest.raises(ValueError, match=message):
+        ExpertScores.load(path)
+
+
 def test_files_of_another_form_and_unknown_scores_are_refused(scores, tmp_path):
     path = tmp_path / "summary.json"
     path.write_text(json.dumps({"experts": {"1": [2]}}))
     with pytest.raises(ValueError, match=r"has no \['token_scores', 'gate_scores'\]"):
         ExpertScores.load(path)
+    path.write_text(json.dumps([1]))
+    with pytest.raises(ValueError, match="Expert scores are"):
+        ExpertScores.load(path)
+    with pytest.raises(ValueError, match="no layer"):
+        ExpertScores({})
     path.write_text(json.dumps({**AUTHORS, "token_scores": {"2": {"0": 0.5, "2": 0.5}}}))
     with pytest.raises(ValueError, match="layer 2: the experts must be numbered from 0 to 1"):
         ExpertScores.load(path)

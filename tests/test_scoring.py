@@ -282,6 +282,8 @@ def test_what_cannot_be_scored_is_refused_with_a_way_out(model, rows):
         score(model, [{**batch, "labels": torch.full_like(batch["input_ids"], -100)}], score_mask="completion")
     with pytest.raises(ValueError, match="does not tell padding"):
         score(model, [{**batch, "attention_mask": torch.ones(5, 1, 9, 9, dtype=torch.bool)}])
+    with pytest.raises(ValueError, match="A batch is a tuple, not a dict of tensors"):
+        score(model, [(batch["input_ids"],)])
     with pytest.raises(ValueError, match=r"no input_ids of shape \(B, L\), it has \['text'\]"):
         score(model, [{"text": torch.zeros(3)}])
 
@@ -303,6 +305,16 @@ def test_weights_that_overflow_are_refused():
 
 def test_a_wrapper_for_parallel_training_is_looked_through(model, rows, expected):
     assert_equal(score(nn.DataParallel(model), [batch_from(rows)]), expected)
+
+
+def test_compiled_models_are_looked_through(rows, expected):
+    config, batches = PerftConfig(variant="E", task_type="CAUSAL_LM"), [batch_from(rows)]
+    for model in (
+        torch.compile(olmoe(), backend="eager"),
+        get_peft_model(torch.compile(olmoe(), backend="eager"), config),
+        torch.compile(get_peft_model(olmoe(), config), backend="eager"),
+    ):
+        assert_equal(score(model, batches), expected)
 
 
 @pytest.mark.gpu

@@ -128,6 +128,7 @@ def test_a_summary_of_the_published_shape_gives_its_configuration(tmp_path):
         "experts": CONFIGURATION,
         "shared_experts": False,
         "non_expert_modules": False,
+        "num_experts": {"1": 8, "2": 8, "10": 8},
     }
     stacked = torch.tensor(list(PUBLISHED.values()), dtype=torch.float64)
     over_layers = scores_of(*(stacked / stacked.sum(0)).nan_to_num().tolist(), criterion="gate")
@@ -203,6 +204,14 @@ def test_a_selection_comes_back_from_its_file(tmp_path):
     loaded = ExpertSelection.load(tmp_path / "config.json")
     assert loaded == selection and list(loaded.experts) == ["1", "2", "10"]
     assert (loaded.share, loaded.num_parameters, loaded.num_selected) == (None, None, 3)
+
+
+def test_the_file_tells_how_many_experts_the_backbone_has(tmp_path):
+    selection = ExpertSelection({"1": [8, 26]}, num_experts={"1": 64})
+    selection.save(tmp_path / "config.json")
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert list(content) == ["experts", "shared_experts", "non_expert_modules", "num_experts"]
+    assert ExpertSelection.load(tmp_path / "config.json").share == 2 / 64
 
 
 def test_a_file_that_trains_everything_else_says_what_to_write_instead(tmp_path):

@@ -212,6 +212,19 @@ def test_merging_several_experts_is_refused_before_anything_changes(base, batch,
     assert any(isinstance(module, RoutedLayer) for module in model.modules())
 
 
+def test_an_adapter_merges_by_name_while_one_that_cannot_is_active(base, batch):
+    model = adapt(base)
+    model.add_adapter("single", LoraMoeConfig(task_type="CAUSAL_LM", num_experts=1))
+    randomize(model)
+    model.set_adapter("single")
+    expected = model(**batch).logits
+    model.set_adapter("default")
+    model.merge_adapter(["single"])
+    model.unmerge_adapter()
+    merged = model.merge_and_unload(adapter_names=["single"])
+    torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_peft_tools_for_plain_lora_are_refused_with_a_reason(base, tmp_path):
     model = adapt(base)
     with pytest.raises(ValueError, match=r"set_adapter\(\[...\]\)"):

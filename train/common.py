@@ -121,6 +121,8 @@ def moe_config(arguments: MoeArguments, task_type: str = "CAUSAL_LM") -> MoeConf
     if arguments.moe_method == "esft" and "experts" in values:
         selection = read_selection(values["experts"])
         values = {"train_shared_experts": selection.shared_experts, **values, "experts": selection.experts}
+        sizes = set(selection.num_experts.values())
+        values["num_backbone_experts"] = sizes.pop() if len(sizes) == 1 else None
     return config_cls(task_type=task_type, **values)
 
 

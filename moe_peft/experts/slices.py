@@ -47,8 +47,8 @@ class ExpertSlices(nn.Module):
     ) -> torch.Tensor:
         """Add the weighted sum of the copies to the output of the frozen experts.
 
-        Every parameter takes part in every call, as data-parallel training expects, and is read inside this call,
-        before which sharded training gathers it.
+        Every parameter takes part in every call with gradients, as data-parallel training expects, and is read inside
+        this call, before which sharded training gathers it.
 
         Args:
             x_TD: (T, D) input.

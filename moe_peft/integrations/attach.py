@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME
 from torch import nn
 
+from ..config import MoeConfig
 from .callback import MoeCallback, restore_precision, uses_deepspeed
 from .checks import check_training
 from .collator import GroupCollator
@@ -25,9 +29,9 @@ def attach(
     """Prepare a transformers or TRL trainer whose model has routed adapters. Call it before `trainer.train()`.
 
     Adds `MoeCallback`, and what it measures to the trainer's logs (keys "moe/..."). Routers that the trainer cast to
-    16 bit are float32 again, and a checkpoint resumes in the precision it was saved in. Where an adapter balances by
-    sample group, it also keeps the group's column through `remove_unused_columns` and carries it past the trainer's
-    collator. Attaching twice changes nothing.
+    16 bit are float32 again. A checkpoint resumes in the precision it was saved in, and one of other experts of the
+    backbone (ESFT) is refused. Where an adapter balances by sample group, it also keeps the group's column through
+    `remove_unused_columns` and carries it past the trainer's collator. Attaching twice changes nothing.
 
     Args:
         trainer: A trainer that has been built.
@@ -51,7 +55,7 @@ def attach(
         )
     check_training(trainer.args, trainer.model)
     set_learning_rates(trainer, router_lr, lora_plus_ratio)
-    _keep_precision_on_resume(trainer)
+    _prepare_resuming(trainer)
     if not any(isinstance(callback, MoeCallback) for callback in trainer.callback_handler.callbacks):
         trainer.add_callback(MoeCallback(telemetry_steps, layer_groups))
     callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, MoeCallback))
@@ -64,18 +68,40 @@ def attach(
     return trainer
 
 
-def _keep_precision_on_resume(trainer: Any) -> None:
-    """Let the trainer copy a checkpoint into weights of the dtype that they train in.
+def _prepare_resuming(trainer: Any) -> None:
+    """Let the trainer copy a checkpoint into the adapter it was saved from, in the dtype that the weights train in.
 
-    It copies before any callback runs, so routers must be float32 by then; and it calls peft's `load_adapter`, whose
-    default turns the experts of a quantized model, which TRL trains in bfloat16, to float32.
+    It copies before any callback runs, so routers must be float32 by then.
     """
     if not uses_deepspeed(trainer.args):
         restore_precision(trainer.model)
-    if isinstance(trainer.model, PeftModel) and not isinstance(trainer.model.load_adapter, partial):
-        trainer.model.load_adapter = partial(  # type: ignore[method-assign]
-            trainer.model.load_adapter, autocast_adapter_dtype=False
-        )
+    model = trainer.model
+    if isinstance(model, PeftModel) and not isinstance(model.load_adapter, partial):
+        model.load_adapter = partial(_load_checkpoint, model, model.load_adapter)  # type: ignore[method-assign]
+
+
+def _load_checkpoint(
+    model: PeftModel, load: Callable[..., Any], folder: str | Path, adapter_name: str, *args: Any, **kwargs: Any
+) -> Any:
+    """Call peft's `load_adapter`, which reads the weights alone where there is an adapter of this name.
+
+    Its default would turn the experts of a quantized model, which TRL trains in bfloat16, to float32.
+
+    Raises:
+        ValueError: The folder's configuration gives its weights another meaning; nothing has been changed.
+    """
+    config = model.peft_config.get(adapter_name)
+    fields = config.weight_fields if isinstance(config, MoeConfig) else ()
+    if fields and (Path(folder) / CONFIG_NAME).is_file():
+        saved = PeftConfig.from_pretrained(str(folder))
+        for field in fields:
+            own, its = getattr(config, field), getattr(saved, field, None)
+            if own != its:
+                raise ValueError(
+                    f"{folder} holds weights of {field}={its!r}, which would be copied into an adapter of "
+                    f"{field}={own!r}. Resume with the {field} of the checkpoint, or train in another output_dir."
+                )
+    return load(folder, adapter_name, *args, **{"autocast_adapter_dtype": False, **kwargs})
 
 
 class RoutingLog:

@@ -14,6 +14,18 @@ from torch.nn.utils import parametrize
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def keeps_slices(experts: nn.Module, num_experts: int) -> bool:
+    """Whether a module keeps one slice of 16 or 32 bit per expert, or packed ones that unpack to such.
+
+    Args:
+        experts: An experts module; nothing is unpacked.
+        num_experts: E.
+    """
+    packed = len(experts.parametrizations) if parametrize.is_parametrized(experts) else 0  # type: ignore[arg-type]
+    own = [t for t in experts.parameters(recurse=False) if t.dim() > 1 and t.shape[0] >= num_experts]
+    return packed + len(own) >= 2 and all(t.is_floating_point() and t.element_size() > 1 for t in own)
+
+
 def expert_tensors(experts: nn.Module, num_experts: int) -> dict[str, torch.Tensor]:
     """The tensors with one slice per expert; quantized ones dequantized.
 

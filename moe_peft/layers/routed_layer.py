@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -93,7 +94,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         self.objectives[adapter_name] = parts.objective
         if parts.selection is not None:
             self.selections[adapter_name] = parts.selection
-        self._local_indices.clear()
+        self._number_selections()
         _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         # Eight bits hold a frozen weight with a scale of its own; a trained one would be rounded.
         if dtype is not None and dtype.is_floating_point and dtype.itemsize > 1:
@@ -137,13 +138,32 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         Returns:
             (T, K) int64 place in the adapter's selection, its length where the expert is not selected.
         """
-        selection = self.selections[adapter_name]
         key = (adapter_name, index_TK.device)
-        if key not in self._local_indices:
-            table = torch.full((self.num_backbone_experts + 1,), len(selection), device=index_TK.device)
-            table[list(selection)] = torch.arange(len(selection), device=index_TK.device)
-            self._local_indices[key] = table
-        return self._local_indices[key][index_TK.clamp(max=self.num_backbone_experts)]
+        table = self._local_indices.get(key)
+        if table is None:
+            table = self._number_selection(adapter_name, index_TK.device)
+            if not torch.compiler.is_compiling():  # a graph that changes its module is compiled a second time
+                self._local_indices[key] = table
+        return table[index_TK.clamp(max=self.num_backbone_experts)]
+
+    def _number_selection(self, adapter_name: str, device: torch.device) -> torch.Tensor:
+        selection = self.selections[adapter_name]
+        table = torch.full((self.num_backbone_experts + 1,), len(selection), device=device)
+        table[list(selection)] = torch.arange(len(selection), device=device)
+        return table
+
+    def _number_selections(self) -> None:
+        """Number all selections where the base layer is, so that no compiled graph has to."""
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        self._local_indices = {}
+        if device is not None and device.type != "meta":
+            for name in self.selections:
+                self._local_indices[name, device] = self._number_selection(name, device)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> RoutedLayer:
+        super()._apply(fn, recurse)
+        self._number_selections()  # the base layer may have moved
+        return self
 
     def active_names(self) -> list[str]:
         """Adapters that act in this forward: active, present here and not merged."""
@@ -187,6 +207,17 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
     def is_mergeable(self, adapter_name: str) -> bool:
         """Whether merging the adapter into the base weights is exact; a layer that can merge overrides this."""
         return False
+
+    def check_merge(self, adapter_names: Sequence[str], safe_merge: bool = False) -> None:
+        """Refuse a merge for reasons beyond `is_mergeable`, without changing anything; there is none by default.
+
+        Args:
+            adapter_names: Adapters to merge.
+            safe_merge: Whether to look for values that are not finite.
+
+        Raises:
+            ValueError: The adapters cannot be merged here.
+        """
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse to merge; a layer that can overrides this.

@@ -10,7 +10,7 @@ quantized.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -106,6 +106,19 @@ class SlicedExperts(RoutedLayer):
         """Copies replace what they were copied from, exactly."""
         return True
 
+    def check_merge(self, adapter_names: Sequence[str], safe_merge: bool = False) -> None:
+        """Refuse a merge that `merge` would refuse; see `RoutedLayer.check_merge`."""
+        names = [name for name in adapter_names if name in self.experts and name not in self.merged_adapters]
+        self._check_disjoint([*self.merged_adapters, *names])
+        if names and parametrize.is_parametrized(self.get_base_layer()):
+            raise ValueError(
+                f"The experts of {self.place} are quantized, so trained ones cannot be written into them. Load the "
+                "base model in 16 or 32 bit to merge."
+            )
+        for name in names:
+            if safe_merge and not all(torch.isfinite(tensor).all() for tensor in self.experts[name].parameters()):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the copies into the backbone's experts.
 
@@ -118,17 +131,7 @@ class SlicedExperts(RoutedLayer):
                 quantized.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.experts]
-        self._check_disjoint([*self.merged_adapters, *names])
-        base = self.get_base_layer()
-        if names and parametrize.is_parametrized(base):
-            raise ValueError(
-                f"The experts of {self.place} are quantized, so trained ones cannot be written into them. Load the "
-                "base model in 16 or 32 bit to merge."
-            )
-        for name in names:
-            tensors = dict(self.experts[name].named_parameters())
-            if safe_merge and not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        self.check_merge(names, safe_merge)
         for name in names:
             ids = list(self.selections[name])
             self.originals[name] = (ids, self._exchange(ids, dict(self.experts[name].named_parameters())))

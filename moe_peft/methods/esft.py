@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -21,7 +22,7 @@ from ..backbone import base_of
 from ..block_places import experts_names
 from ..config import BACKBONE, MoeConfig
 from ..experts import EXPERTS, ExpertSlices
-from ..layers.expert_tensors import expert_tensors
+from ..layers.expert_tensors import expert_tensors, keeps_slices
 from ..parts import RoutedParts
 from ..registration import extend_peft_type, register
 from ..tuner import RoutedTuner
@@ -54,6 +55,7 @@ class EsftConfig(MoeConfig):
     equation: ClassVar[str] = "y = sum_k w_k FFN_{i_k}(x), FFN_i trained where expert i is selected"
     source: ClassVar[str] = "arXiv 2407.01906"
     adapter_type: ClassVar[str] = "ESFT"
+    weight_fields: ClassVar[tuple[str, ...]] = ("experts",)
     fixed_fields: ClassVar[dict[str, str]] = {
         **dict.fromkeys(ROUTING_FIELDS, ROUTED_BY_BACKBONE),
         **dict.fromkeys(PLACING_FIELDS, "`experts` names the layers"),
@@ -90,6 +92,12 @@ class EsftConfig(MoeConfig):
 
     def _normalised(self, experts: Mapping[Any, Any]) -> dict[str, list[int]]:
         """Layers as strings and ids in ascending order, whichever form they were written in."""
+        self._check(
+            isinstance(experts, Mapping),
+            "experts",
+            "a dict from layer index to expert ids: the entry `experts` of what moe_peft.select_experts returns, or "
+            "moe_peft.ExpertSelection.load(path) of a file",
+        )
         layers = [str(layer) for layer in experts]
         wrong = next((layer for layer in layers if not layer.isdecimal()), None)
         hint = f"{wrong!r} is no layer; of a file of the authors' take the entry 'experts'"
@@ -124,7 +132,7 @@ class EsftConfig(MoeConfig):
 
         Raises:
             ValueError: Nothing is selected, a layer or an expert does not exist, the model is not the one that the
-                experts were selected in, or its experts are split over processes.
+                experts were selected in, or it keeps its experts in another form than one slice of each.
         """
         experts_names(model, list(layers))  # refuses a model without any, with the reason
         selected = {int(layer): ids for layer, ids in (self.experts or {}).items() if ids}
@@ -150,8 +158,15 @@ class EsftConfig(MoeConfig):
         self._check_size({sizes[layer] for layer in selected})
         chosen = [layer for layer in layers if layer.index in selected]
         self._check_targets(layers, chosen)
-        for name in (layer.experts for layer in chosen):
-            _refuse_split(name, model.get_submodule(name))
+        for own in chosen:
+            experts = base_of(model.get_submodule(own.experts))
+            _refuse_split(own.experts, experts)
+            self._check(
+                self.expert_adapter == "lora" or keeps_slices(experts, own.num_experts),
+                "expert_adapter",
+                f"'lora' for {own.experts} ({type(experts).__name__}), which does not keep one slice of 16 or 32 "
+                "bit per expert",
+            )
         further = self._further_modules(chosen)
         if further:
             self.modules_to_save = sorted({*(self.modules_to_save or []), *further})
@@ -169,11 +184,19 @@ class EsftConfig(MoeConfig):
         )
 
     def _check_targets(self, layers: Sequence[MoeLayer], chosen: Sequence[MoeLayer]) -> None:
-        """Refuse targets that leave out a layer with selected experts, or add one without."""
+        """Refuse fields that leave out a layer with selected experts, or add one without."""
+        expected = [layer.experts for layer in chosen]
+        own = SimpleNamespace(target_modules=set(expected), modules_to_save=self.modules_to_save)
+        whole = [name for name in expected if not check_target_module_exists(own, name)]
+        self._check(
+            not whole,
+            "modules_to_save",
+            f"other modules than those around selected experts, as it would train {whole} whole. Name parts beside "
+            "the experts, or leave these layers out of `experts`",
+        )
         if self.target_modules is None or self.target_modules == "all-linear":
             return
         found = [layer.experts for layer in layers if check_target_module_exists(self, layer.experts)]
-        expected = [layer.experts for layer in chosen]
         self._check(
             found == expected,
             "target_modules",
@@ -186,7 +209,7 @@ class EsftConfig(MoeConfig):
         self._check(
             bool(names) or not self.train_shared_experts,
             "train_shared_experts",
-            "False: the model has no such experts",
+            "False: no module beside the model's experts is called shared...; name others in modules_to_save",
         )
         routers = [layer.router for layer in chosen if layer.router is not None] if self.train_router else []
         self._check(
@@ -216,11 +239,7 @@ class EsftConfig(MoeConfig):
         return f"{kind} of {count} experts of the backbone"
 
     def build(self, place: Place) -> RoutedParts:
-        """Build the parts of one layer; see `MoeConfig.build`.
-
-        Raises:
-            ValueError: The backbone keeps its experts in another form than one slice per expert.
-        """
+        """Build the parts of one layer; see `MoeConfig.build`."""
         assert place.base is not None and place.num_experts is not None and self.experts is not None
         ids = tuple(self.experts[str(place.layer_index)])
         if self.expert_adapter == "lora":
@@ -233,20 +252,14 @@ class EsftConfig(MoeConfig):
                 **{name: getattr(self, name) for name in cls.fields},
             )
             return RoutedParts(experts=bank, selection=ids)
-        tensors = expert_tensors(place.base, place.num_experts)
-        self._check(
-            len(tensors) >= 2 and all(t.is_floating_point() and t.element_size() > 1 for t in tensors.values()),
-            "expert_adapter",
-            f"'lora' for {place.name} ({place.kind}), which does not keep one slice of 16 or 32 bit per expert",
-        )
-        return RoutedParts(experts=ExpertSlices(tensors, ids), selection=ids)
+        slices = ExpertSlices(expert_tensors(place.base, place.num_experts), ids)
+        return RoutedParts(experts=slices, selection=ids)
 
 
 def _refuse_split(name: str, experts: nn.Module) -> None:
     """Refuse experts of which this process holds a part only."""
-    base = base_of(experts)
-    expert_parallel = bool(getattr(base, "_is_expert_parallel", False))
-    if expert_parallel or any(isinstance(parameter, DTensor) for parameter in base.parameters()):
+    expert_parallel = bool(getattr(experts, "_is_expert_parallel", False))
+    if expert_parallel or any(isinstance(parameter, DTensor) for parameter in experts.parameters()):
         kind = "expert parallelism" if expert_parallel else "distributed tensors"
         raise ValueError(
             f"The experts of {name} are split over processes ({kind}), so their slices cannot be copied here. Load "

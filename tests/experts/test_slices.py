@@ -76,6 +76,15 @@ def test_copies_are_those_of_the_selected_experts_and_share_nothing():
     assert repr(bank) == "ExpertSlices(num_experts=2)"
 
 
+def test_copies_that_no_slot_uses_are_not_read_without_gradients():
+    bank = ExpertSlices(backbone_tensors(), IDS)
+    x, base, local, weights = case(3)
+    for parameter in bank.parameters():
+        parameter.data.fill_(torch.nan)
+    with torch.no_grad():
+        assert torch.equal(bank(x, base, torch.full_like(local, len(IDS)), weights, compute), base)
+
+
 @pytest.mark.parametrize("num_tokens", [0, 6])
 def test_parameters_get_zero_gradients_where_no_slot_uses_them(num_tokens):
     bank = ExpertSlices(backbone_tensors(), IDS)

@@ -86,6 +86,27 @@ def test_training_logs_and_saves(method, form, tmp_path):
     assert not torch.allclose(found, off, atol=1e-3)
 
 
+@pytest.mark.parametrize("expert_adapter", ["full", "lora"])
+def test_a_checkpoint_resumes_into_the_experts_it_trained_and_no_others(expert_adapter, tmp_path, monkeypatch):
+    # As many experts of each layer, so that every tensor fits.
+    for experts, refused in ((EXPERTS, False), ({"0": [1, 3, 7], "1": [2]}, True), (EXPERTS, False)):
+        config = EsftConfig(experts=experts, expert_adapter=expert_adapter)
+        monkeypatch.setitem(CONFIGS, "esft", lambda config=config: config)
+        trainer = trainer_of("esft", "padded", tmp_path)
+        trainer.args.save_strategy, trainer.args.save_steps, trainer.args.max_steps = "steps", 2, 4
+        if not (tmp_path / "checkpoint-2").exists():
+            trainer.train()
+            continue
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        if refused:
+            with pytest.raises(ValueError, match=r"weights of experts={'0': \[1, 3, 6\].*Resume with the experts"):
+                trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+            assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+        else:
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+            assert trainer.state.global_step == 4
+
+
 def trained_routers(coef: float, folder) -> tuple[dict[str, float], list[torch.Tensor]]:
     """The first step's log, and the routers after training under a balance loss of the backbone's own."""
     trainer = trainer_of("esft-routers", "padded", folder, output_router_logits=True, router_aux_loss_coef=coef)

@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig
 
-from moe_peft import EsftConfig, MoePeftWarning, telemetry
+from moe_peft import EsftConfig, MoePeftWarning, PerftConfig, RoutedConfig, telemetry
 from moe_peft.layers import SlicedExperts
 from tests.methods.esft_models import (
     IMPLEMENTATIONS,
@@ -15,6 +16,7 @@ from tests.methods.esft_models import (
     first_layer,
     frozen_and_adapted,
     logits,
+    sparse_model,
     token_batch,
 )
 
@@ -92,6 +94,25 @@ def test_an_adapter_of_another_kind_cannot_share_a_module():
     assert torch.equal(logits(model), expected)
 
 
+OTHER_TYPES = {
+    "perft": lambda: PerftConfig(variant="E", r=2),
+    "routed": lambda: RoutedConfig(wraps="experts", num_experts=2, r=2),
+    "lora": lambda: LoraConfig(target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], r=2),
+}
+
+
+@pytest.mark.parametrize(("first", "second"), [*((name, "esft") for name in OTHER_TYPES), ("esft", "perft")])
+def test_copies_and_adapters_of_another_type_do_not_wrap_one_another(first, second):
+    configs = {"esft": lambda: EsftConfig(experts=OTHER), **OTHER_TYPES}
+    model = sparse_model("olmoe")
+    model.add_adapter(configs[first](), "first")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"layers.0.mlp.experts has an adapter of another type.*model of its own"):
+        model.add_adapter(configs[second](), "second")
+    after = model.state_dict()
+    assert after.keys() == state.keys() and all(torch.equal(after[name], tensor) for name, tensor in state.items())
+
+
 @pytest.mark.parametrize("kind", ["olmoe", "gpt_oss"])
 def test_merging_is_index_assignment_and_unmerging_restores_every_bit(kind):
     base, model = frozen_and_adapted(kind)
@@ -130,6 +151,28 @@ def test_copies_that_are_not_finite_are_not_merged():
     with pytest.raises(ValueError, match="The adapter default seems to be broken"):
         model.merge_and_unload(safe_merge=True)
     assert torch.equal(first_layer(model).base_layer.down_proj, experts_modules(base)[0].down_proj)
+
+
+@pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize("reason", ["overlap", "not finite"])
+def test_a_merge_that_the_last_layer_refuses_changes_no_other(method, reason):
+    _, model = frozen_and_adapted()
+    model.add_adapter("other", EsftConfig(experts={"0": [0], "1": [2]}))
+    layers = [module for module in model.modules() if isinstance(module, SlicedExperts)]
+    if reason == "overlap":
+        arguments, message = {"adapter_names": ["default", "other"]}, r"both replace the experts \[2\]"
+    else:
+        arguments, message = {"safe_merge": True}, "seems to be broken"
+        layers[1].experts["default"].down_proj.data[0, 0, 0] = float("nan")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        getattr(model, method)(**arguments)
+    after = model.state_dict()
+    assert after.keys() == state.keys()
+    assert all(torch.equal(after[name].nan_to_num(), tensor.nan_to_num()) for name, tensor in state.items())
+    assert not any(layer.merged for layer in layers)
+    model.merge_adapter(["other"])
+    assert [layer.merged_adapters for layer in layers] == [["other"], ["other"]]
 
 
 def test_one_model_serves_one_adapter_at_a_time():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import distributed as dist
+from torch._dynamo.testing import CompileCounter
 from torch.distributed.fsdp import fully_shard
 
 from tests.methods.esft_models import (
@@ -39,6 +40,16 @@ def test_one_compiled_graph_gives_the_same_outputs_and_gradients(kind, implement
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max()))
+
+
+@pytest.mark.parametrize("fields", [{}, {"expert_adapter": "lora", "r": 2}])
+def test_the_second_step_compiles_nothing(fields):
+    model = esft(sparse_model("olmoe", "grouped_mm"), **fields).train()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for seed in range(3):
+        compiled(**token_batch(seed=seed)).loss.backward()
+        assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

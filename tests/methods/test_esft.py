@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import distributed as dist
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
-from moe_peft import EsftConfig, describe
+from moe_peft import EsftConfig, ExpertSelection, describe
 from tests.methods.esft_models import (
     EXPERTS,
     FOUR_KINDS,
@@ -151,6 +151,9 @@ def test_layers_may_be_numbers_and_ids_in_any_order(experts, expected):
         ({"1": ["2"]}, "different expert ids"),
         ({"1": [True]}, "different expert ids"),
         ({"1": 2}, "different expert ids"),
+        ([1, 2], r"experts=\[1, 2\] must be a dict"),
+        ("expert_config.json", "ExpertSelection.load"),
+        (ExpertSelection({"1": [2]}), "the entry `experts` of what moe_peft.select_experts returns"),
         ({"-1": [2]}, "'-1' is no layer"),
         ({"experts": {"1": [2]}, "shared_experts": False}, "take the entry 'experts'"),
         ({"1": [2], 1: [3]}, "no layer twice"),
@@ -172,8 +175,10 @@ def test_a_selection_that_is_none_is_refused_where_it_is_written(experts, messag
         ({"target_modules": ["layers.0.mlp.experts"]}, "None, as `experts` names the layers"),
         ({"experts": {"0": [1]}, "target_modules": ["experts"]}, "None, as `experts` names the layers"),
         ({"target_modules": ["q_proj"]}, "None, as `experts` names the layers"),
-        ({"train_shared_experts": True}, "the model has no such experts"),
+        ({"train_shared_experts": True}, "name others in modules_to_save"),
         ({"num_backbone_experts": 16}, "selected in another model"),
+        ({"modules_to_save": ["layers.1"]}, r"would train \['model.layers.1.mlp.experts'\] whole"),
+        ({"modules_to_save": ["experts"]}, "Name parts beside the experts"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused_before_it_is_changed(fields, message):
@@ -241,7 +246,9 @@ def test_experts_that_are_split_over_processes_are_refused(tmp_path):
 
 def test_experts_in_eight_bits_are_refused_with_the_low_rank_way_out():
     model = sparse_model("olmoe").requires_grad_(False)
-    for module in experts_modules(model):
-        module.to(torch.float8_e4m3fn)
-    with pytest.raises(ValueError, match="must be 'lora'"):
+    experts_modules(model)[1].to(torch.float8_e4m3fn)
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=r"must be 'lora' for model\.layers\.1\.mlp\.experts"):
         esft(model)
+    assert [name for name, _ in model.named_modules()] == names
+    esft(model, expert_adapter="lora")

@@ -8,10 +8,12 @@ import common
 import pytest
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_peft import ExpertScores, ExpertSelection, score_experts, select_experts
+from tests.methods.esft_models import sparse_model
 from tests.scored_models import olmoe
 from tests.test_scoring import assert_equal, batch_from
 from tests.tiny import tiny_llama
@@ -198,6 +200,15 @@ def test_the_file_of_selected_experts_fills_the_configuration(tmp_path):
     assert common.moe_config(arguments).train_shared_experts
     arguments.moe_train_shared_experts = False
     assert not common.moe_config(arguments).train_shared_experts
+
+
+def test_experts_selected_in_a_model_with_another_number_of_them_are_refused(tmp_path):
+    experts = {"0": [3], "1": [1, 2]}
+    config = common.moe_config(selected(tmp_path, experts=experts, num_experts={"0": 16, "1": 16}))
+    with pytest.raises(ValueError, match="the experts were selected in another model"):
+        get_peft_model(sparse_model("olmoe"), config)
+    config = common.moe_config(selected(tmp_path, experts=experts, num_experts={"0": 8, "1": 8}))
+    assert get_peft_model(sparse_model("olmoe"), config).peft_config["default"].num_backbone_experts == 8
 
 
 def test_a_file_that_is_not_there_or_asks_for_more_is_refused(tmp_path):

@@ -1,125 +1,34 @@
-"""Which modules an adapter wraps: the linear layers of a model, their kinds, and the places a configuration picks."""
+"""Which modules an adapter wraps: the places that a configuration picks in a model, and what it may not pick."""
 
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from .backbone import base_of, find_moe_layers, is_below, router_names
+from .backbone import find_moe_layers, is_below, router_names
 from .block_places import block_names, block_place, experts_names, experts_place
+from .linear_places import (
+    default_target_modules,
+    leaf_names,
+    linear_names,
+    linear_place,
+    reads_encoder_states,
+    shortest_endings,
+    text_linear_names,
+)
 from .modalities import encoder_names
 from .types import MoeLayer, Place, Rows
 
 if TYPE_CHECKING:
     from .config import MoeConfig
 
-# Second projections of gated FFNs: they scale what the first one lets through, and the kind "all" leaves them out.
-UNGATED_NAMES = ("up_proj", "wi_1")
-ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-CROSS_ATTENTION = re.compile(r"encdecattention|encoder_attn|cross_?attn|crossattention", re.IGNORECASE)
 DUMMY_TARGETS = "dummy-target-modules"
-
-
-def linear_features(module: nn.Module, **quantization: Any) -> tuple[int, int] | None:
-    """Input and output width of a linear layer, plain or quantized; None for any other module.
-
-    Args:
-        module: Module or tuner layer around one.
-        **quantization: What `peft.utils.quantization_utils.get_quantization_kwargs` says of the model.
-    """
-    base = base_of(module)
-    if hasattr(base, "n_groups"):  # block-diagonal, as in DeepSeek-V4: its input has an axis of groups
-        return None
-    if isinstance(base, nn.Linear):
-        return base.in_features, base.out_features
-    if isinstance(base, Conv1D):
-        return base.weight.shape[0], base.weight.shape[1]
-    backend = resolve_quantization_backend(base, **quantization)
-    if backend is not None and backend.layer_type == "linear" and hasattr(base, "in_features"):
-        return cast(tuple[int, int], (base.in_features, base.out_features))
-    return None
-
-
-def linear_names(model: nn.Module) -> list[str]:
-    """Names of the linear layers an adapter may wrap: none below a router or a tuner layer, nor the output head."""
-    heads = _output_heads(model)
-    routers = router_names(model)
-    names: list[str] = []
-    inside: set[str] = set()
-    for name, module in model.named_modules():
-        if not name or is_below(name, inside):
-            continue
-        if isinstance(module, (BaseTunerLayer, nn.MultiheadAttention)):
-            inside.add(name)
-        base = base_of(module)
-        if linear_features(module) is not None and base not in heads and not is_below(name, routers):
-            names.append(name)
-    return names
-
-
-def text_linear_names(model: nn.Module) -> list[str]:
-    """Those of `linear_names` that belong to no encoder of images or sound, of which adapters choose their places."""
-    encoders = encoder_names(model)
-    return [name for name in linear_names(model) if not is_below(name, encoders)]
-
-
-def _output_heads(model: nn.Module) -> list[nn.Module]:
-    """The layer that predicts tokens, or that classifies or scores a sequence."""
-    # A multi-modal model may leave the head to its language model.
-    parts = [model, *(part for part in model.modules() if isinstance(part, PreTrainedModel))]
-    heads = [cast(Any, part).get_output_embeddings() for part in parts if hasattr(part, "get_output_embeddings")]
-    if not any(isinstance(head, nn.Module) for head in heads):
-        heads = [getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES]
-    return [head for head in heads if isinstance(head, nn.Module)]
-
-
-def default_target_modules(model: nn.Module, kind: str) -> list[str]:
-    """Linear layers of the decoder (or encoder) blocks of the language model, by what they belong to.
-
-    Args:
-        model: A transformers model.
-        kind: "ffn" for what lies outside attention, "attention" for what lies inside, "all" for both without the
-            second projection of gated FFNs.
-
-    Returns:
-        Shortest name endings that match these layers and no other linear layer.
-
-    Raises:
-        ValueError: The model has no such layer, as an FFN of fused experts.
-    """
-    linears = [name for name in text_linear_names(model) if re.search(r"\.\d+\.", name)]
-    attention = {name for name in linears if ATTENTION.search(name)}
-    if kind == "attention":
-        chosen = attention
-    elif kind == "ffn":
-        chosen = set(linears) - attention
-    else:
-        chosen = {name for name in linears if name.rpartition(".")[2] not in UNGATED_NAMES}
-    if not chosen:
-        sparse = " Its FFNs are mixtures of fused experts; adapters around blocks or experts reach those."
-        raise ValueError(
-            f"{type(model).__name__} has no linear layer of the kind {kind!r} to adapt. Please specify "
-            f"`target_modules`; its linear layers are called {_leaves(text_linear_names(model))}."
-            f"{sparse if find_moe_layers(model) else ''}"
-        )
-    return shortest_endings(chosen, set(dict(model.named_modules())) - chosen)
-
-
-def shortest_endings(names: Iterable[str], others: Iterable[str]) -> list[str]:
-    """Shortest dotted endings that together match all names and none of the others, sorted."""
-    other_endings = {ending for name in others for ending in _endings(name)}
-    return sorted({next((e for e in _endings(name) if e not in other_endings), name) for name in names})
 
 
 def resolve_targets(model: nn.Module, config: MoeConfig) -> None:
@@ -222,24 +131,6 @@ def _rows(name: str, encoders: set[str]) -> Rows:
     return "encoder_states" if reads_encoder_states(name) else "tokens"
 
 
-def reads_encoder_states(name: str) -> bool:
-    """Whether a layer is a key or value projection of cross-attention, whose input has the encoder's length."""
-    leaf = name.rpartition(".")[2]
-    # GPT-2's c_attn holds keys and values in cross-attention, and queries too elsewhere.
-    return bool(CROSS_ATTENTION.search(name)) and (leaf[:1] in ("k", "v") or leaf == "c_attn")
-
-
-def _linear_place(name: str, module: nn.Module, layers: list[MoeLayer], quantization: dict[str, Any]) -> Place:
-    features = linear_features(module, **quantization)
-    base = base_of(module)
-    if features is None:
-        raise TypeError(
-            f"Target module {name} ({type(base).__name__}) is not supported. Currently, only `torch.nn.Linear` "
-            "(optionally quantized) and transformers' `Conv1D` can be adapted; remove it from target_modules."
-        )
-    return Place(name, *features, kind=type(base).__name__)
-
-
 def _refuse_router(name: str, routers: set[str]) -> None:
     if is_below(name, routers):
         raise ValueError(
@@ -280,7 +171,7 @@ def _no_match(model: nn.Module, config: MoeConfig) -> str:
     if config.placement in NAMES:
         kind = "Experts modules" if config.placement != "block" else "Blocks"
         names = NAMES[config.placement](model, find_moe_layers(model))
-    leaves = _leaves(names)
+    leaves = leaf_names(names)
     wanted = [targets] if isinstance(targets, str) else sorted(targets or [])
     near = {match for name in wanted for match in difflib.get_close_matches(name.rpartition(".")[2], leaves)}
     hint = f"Nearest names: {sorted(near)}. " if near - set(wanted) else ""
@@ -293,19 +184,10 @@ def _no_match(model: nn.Module, config: MoeConfig) -> str:
     )
 
 
-def _leaves(names: Iterable[str]) -> list[str]:
-    return sorted({name.rpartition(".")[2] for name in names})
-
-
-def _endings(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
-
-
 # Kind of placement -> description of a matched module, for the layer of the same name in `layers.LAYERS`.
 PLACES: dict[str, Callable[..., Place]] = {
-    "linear": _linear_place,
-    "scaled": _linear_place,
+    "linear": linear_place,
+    "scaled": linear_place,
     "block": block_place,
     "experts": experts_place,
     "slices": experts_place,

@@ -10,8 +10,8 @@ import re
 from torch import nn
 
 from .backbone import is_below
+from .linear_places import ATTENTION, linear_features, linear_names, text_linear_names
 from .modalities import encoder_names
-from .placement import ATTENTION, linear_features, linear_names, text_linear_names
 
 KEY_VALUE_NAMES = ("k_proj", "v_proj", "k", "v", "key", "value", "key_proj", "value_proj", "k_lin", "v_lin")
 # Projections that hold queries, keys and values (or keys and values) in one matrix.

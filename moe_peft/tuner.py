@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
+from .adapter_checks import check_groups, check_name, check_neighbours, check_tensors
 from .config import MoeConfig
 from .context import ForwardTracker, find_tracker
-from .layers import LAYERS, RoutedLayer, SlicedExperts
-from .modalities import encoder_names, encoder_pattern
+from .layers import LAYERS, RoutedLayer
 from .placement import find_places, resolve_targets
-from .types import MoePeftWarning, Place
-
-# Parts that the names of saved weights have beside those of the place, see layers.RoutedLayer.
-NAME_PARTS = frozenset({"base_model", "base_layer", "model", "A", "B", "vectors", "weight"})
 
 
 class RoutedTuner(BaseTuner):
@@ -46,10 +41,11 @@ class RoutedTuner(BaseTuner):
         resolve_targets(model, peft_config)
         places = find_places(model, peft_config, **get_quantization_kwargs(model))
         self._places = {place.name: place for place in places}
-        self._check_name(peft_config)
-        self._check_kinds(peft_config, model)
-        self._warn_of_other_types(peft_config, model)
-        _refuse_groups_of_media(peft_config, places, model)
+        newest_first = reversed(self.peft_config.items())
+        adapter_name = next((name for name, config in newest_first if config is peft_config), None)
+        check_name(adapter_name, self.prefix, places)
+        check_neighbours(peft_config, self.prefix, places, model)
+        check_groups(peft_config, places, model)
         if peft_config.placement != "linear":
             _record_router_outputs(model)
         tracker = find_tracker(model)
@@ -60,52 +56,6 @@ class RoutedTuner(BaseTuner):
         if group_column is not None:
             known = tracker.group_columns.get(group_column, frozenset())
             tracker.group_columns[group_column] = known | frozenset(groups or ())
-
-    def _check_name(self, peft_config: MoeConfig) -> None:
-        """Refuse an adapter name that its weights' own names contain, as peft saves and loads by that part of them."""
-        newest_first = reversed(self.peft_config.items())
-        adapter_name = next((name for name, config in newest_first if config is peft_config), None)
-        parts = {*NAME_PARTS, f"{self.prefix}experts", f"{self.prefix}router"}
-        for place in self._places:
-            if adapter_name in parts.union(place.split(".")):
-                raise ValueError(
-                    f"adapter_name={adapter_name!r} is a part of the names of the weights at {place}, by which peft "
-                    "tells adapters apart, so that saving would lose weights. Take another name, as "
-                    f"{'adapter_' + adapter_name!r}."
-                )
-
-    def _check_kinds(self, peft_config: MoeConfig, model: nn.Module) -> None:
-        """Refuse an adapter that cannot share a module with the one that is there."""
-        layer_cls = LAYERS[peft_config.placement]
-        for name in self._places:
-            target = model.get_submodule(name)
-            same_type = isinstance(target, RoutedLayer) and target.prefix == self.prefix
-            if same_type and type(target) is not layer_cls:
-                raise ValueError(
-                    f"{name} has an adapter of another kind, which cannot share its layer with {peft_config.method} "
-                    f"({peft_config.summary()}). Put this adapter on a base model of its own."
-                )
-            wraps_another = isinstance(target, BaseTunerLayer) and not same_type
-            if wraps_another and SlicedExperts in (layer_cls, type(target)):
-                raise ValueError(
-                    f"{name} has an adapter of another type, around which {peft_config.method} "
-                    f"({peft_config.summary()}) cannot stand: an adapter inside copies of experts is not given their "
-                    "weights, and copies inside another adapter are saved under a name that a base model does not "
-                    "have. Put this adapter on a base model of its own."
-                )
-
-    def _warn_of_other_types(self, peft_config: MoeConfig, model: nn.Module) -> None:
-        targets = {name: model.get_submodule(name) for name in self._places}
-        tuned = [name for name, target in targets.items() if isinstance(target, BaseTunerLayer)]
-        others = [name for name in tuned if getattr(targets[name], "prefix", None) != self.prefix]
-        if others:
-            warnings.warn(
-                f"{others[0]} (and {len(others) - 1} more) has an adapter of another type, which {peft_config.method} "
-                "wraps from here on: what that adapter then saves has other names, and does not load on a base model "
-                "of its own. Save it before, or adapt other modules.",
-                MoePeftWarning,
-                stacklevel=2,
-            )
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -246,20 +196,8 @@ class RoutedTuner(BaseTuner):
         cls, model: nn.Module, config: MoeConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        _check_adapter_tensors(cls.prefix, model.state_dict(), adapter_name, remapped)
+        check_tensors(cls.prefix, model.state_dict(), adapter_name, remapped)
         return remapped
-
-
-def _refuse_groups_of_media(peft_config: MoeConfig, places: list[Place], model: nn.Module) -> None:
-    """Refuse places that cannot tell the sample of a row, where experts belong to groups of samples."""
-    groups = getattr(peft_config, "expert_groups", None)
-    media = [place.name for place in places if place.rows == "media"]
-    if groups is not None and media:
-        raise ValueError(
-            f"expert_groups={groups} needs the group of every row, but {media[0]} reads images or sound, which do not "
-            f"tell the sample they belong to. Set exclude_modules={encoder_pattern(encoder_names(model))!r}, "
-            "target_modules=None, which leaves encoders out, or expert_groups=None."
-        )
 
 
 def _record_router_outputs(model: nn.Module) -> None:
@@ -286,30 +224,3 @@ def _pass_adapter_names(
 ) -> tuple[tuple, dict[str, Any]]:
     kwargs["adapter_names"] = adapter_names
     return args, kwargs
-
-
-def _check_adapter_tensors(
-    prefix: str, expected: dict[str, torch.Tensor], adapter_name: str, loaded: dict[str, torch.Tensor]
-) -> None:
-    """Refuse an adapter's weights that are not those of the model's places, before any of them is copied."""
-    own = {k: v for k, v in expected.items() if f".{prefix}" in k and f".{adapter_name}." in k}
-    missing = sorted(own.keys() - loaded.keys())
-    if missing:
-        raise ValueError(
-            f"The adapter's weights lack {len(missing)} of {len(own)} tensors, the first is {missing[0]}. The file is "
-            "incomplete, or it was saved for another base model or other target_modules. No weight has been changed."
-        )
-    extra = sorted(key for key in loaded if f".{prefix}" in key and key not in own)
-    if extra:
-        raise ValueError(
-            f"The adapter's weights hold {len(extra)} tensors more than this model has places for, the first is "
-            f"{extra[0]}. It was saved for a base model of more layers, or for other modules. No weight has been "
-            "changed."
-        )
-    for key, tensor in own.items():
-        if loaded[key].shape != tensor.shape:
-            raise ValueError(
-                f"The adapter's tensor {key} has the shape {tuple(loaded[key].shape)}, but this model needs "
-                f"{tuple(tensor.shape)}. It was saved for a base model of other widths, or with another r or "
-                "num_experts. No weight has been changed."
-            )

@@ -19,7 +19,7 @@ from moe_peft.backbone import (
     router_names,
     unsupported_reason,
 )
-from moe_peft.placement import linear_names
+from moe_peft.linear_places import linear_names
 from tests.backbones.models import EXPERTS, FOLLOWED, OPAQUE, TYPES, known, tiny_model
 from tests.contract.cases import tiny_olmoe
 from tests.tiny import tiny_llama

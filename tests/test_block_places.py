@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moe_peft import PerftConfig
 from moe_peft.backbone import find_moe_layers
 from moe_peft.block_places import block_names, block_place, experts_names, experts_place, mlp_features
-from moe_peft.placement import linear_names
+from moe_peft.linear_places import linear_names
 from tests.backbones.models import tiny_model
 from tests.contract.cases import tiny_olmoe
 from tests.tiny import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5

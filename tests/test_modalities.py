@@ -20,8 +20,8 @@ from transformers import (
 from moe_peft import LoraMoeConfig, MoloraConfig, MovConfig, PerftConfig, SiraConfig, describe, router_loss
 from moe_peft.backbone import is_below
 from moe_peft.layers import RoutedLayer
+from moe_peft.linear_places import linear_names, text_linear_names
 from moe_peft.modalities import encoder_names, encoder_pattern
-from moe_peft.placement import linear_names, text_linear_names
 from moe_peft.telemetry import record
 from tests.backbones.multimodal_cases import base_model, batch_for, training_batch, with_adapter
 from tests.contract.cases import tiny_olmoe

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from moe_peft import MovConfig, describe
-from moe_peft.placement import linear_names, reads_encoder_states
+from moe_peft.linear_places import linear_names, reads_encoder_states
 from moe_peft.scaled_places import ffn_output_names, head_widths, key_value_names
 from tests.tiny import tiny_llama
 

@@ -20,10 +20,10 @@ from torch import nn
 
 from ..config import MoeConfig
 from ..experts import VectorExperts
+from ..linear_places import linear_names, shortest_endings, text_linear_names
 from ..losses import importance, z_loss
 from ..objective import Loss, RouterObjective
 from ..parts import RoutedParts
-from ..placement import linear_names, shortest_endings, text_linear_names
 from ..registration import extend_peft_type, register
 from ..routers import ROUTERS
 from ..scaled_places import ffn_output_names, head_widths, key_value_names

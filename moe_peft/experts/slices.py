@@ -60,7 +60,7 @@ class ExpertSlices(nn.Module):
         Returns:
             (T, O) in the dtype of `base_out_TO`.
         """
-        tensors = dict(self.named_parameters())
+        tensors: dict[str, torch.Tensor] = dict(self.named_parameters())
         hit_TK = experts_TK < self.num_experts
         if torch.compiler.is_compiling():
             # Shapes must not depend on the routing: every slot runs, those of other experts with weight zero.
@@ -73,7 +73,12 @@ class ExpertSlices(nn.Module):
             # Sums of nothing: gradients of zero without reading the copies.
             zeros = [tensor.flatten()[:0].sum() for tensor in tensors.values()]
             return base_out_TO + torch.stack(zeros).sum().to(base_out_TO.dtype)
-        added = compute(tensors, x_TD[rows], experts_TK[rows, slots][:, None], weights_TK[rows, slots][:, None])
+        experts_N = experts_TK[rows, slots]
+        if not torch.is_grad_enabled() and any(tensor.dtype != x_TD.dtype for tensor in tensors.values()):
+            # Few tokens use few copies, and the others need not be cast.
+            used, experts_N = experts_N.unique(return_inverse=True)
+            tensors = {name: tensor[used] for name, tensor in tensors.items()}
+        added = compute(tensors, x_TD[rows], experts_N[:, None], weights_TK[rows, slots][:, None])
         return base_out_TO.index_add(0, rows, added.to(base_out_TO.dtype))
 
     def extra_repr(self) -> str:

@@ -126,3 +126,19 @@ def test_a_meta_backbone_gives_meta_or_unfilled_copies():
         "up_bias": (2, H),
         "down_proj": (2, D, H),
     }
+
+
+def test_only_copies_in_use_are_cast_where_nothing_is_trained():
+    bank = ExpertSlices(backbone_tensors(), (0, 1, 4)).float()
+    x, base, local, weights = case(5)
+    local = torch.where(local == 0, 2, 3)  # of the three copies the last one alone
+    read = []
+
+    def cast(tensors, *call):
+        read.append({len(tensor) for tensor in tensors.values()})
+        return compute({name: tensor.to(x.dtype) for name, tensor in tensors.items()}, *call)
+
+    expected = bank(x, base, local, weights, cast)
+    with torch.no_grad():
+        found = bank(x, base, local, weights, cast)
+    assert torch.equal(found, expected) and read == [{3}, {1}]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -307,6 +308,7 @@ def test_a_wrapper_for_parallel_training_is_looked_through(model, rows, expected
     assert_equal(score(nn.DataParallel(model), [batch_from(rows)]), expected)
 
 
+@pytest.mark.skipif(version("accelerate") < "1.13", reason="this accelerate cannot unwrap compiled parts")
 def test_compiled_models_are_looked_through(rows, expected):
     config, batches = PerftConfig(variant="E", task_type="CAUSAL_LM"), [batch_from(rows)]
     for model in (

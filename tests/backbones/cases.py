@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from functools import cache
 
 import pytest
@@ -35,10 +36,10 @@ REPRESENTATIVE = (
 METHODS = ("perft-r", "perft-e", "esft")
 
 
-def marked(model_type: str, *values: str):
+def marked(model_type: str, *values: str, representative: Collection[str] = REPRESENTATIVE):
     """A test parameter; slow where the type is not among the representative ones."""
     missing = pytest.mark.skipif(not known(model_type), reason=f"the installed transformers has no {model_type}")
-    marks = [missing] if model_type in REPRESENTATIVE else [missing, pytest.mark.slow]
+    marks = [missing] if model_type in representative else [missing, pytest.mark.slow]
     return pytest.param(model_type, *values, marks=marks, id="-".join((model_type, *values)))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from moe_peft import EsftConfig, LoraMoeConfig, MoloraConfig, MovConfig, PerftConfig
 from moe_peft.backbone import experts_call, find_moe_layers, opaque_blocks
 from moe_peft.config import MoeConfig
+from tests.backbones.cases import marked as _marked
 from tests.backbones.models import known
 from tests.backbones.multimodal_models import MULTIMODAL, image_batch, tiny_multimodal
 
@@ -28,11 +29,7 @@ NO_FFN_LINEARS = ("inkling2", "internvl", "llava", "qwen3_omni_moe_thinker", "qw
 NO_ATTENTION_NAMES = ("nemotron_h_omni",)
 
 
-def marked(model_type: str, *values: str):
-    """A test parameter; slow where the type is not among the representative ones."""
-    missing = pytest.mark.skipif(not known(model_type), reason=f"the installed transformers has no {model_type}")
-    marks = [missing] if model_type in REPRESENTATIVE else [missing, pytest.mark.slow]
-    return pytest.param(model_type, *values, marks=marks, id="-".join((model_type, *values)))
+marked = partial(_marked, representative=REPRESENTATIVE)
 
 
 def methods_of(model_type: str) -> tuple[str, ...]:
@@ -56,7 +53,9 @@ SCORED_CASES = [marked(model_type) for model_type in MULTIMODAL if "esft" in met
 
 @cache
 def base_model(model_type: str) -> nn.Module:
-    """A frozen model; copy it before changing it."""
+    """A frozen model; copy it before changing it. Skips the test where transformers has no such type."""
+    if not known(model_type):
+        pytest.skip(f"the installed transformers has no {model_type}")
     return tiny_multimodal(model_type).requires_grad_(False)
 
 

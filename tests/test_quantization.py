@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from moe_peft import EsftConfig, MoeBitsAndBytesConfig, MovConfig, PerftConfig, describe, score_experts
-from moe_peft.four_bit import quantize
+from moe_peft.four_bit import Dequantize, quantize
 from moe_peft.quantization import expert_parameters, expert_sizes
 from moe_peft.sizes import num_base_weights
 from tests.backbones.models import tiny_model
@@ -62,6 +67,10 @@ def packed_afterwards(folder, skip, dtype=torch.float32, **kwargs):
         )
         parameter.data = bitsandbytes.functional.dequantize_4bit(*quantize(parameter, kind, double))
     return model
+
+
+def nothing_is_kept(model):
+    return all(m.kept is None and not m.keeps for m in model.modules() if isinstance(m, Dequantize))
 
 
 @torch.no_grad()
@@ -133,7 +142,7 @@ def test_adapters_train_on_a_packed_model_and_come_back(folders, tmp_path, adapt
     losses = train(model, batch)
     assert losses[-1] < losses[0]
     assert all(torch.equal(model.get_parameter(name), value) for name, value in frozen.items())
-    assert not parametrize._cache and not parametrize._cache_enabled
+    assert nothing_is_kept(model)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(load(folders("olmoe")), tmp_path)
     torch.testing.assert_close(logits(again.train()), logits(model), rtol=0, atol=0)
@@ -166,6 +175,28 @@ def test_experts_that_the_checkpoint_lacks_are_packed_too(folders, tmp_path):
     assert logits(model).isfinite().all()
 
 
+@pytest.mark.parametrize("change", ["narrower", "more experts"])
+def test_experts_of_another_shape_are_refused_or_initialized_as_by_stock_loading(folders, tmp_path, change):
+    folder = folders("olmoe")
+    tiny_model("olmoe").save_pretrained(tmp_path)
+    state = load_file(folder / "model.safetensors")
+    prefix = "model.layers.1.mlp.experts."
+    for key in [key for key in state if key.startswith(prefix) and "down_proj" in key]:
+        if change == "narrower":
+            state[key] = state[key][:, :-2].contiguous()
+        elif key.startswith(f"{prefix}0."):
+            state[key.replace(f"{prefix}0.", f"{prefix}6.")] = state[key].clone()
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        load(tmp_path)
+    config = MoeBitsAndBytesConfig(**NF4)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, ignore_mismatched_sizes=True)
+    own, expected = model.model.layers[1].mlp.experts, load(folder).model.layers[1].mlp.experts
+    assert own.down_proj.shape == expected.down_proj.shape and torch.equal(own.gate_up_proj, expected.gate_up_proj)
+    assert {p.dtype for p in own.parameters()} == {torch.uint8}
+    assert logits(model.train()).isfinite().all()
+
+
 def test_modules_that_are_skipped_stay_unpacked(folders):
     model = load(folders("olmoe"), llm_int8_skip_modules=["lm_head", "model.layers.1"])
     kinds = [{p.dtype for p in layer.parameters()} for layer in model.model.layers]
@@ -178,7 +209,20 @@ def test_unpacking_gives_a_plain_model(folders):
     model.dequantize()
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert not any(parametrize.is_parametrized(module) for module in model.modules())
+    assert not model.is_loaded_in_4bit
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapter", ["perft-r", "perft-e", "esft"])
+def test_the_model_under_an_adapter_is_unpacked_too(folders, adapter):
+    model = get_peft_model(load(folders("qwen3_moe")), ADAPTERS[adapter])
+    train(model, padded_batch([9, 6, 9]))
+    before = logits(model)
+    model.dequantize()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+    if adapter == "esft":
+        torch.testing.assert_close(logits(model.merge_and_unload()), before, rtol=1e-4, atol=1e-5)
 
 
 def test_a_dense_model_is_loaded_as_by_stock_loading(tmp_path):
@@ -195,6 +239,26 @@ def test_trainers_see_a_bitsandbytes_model_that_is_not_saved_whole(folders, tmp_
         model.to(torch.float16)
     with pytest.raises(ValueError, match="bitsandbytes_moe and is not serializable"):
         model.save_pretrained(tmp_path)
+
+
+def test_a_configuration_comes_back_from_its_dict(folders):
+    config = MoeBitsAndBytesConfig(**NF4, bnb_4bit_use_double_quant=True)
+    values = json.loads(json.dumps(config.to_dict()))
+    for again in (MoeBitsAndBytesConfig.from_dict(values), AutoQuantizationConfig.from_dict(values)):
+        assert type(again) is MoeBitsAndBytesConfig and again.load_in_4bit
+        assert again.to_dict() == config.to_dict()
+    model = AutoModelForCausalLM.from_pretrained(folders("olmoe"), quantization_config=values)
+    assert model.hf_quantizer.quantized_bytes
+
+
+def test_the_package_can_be_imported_again():
+    code = (
+        "import sys, moe_peft, transformers.quantizers.auto as auto\n"
+        "for name in [name for name in sys.modules if name.split('.')[0] == 'moe_peft']: del sys.modules[name]\n"
+        "import moe_peft\n"
+        "assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING['bitsandbytes_moe'] is moe_peft.MoeBitsAndBytesConfig"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,16 @@ def dequantize(module: nn.Module, dtype: torch.dtype) -> None:
         setattr(module, name, nn.Parameter(weight.to(dtype), requires_grad=False))
 
 
+def dtype_when_read(module: nn.Module) -> torch.dtype | None:
+    """The dtype of a module's first 4-bit parameter once it is dequantized; None where there is no such parameter.
+
+    Args:
+        module: Any module, with its children.
+    """
+    first = next((part for part in module.modules() if isinstance(part, Dequantize)), None)
+    return None if first is None else first.quant_state.dtype
+
+
 def _four_bit_parameters(module: nn.Module) -> dict[str, Dequantize]:
     if not parametrize.is_parametrized(module):
         return {}

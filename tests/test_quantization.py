@@ -110,6 +110,19 @@ def test_storage_of_one_dtype_for_sharding(folders):
     assert torch.equal(logits(model), logits(load(folders("olmoe"), torch.bfloat16)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_copies_and_adapters_have_the_dtype_of_the_model_whatever_the_storage(folders, dtype, storage):
+    base = load(folders("olmoe"), dtype, bnb_4bit_quant_storage=storage)
+    expected = base.model.layers[1].mlp.experts.down_proj[[1, 2]]
+    model = get_peft_model(base, ADAPTERS["esft"], autocast_adapter_dtype=False)
+    copies = model.get_parameter("base_model.model.model.layers.1.mlp.experts.esft_experts.default.down_proj")
+    assert copies.dtype == dtype and torch.equal(copies, expected)
+    base = load(folders("olmoe"), dtype, bnb_4bit_quant_storage=storage)
+    model = get_peft_model(base, ADAPTERS["perft-e"], autocast_adapter_dtype=False)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {dtype}
+
+
 @pytest.mark.parametrize("model_type", ["gemma4_text", "jetmoe", "dbrx"])
 def test_routers_that_are_linear_layers_are_packed_by_stock_loading_alone(folders, model_type):
     stock = AutoModelForCausalLM.from_pretrained(

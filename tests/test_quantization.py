@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -214,6 +215,21 @@ def test_modules_that_are_skipped_stay_unpacked(folders):
     model = load(folders("olmoe"), llm_int8_skip_modules=["lm_head", "model.layers.1"])
     kinds = [{p.dtype for p in layer.parameters()} for layer in model.model.layers]
     assert kinds == [{torch.float32, torch.uint8}, {torch.float32}]
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_shared_experts_train_where_they_are_not_packed_and_are_refused_elsewhere(folders, storage):
+    config = EsftConfig(experts={"0": [0], "1": [1]}, train_shared_experts=True, train_router=True)
+    model = load(folders("deepseek_v3"), bnb_4bit_quant_storage=storage)
+    with pytest.raises(
+        ValueError, match=r"mlp.shared_experts \(.*is quantized.*skip_modules=\['lm_head', '(.*)'\]"
+    ) as e:
+        get_peft_model(model, config)
+    assert logits(model).isfinite().all()
+    skip = ["lm_head", re.search(r"'lm_head', '(.*)'", str(e.value))[1]]
+    model = get_peft_model(load(folders("deepseek_v3"), llm_int8_skip_modules=skip), config)
+    losses = train(model, padded_batch([9, 6, 9]))
+    assert losses[-1] < losses[0]
 
 
 def test_unpacking_gives_a_plain_model(folders):

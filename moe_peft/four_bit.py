@@ -40,7 +40,8 @@ class Dequantize(nn.Module):
         if packed.dtype != self.storage:
             raise TypeError(
                 f"4-bit values stored as {self.storage} were cast to {packed.dtype}, which destroys them. Load the "
-                "model again, and do not cast it; peft.prepare_model_for_kbit_training casts all but uint8 storage."
+                "model again with bnb_4bit_quant_storage='uint8', which neither peft.prepare_model_for_kbit_training "
+                "nor FSDP's mixed precision casts."
             )
         weight = dequantize_4bit(packed, self.quant_state)
         self.kept = weight if self.keeps else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
@@ -20,39 +19,39 @@ class Dequantize(nn.Module):
 
     Attributes:
         quant_state: bitsandbytes' scales, shape and dtype. No buffers: they move with the module, but are never cast.
+        storage: Dtype whose elements hold the 4-bit values.
+        keeps: Whether the value that is read next is kept, as in a call of the parameter's module.
+        kept: That value.
     """
 
-    def __init__(self, quant_state: Any) -> None:
+    def __init__(self, quant_state: Any, storage: torch.dtype) -> None:
         super().__init__()
-        self.quant_state = quant_state
+        self.quant_state, self.storage = quant_state, storage
+        self.keeps = False
+        self.kept: torch.Tensor | None = None
 
     @torch.no_grad()
     def forward(self, packed: torch.Tensor) -> torch.Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(packed, self.quant_state)
+        kept = self.kept  # another thread's call may end meanwhile
+        if kept is not None:
+            return kept
+        if packed.dtype != self.storage:
+            raise TypeError(
+                f"4-bit values stored as {self.storage} were cast to {packed.dtype}, which destroys them. Load the "
+                "model again with bnb_4bit_quant_storage='uint8', which neither peft.prepare_model_for_kbit_training "
+                "nor FSDP's mixed precision casts."
+            )
+        weight = dequantize_4bit(packed, self.quant_state)
+        self.kept = weight if self.keeps else None
+        return weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> Dequantize:
         super()._apply(fn, recurse)
+        self.keeps, self.kept = False, None
         self.quant_state.to(fn(self.quant_state.absmax.new_empty(0)).device)
         return self
-
-
-class _OnceInACall:
-    """Hooks of a module that reads its weights several times in one call, as a loop over experts does."""
-
-    def __init__(self) -> None:
-        self.entered: list[contextlib.AbstractContextManager] = []
-
-    def enter(self, *_: Any) -> None:
-        cache = parametrize.cached()
-        cache.__enter__()
-        self.entered.append(cache)
-
-    def leave(self, *_: Any) -> None:
-        # A call that failed before the first hook has entered nothing.
-        if self.entered:
-            self.entered.pop().__exit__(None, None, None)
 
 
 def quantize(
@@ -87,6 +86,8 @@ def quantize(
 def dequantize_on_read(module: nn.Module, name: str, packed: nn.Parameter, quant_state: Any) -> None:
     """Put 4-bit values in the place of a module's own parameter; `getattr(module, name)` then dequantizes them.
 
+    A call of the module, which may read its weights several times, as a loop over experts does, dequantizes once.
+
     Args:
         module: The module that owns the parameter.
         name: The parameter's name.
@@ -94,12 +95,52 @@ def dequantize_on_read(module: nn.Module, name: str, packed: nn.Parameter, quant
         quant_state: From `quantize`.
     """
     if not parametrize.is_parametrized(module):
-        calls = _OnceInACall()
-        module.register_forward_pre_hook(calls.enter)
-        # Recomputation of a checkpointed layer ends in an exception, after which the cache must be left all the same.
-        module.register_forward_hook(calls.leave, always_call=True)
+        module.register_forward_pre_hook(_keep)
+        # Recomputation of a checkpointed layer ends in an exception.
+        module.register_forward_hook(_forget, always_call=True)
     setattr(module, name, packed)
-    parametrize.register_parametrization(module, name, Dequantize(quant_state), unsafe=True)
+    parametrize.register_parametrization(module, name, Dequantize(quant_state, packed.dtype), unsafe=True)
+
+
+def dequantize(module: nn.Module, dtype: torch.dtype) -> None:
+    """Put plain, frozen parameters in the place of a module's own 4-bit ones.
+
+    Args:
+        module: Any module; its children are left as they are.
+        dtype: Of the parameters.
+    """
+    for name in _four_bit_parameters(module):
+        weight = getattr(module, name)
+        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        setattr(module, name, nn.Parameter(weight.to(dtype), requires_grad=False))
+
+
+def dtype_when_read(module: nn.Module) -> torch.dtype | None:
+    """The dtype of a module's first 4-bit parameter once it is dequantized; None where there is no such parameter.
+
+    Args:
+        module: Any module, with its children.
+    """
+    first = next((part for part in module.modules() if isinstance(part, Dequantize)), None)
+    return None if first is None else first.quant_state.dtype
+
+
+def _four_bit_parameters(module: nn.Module) -> dict[str, Dequantize]:
+    if not parametrize.is_parametrized(module):
+        return {}
+    lists: Any = module.parametrizations
+    return {name: own[0] for name, own in lists.items() if isinstance(own[0], Dequantize)}
+
+
+def _keep(module: nn.Module, *_: Any) -> None:
+    for own in _four_bit_parameters(module).values():
+        # A call that was interrupted may have left a value.
+        own.keeps, own.kept = True, None
+
+
+def _forget(module: nn.Module, *_: Any) -> None:
+    for own in _four_bit_parameters(module).values():
+        own.keeps, own.kept = False, None
 
 
 def four_bit_bytes(numel: int, double_quant: bool = False) -> int:

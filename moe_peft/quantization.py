@@ -11,19 +11,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationMethod
 
 from .backbone import find_moe_layers, opaque_blocks, router_names
-from .four_bit import dequantize_on_read, four_bit_bytes, quantize
+from .four_bit import dequantize, dequantize_on_read, four_bit_bytes, quantize
 
 METHOD = "bitsandbytes_moe"
 
 logger = logging.getLogger(__name__)
+
+# A second import of this module registers its own classes, which transformers otherwise refuses.
+for mapping in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
+    mapping.pop(METHOD, None)
 
 
 @register_quantization_config(METHOD)
@@ -52,6 +56,10 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
         super().__init__(load_in_4bit=True, **kwargs)
         self.quant_method = METHOD  # type: ignore[assignment]
 
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments, without those that make transformers read the dict as one of its own quantization."""
+        return {name: value for name, value in super().to_dict().items() if not name.lstrip("_").startswith("load_in")}
+
 
 @register_quantizer(METHOD)
 class MoeBnb4BitQuantizer(Bnb4BitHfQuantizer):
@@ -60,6 +68,7 @@ class MoeBnb4BitQuantizer(Bnb4BitHfQuantizer):
     Attributes:
         expert_bytes: Full name of each expert tensor -> its bytes before; empty until the model is built.
         quantized_bytes: The same -> its bytes after, known once it is quantized.
+        mismatched: Those that have another shape in the checkpoint, of which transformers takes care.
     """
 
     def __init__(self, quantization_config: MoeBitsAndBytesConfig, **kwargs: Any) -> None:
@@ -67,6 +76,7 @@ class MoeBnb4BitQuantizer(Bnb4BitHfQuantizer):
         self.expert_bytes: dict[str, int] = {}
         self.quantized_bytes: dict[str, int] = {}
         self._states: dict[str, Any] = {}
+        self.mismatched: set[str] = set()
 
     @staticmethod
     def get_modules_to_not_convert(model: Any, *args: Any, **kwargs: Any) -> list[str]:
@@ -83,7 +93,9 @@ class MoeBnb4BitQuantizer(Bnb4BitHfQuantizer):
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter is quantized: a linear layer's, or one of the experts'."""
-        return param_name in self.expert_bytes or super().param_needs_quantization(model, param_name, **kwargs)
+        if param_name in self.expert_bytes:
+            return param_name not in self.mismatched
+        return super().param_needs_quantization(model, param_name, **kwargs)
 
     def get_quantize_ops(self) -> ConversionOps:
         """What quantizes a tensor that has been read."""
@@ -124,12 +136,10 @@ class MoeBnb4BitQuantizer(Bnb4BitHfQuantizer):
         return False
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        for name in self.expert_bytes:
-            module_name, _, leaf = name.rpartition(".")
-            module = model.get_submodule(module_name)
-            weight = getattr(module, leaf)
-            parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
-            setattr(module, leaf, nn.Parameter(weight.to(dtype), requires_grad=False))
+        # Adapters may have wrapped the experts since, so their names are not those of the checkpoint.
+        for module in list(model.modules()):
+            dequantize(module, dtype)
+        model.is_loaded_in_4bit = False
         return super()._dequantize(model, dtype=dtype)
 
 
@@ -152,8 +162,13 @@ class _Quantize(ConversionOps):
         for name in experts:
             value = input_dict[name]
             weight = value[0] if isinstance(value, list) else value
+            own = model.get_parameter(name)
+            if weight.shape != own.shape:
+                self.quantizer.mismatched.add(name)
+                result[name] = weight
+                continue
             # In the dtype that the model was to be loaded in, which is the dtype that dequantization will give.
-            result[name] = self.quantizer.quantize(name, weight.to(model.get_parameter(name).dtype))
+            result[name] = self.quantizer.quantize(name, weight.to(own.dtype))
         return result
 
 

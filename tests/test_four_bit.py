@@ -1,11 +1,12 @@
 """Packed parameters are read as what bitsandbytes unpacks, once per call, and move with their module."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from peft import prepare_model_for_kbit_training
 from torch import nn
-from torch.nn.utils import parametrize
 
 from moe_peft.four_bit import BLOCK_SIZE, dequantize_on_read, four_bit_bytes, quantize
 
@@ -21,10 +22,10 @@ class Stack(nn.Module):
         self.up = nn.Parameter(torch.randn(3, 16, 64, generator=torch.Generator().manual_seed(0)).to(dtype))
         self.down = nn.Parameter(torch.randn(3, 64, 16, generator=torch.Generator().manual_seed(1)).to(dtype))
 
-    def forward(self, x, fails=False):
+    def forward(self, x, fails=None):
         total = sum((x @ self.up[e].T) @ self.down[e].T for e in range(3))
         if fails:
-            raise RuntimeError("half way")
+            raise fails("half way")
         return total
 
 
@@ -55,17 +56,50 @@ def test_a_packed_parameter_reads_as_the_library_unpacks_it(dtype, kwargs):
     assert x.grad is not None
 
 
-def test_a_call_unpacks_each_parameter_once_and_keeps_nothing(monkeypatch):
-    module, calls = packed(Stack()), []
-    unpack = functional.dequantize_4bit
-    monkeypatch.setattr(functional, "dequantize_4bit", lambda *args: (calls.append(args), unpack(*args))[1])
-    x = torch.randn(5, 64)
+def kept(module):
+    return [own[0].kept for own in module.parametrizations.values() if own[0].kept is not None]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    made, unpack = [], functional.dequantize_4bit
+    monkeypatch.setattr(functional, "dequantize_4bit", lambda *args: (made.append(args), unpack(*args))[1])
+    return made
+
+
+def test_a_call_unpacks_each_parameter_once_and_keeps_nothing(calls):
+    module, x = packed(Stack()), torch.randn(5, 64)
     module(x)
-    assert len(calls) == 2 and not parametrize._cache
+    assert len(calls) == 2 and not kept(module)
     with pytest.raises(RuntimeError, match="half way"):
-        module(x, fails=True)
-    assert len(calls) == 4 and not parametrize._cache and not parametrize._cache_enabled
+        module(x, fails=RuntimeError)
+    assert len(calls) == 4 and not kept(module)
     assert module.up is not module.up
+
+
+def test_an_interrupted_call_leaves_other_modules_and_later_calls_alone(calls):
+    module, other, x = packed(Stack()), packed(Stack()), torch.randn(5, 64)
+    with pytest.raises(KeyboardInterrupt):
+        module(x, fails=KeyboardInterrupt)
+    assert other.up is not other.up and not kept(other)
+    calls.clear()
+    assert torch.equal(module(x), other(x))
+    assert len(calls) == 4 and not kept(module)
+
+
+def test_a_call_in_another_thread_does_not_end_what_this_one_keeps():
+    module, x = packed(Stack()), torch.randn(5, 64)
+    expected = module(x)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(out, expected) for out in pool.map(module, [x] * 64))
+    assert not kept(module)
+
+
+def test_packed_values_that_were_cast_are_refused():
+    module = packed(Stack(), storage=torch.bfloat16)
+    prepared = prepare_model_for_kbit_training(module, use_gradient_checkpointing=False)
+    with pytest.raises(TypeError, match=r"stored as torch.bfloat16 were cast to torch.float32"):
+        prepared(torch.randn(5, 64))
 
 
 def test_a_copy_is_a_module_of_its_own():

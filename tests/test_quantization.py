@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from moe_peft import EsftConfig, MoeBitsAndBytesConfig, MovConfig, PerftConfig, describe, score_experts
-from moe_peft.four_bit import quantize
+from moe_peft.four_bit import Dequantize, quantize
 from moe_peft.quantization import expert_parameters, expert_sizes
 from moe_peft.sizes import num_base_weights
 from tests.backbones.models import tiny_model
@@ -64,6 +70,10 @@ def packed_afterwards(folder, skip, dtype=torch.float32, **kwargs):
     return model
 
 
+def nothing_is_kept(model):
+    return all(m.kept is None and not m.keeps for m in model.modules() if isinstance(m, Dequantize))
+
+
 @torch.no_grad()
 def logits(model):
     return model(input_ids=padded_batch([7, 7], seed=4)["input_ids"]).logits
@@ -101,6 +111,19 @@ def test_storage_of_one_dtype_for_sharding(folders):
     assert torch.equal(logits(model), logits(load(folders("olmoe"), torch.bfloat16)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_copies_and_adapters_have_the_dtype_of_the_model_whatever_the_storage(folders, dtype, storage):
+    base = load(folders("olmoe"), dtype, bnb_4bit_quant_storage=storage)
+    expected = base.model.layers[1].mlp.experts.down_proj[[1, 2]]
+    model = get_peft_model(base, ADAPTERS["esft"], autocast_adapter_dtype=False)
+    copies = model.get_parameter("base_model.model.model.layers.1.mlp.experts.esft_experts.default.down_proj")
+    assert copies.dtype == dtype and torch.equal(copies, expected)
+    base = load(folders("olmoe"), dtype, bnb_4bit_quant_storage=storage)
+    model = get_peft_model(base, ADAPTERS["perft-e"], autocast_adapter_dtype=False)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {dtype}
+
+
 @pytest.mark.parametrize("model_type", ["gemma4_text", "jetmoe", "dbrx"])
 def test_routers_that_are_linear_layers_are_packed_by_stock_loading_alone(folders, model_type):
     stock = AutoModelForCausalLM.from_pretrained(
@@ -133,7 +156,7 @@ def test_adapters_train_on_a_packed_model_and_come_back(folders, tmp_path, adapt
     losses = train(model, batch)
     assert losses[-1] < losses[0]
     assert all(torch.equal(model.get_parameter(name), value) for name, value in frozen.items())
-    assert not parametrize._cache and not parametrize._cache_enabled
+    assert nothing_is_kept(model)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(load(folders("olmoe")), tmp_path)
     torch.testing.assert_close(logits(again.train()), logits(model), rtol=0, atol=0)
@@ -166,10 +189,47 @@ def test_experts_that_the_checkpoint_lacks_are_packed_too(folders, tmp_path):
     assert logits(model).isfinite().all()
 
 
+@pytest.mark.parametrize("change", ["narrower", "more experts"])
+def test_experts_of_another_shape_are_refused_or_initialized_as_by_stock_loading(folders, tmp_path, change):
+    folder = folders("olmoe")
+    tiny_model("olmoe").save_pretrained(tmp_path)
+    state = load_file(folder / "model.safetensors")
+    prefix = "model.layers.1.mlp.experts."
+    for key in [key for key in state if key.startswith(prefix) and "down_proj" in key]:
+        if change == "narrower":
+            state[key] = state[key][:, :-2].contiguous()
+        elif key.startswith(f"{prefix}0."):
+            state[key.replace(f"{prefix}0.", f"{prefix}6.")] = state[key].clone()
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        load(tmp_path)
+    config = MoeBitsAndBytesConfig(**NF4)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, ignore_mismatched_sizes=True)
+    own, expected = model.model.layers[1].mlp.experts, load(folder).model.layers[1].mlp.experts
+    assert own.down_proj.shape == expected.down_proj.shape and torch.equal(own.gate_up_proj, expected.gate_up_proj)
+    assert {p.dtype for p in own.parameters()} == {torch.uint8}
+    assert logits(model.train()).isfinite().all()
+
+
 def test_modules_that_are_skipped_stay_unpacked(folders):
     model = load(folders("olmoe"), llm_int8_skip_modules=["lm_head", "model.layers.1"])
     kinds = [{p.dtype for p in layer.parameters()} for layer in model.model.layers]
     assert kinds == [{torch.float32, torch.uint8}, {torch.float32}]
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_shared_experts_train_where_they_are_not_packed_and_are_refused_elsewhere(folders, storage):
+    config = EsftConfig(experts={"0": [0], "1": [1]}, train_shared_experts=True, train_router=True)
+    model = load(folders("deepseek_v3"), bnb_4bit_quant_storage=storage)
+    with pytest.raises(
+        ValueError, match=r"mlp.shared_experts \(.*is quantized.*skip_modules=\['lm_head', '(.*)'\]"
+    ) as e:
+        get_peft_model(model, config)
+    assert logits(model).isfinite().all()
+    skip = ["lm_head", re.search(r"'lm_head', '(.*)'", str(e.value))[1]]
+    model = get_peft_model(load(folders("deepseek_v3"), llm_int8_skip_modules=skip), config)
+    losses = train(model, padded_batch([9, 6, 9]))
+    assert losses[-1] < losses[0]
 
 
 def test_unpacking_gives_a_plain_model(folders):
@@ -178,7 +238,20 @@ def test_unpacking_gives_a_plain_model(folders):
     model.dequantize()
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert not any(parametrize.is_parametrized(module) for module in model.modules())
+    assert not model.is_loaded_in_4bit
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapter", ["perft-r", "perft-e", "esft"])
+def test_the_model_under_an_adapter_is_unpacked_too(folders, adapter):
+    model = get_peft_model(load(folders("qwen3_moe")), ADAPTERS[adapter])
+    train(model, padded_batch([9, 6, 9]))
+    before = logits(model)
+    model.dequantize()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+    if adapter == "esft":
+        torch.testing.assert_close(logits(model.merge_and_unload()), before, rtol=1e-4, atol=1e-5)
 
 
 def test_a_dense_model_is_loaded_as_by_stock_loading(tmp_path):
@@ -195,6 +268,26 @@ def test_trainers_see_a_bitsandbytes_model_that_is_not_saved_whole(folders, tmp_
         model.to(torch.float16)
     with pytest.raises(ValueError, match="bitsandbytes_moe and is not serializable"):
         model.save_pretrained(tmp_path)
+
+
+def test_a_configuration_comes_back_from_its_dict(folders):
+    config = MoeBitsAndBytesConfig(**NF4, bnb_4bit_use_double_quant=True)
+    values = json.loads(json.dumps(config.to_dict()))
+    for again in (MoeBitsAndBytesConfig.from_dict(values), AutoQuantizationConfig.from_dict(values)):
+        assert type(again) is MoeBitsAndBytesConfig and again.load_in_4bit
+        assert again.to_dict() == config.to_dict()
+    model = AutoModelForCausalLM.from_pretrained(folders("olmoe"), quantization_config=values)
+    assert model.hf_quantizer.quantized_bytes
+
+
+def test_the_package_can_be_imported_again():
+    code = (
+        "import sys, moe_peft, transformers.quantizers.auto as auto\n"
+        "for name in [name for name in sys.modules if name.split('.')[0] == 'moe_peft']: del sys.modules[name]\n"
+        "import moe_peft\n"
+        "assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING['bitsandbytes_moe'] is moe_peft.MoeBitsAndBytesConfig"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(

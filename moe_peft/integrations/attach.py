@@ -81,7 +81,7 @@ def _prepare_resuming(trainer: Any) -> None:
 
 
 def _load_checkpoint(
-    model: PeftModel, load: Callable[..., Any], folder: str | Path, adapter_name: str, *args: Any, **kwargs: Any
+    model: PeftModel, load: Callable[..., Any], model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
     """Call peft's `load_adapter`, which reads the weights alone where there is an adapter of this name.
 
@@ -92,16 +92,16 @@ def _load_checkpoint(
     """
     config = model.peft_config.get(adapter_name)
     fields = config.weight_fields if isinstance(config, MoeConfig) else ()
-    if fields and (Path(folder) / CONFIG_NAME).is_file():
-        saved = PeftConfig.from_pretrained(str(folder))
+    if fields and (Path(model_id) / CONFIG_NAME).is_file():
+        saved = PeftConfig.from_pretrained(str(model_id))
         for field in fields:
             own, its = getattr(config, field), getattr(saved, field, None)
             if own != its:
                 raise ValueError(
-                    f"{folder} holds weights of {field}={its!r}, which would be copied into an adapter of "
+                    f"{model_id} holds weights of {field}={its!r}, which would be copied into an adapter of "
                     f"{field}={own!r}. Resume with the {field} of the checkpoint, or train in another output_dir."
                 )
-    return load(folder, adapter_name, *args, **{"autocast_adapter_dtype": False, **kwargs})
+    return load(model_id, adapter_name, *args, **{"autocast_adapter_dtype": False, **kwargs})
 
 
 class RoutingLog:

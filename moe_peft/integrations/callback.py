@@ -15,8 +15,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..context import ForwardTracker, find_tracker
 from ..experts import VectorExperts
 from ..layer_losses import WindowSums
+from ..layers import SlicedExperts
 from ..routers import LinearRouter
-from .checks import check_training
+from .checks import check_training, has_four_bit_experts
 from .history import FILE_NAME, RoutingHistory
 from .meter import RoutingMeter, metrics_of
 
@@ -140,9 +141,11 @@ class MoeCallback(TrainerCallback):
 
 
 def restore_precision(model: nn.Module) -> int:
-    """Turn routers, and vectors, that were cast to 16 bit back to float32.
+    """Turn parameters that were cast to 16 bit back to float32, where rounding would undo their training.
 
-    Rounded scores change which experts are selected, and a vector near one has no room in 16 bit for small steps.
+    Rounded scores of routers change which experts are selected. Vectors near one, and copies of the backbone's experts
+    have no room in 16 bit for small steps; of copies those of 4-bit experts, which trainers cast, as peft keeps others
+    in the precision that was asked for.
 
     Parameters that FSDP split over processes keep their dtype, which its mixed precision sets to float32. Do not call
     it on a model that DeepSpeed holds: it owns the storage, and keeps a float32 copy in its optimizer. Scores are
@@ -154,7 +157,10 @@ def restore_precision(model: nn.Module) -> int:
     Returns:
         Number of parameters that were cast.
     """
-    modules = (module for module in model.modules() if isinstance(module, (LinearRouter, VectorExperts)))
+    modules = [module for module in model.modules() if isinstance(module, (LinearRouter, VectorExperts))]
+    for layer in (module for module in model.modules() if isinstance(module, SlicedExperts)):
+        if has_four_bit_experts(layer.get_base_layer()):
+            modules.extend(layer.experts.values())
     parameters = [parameter for module in modules for parameter in module.parameters()]
     rounded = [p for p in parameters if p.dtype in (torch.bfloat16, torch.float16) and not isinstance(p, DTensor)]
     for parameter in rounded:

@@ -12,6 +12,7 @@ from peft.utils.quantization_utils import quantization_extra_repr, resolve_quant
 from torch import nn
 
 from ..context import ForwardTracker
+from ..four_bit import dtype_when_read
 from ..parts import RoutedParts
 from ..routers import Router
 from ..types import MoePeftWarning, Place, Routing, TokenContext
@@ -265,5 +266,5 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         if device is None:
             parameter = next(base_layer.parameters(), None)
             if parameter is not None:
-                device, dtype = parameter.device, parameter.dtype
+                device, dtype = parameter.device, dtype_when_read(base_layer) or parameter.dtype
         return device, dtype

@@ -132,7 +132,8 @@ class EsftConfig(MoeConfig):
 
         Raises:
             ValueError: Nothing is selected, a layer or an expert does not exist, the model is not the one that the
-                experts were selected in, or it keeps its experts in another form than one slice of each.
+                experts were selected in, it keeps its experts in another form than one slice of each, or what is
+                trained beside them is quantized.
         """
         experts_names(model, list(layers))  # refuses a model without any, with the reason
         selected = {int(layer): ids for layer, ids in (self.experts or {}).items() if ids}
@@ -168,6 +169,8 @@ class EsftConfig(MoeConfig):
                 "bit per expert",
             )
         further = self._further_modules(chosen)
+        for name in further:
+            _refuse_quantized(name, model.get_submodule(name))
         if further:
             self.modules_to_save = sorted({*(self.modules_to_save or []), *further})
 
@@ -254,6 +257,16 @@ class EsftConfig(MoeConfig):
             return RoutedParts(experts=bank, selection=ids)
         slices = ExpertSlices(expert_tensors(place.base, place.num_experts), ids)
         return RoutedParts(experts=slices, selection=ids)
+
+
+def _refuse_quantized(name: str, module: nn.Module) -> None:
+    """Refuse to train a module whose weights hold packed values."""
+    if any(hasattr(weight, "quant_state") or weight.element_size() == 1 for weight in module.parameters()):
+        raise ValueError(
+            f"{name} ({type(module).__name__}) is quantized, so it cannot be trained. Leave train_shared_experts and "
+            "train_router off, or load the base model with "
+            f"llm_int8_skip_modules=['lm_head', '.*{name.rpartition('.')[2]}']."
+        )
 
 
 def _refuse_split(name: str, experts: nn.Module) -> None:

@@ -42,8 +42,9 @@ class GroupCollator:
         if missing:
             raise ValueError(
                 f"{missing} of {len(examples)} examples have no column {self.column!r}. Add it to the data set, one "
-                "integer per example, and set remove_unused_columns=False in the training arguments so that the "
-                "trainer does not drop it."
+                "integer per example, name another in the adapter's group_column, or leave expert_groups out to "
+                "balance without groups. Without moe_peft.attach also set remove_unused_columns=False in the training "
+                "arguments, so that the trainer does not drop it."
             )
         groups = torch.tensor([self._group(example[self.column]) for example in examples])
         batch = self.collator([{k: v for k, v in example.items() if k != self.column} for example in examples])

@@ -13,6 +13,7 @@ from peft.config import PeftConfig
 from torch import nn
 
 from .adapter_files import check_adapter_files
+from .field_types import wrong_types
 from .layer_losses import SCOPES
 from .model_card import SETTINGS, AdapterFacts, write_section
 from .ops import IMPLEMENTATIONS
@@ -23,6 +24,7 @@ from .types import MoeLayer, MoePeftWarning, Place
 SCHEMA_VERSION = 1
 # Name of the router of adapters whose experts follow the backbone's own routing.
 BACKBONE = "backbone"
+PEFT_FIELDS = frozenset(own.name for own in dataclasses.fields(PeftConfig))
 ROUTER_FIELDS = frozenset(name for router in ROUTERS.values() for name in router.fields)
 
 
@@ -136,11 +138,16 @@ class MoeConfig(PeftConfig):
                 f"{self.adapter_type!r}. Leave peft_type out, or load the file with peft.PeftConfig.from_pretrained, "
                 "which picks the right class."
             )
-        if isinstance(self.target_modules, (list, tuple)):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        if isinstance(self.exclude_modules, (list, tuple)):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        for name, hint in wrong_types(self, PEFT_FIELDS):
+            self._check(False, name, hint)
+        self._fill_in()
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), (list, tuple)):
+                setattr(self, name, set(getattr(self, name)))
         self.validate()
+
+    def _fill_in(self) -> None:
+        """Replace None where a field's default follows from other fields."""
 
     @property
     def placement(self) -> str:
@@ -179,8 +186,8 @@ class MoeConfig(PeftConfig):
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):
             self._check(getattr(self, name) >= 0, name, "zero or a positive number")
         self._check(self.routed_scaling_factor > 0, "routed_scaling_factor", "a positive number")
-        positive = self.capacity_factor is None or self.capacity_factor > 0
-        self._check(positive, "capacity_factor", "a positive number or None")
+        positive = "a positive number or None"
+        self._check(self.capacity_factor is None or self.capacity_factor > 0, "capacity_factor", positive)
         self._check_choice("capacity_order", ("position", "choice"))
         self._check_choice("load_balancing_scope", SCOPES)
         self._check_choice("experts_implementation", tuple(IMPLEMENTATIONS))

@@ -66,8 +66,18 @@ def describe(model: nn.Module, config: MoeConfig) -> Description:
         A table when printed, and its numbers as attributes.
 
     Raises:
-        ValueError: Nothing matches, a router matches, or the configuration cannot work; the message gives a way out.
+        ValueError: An argument is of another kind, nothing matches, a router matches, or the configuration cannot
+            work; the message gives a way out.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"describe: model={model!r} is no model. Load it first, as in AutoModelForCausalLM.from_pretrained(name)."
+        )
+    if not isinstance(config, MoeConfig):
+        raise ValueError(
+            f"describe: {config!r} is no configuration of moe_peft. Give an instance of one, as "
+            "moe_peft.LoraMoeConfig()."
+        )
     config = copy.deepcopy(config)
     resolve_targets(model, config)
     places = find_places(model, config, **get_quantization_kwargs(model))

@@ -105,7 +105,10 @@ def default_target_modules(model: nn.Module, kind: str) -> list[str]:
     else:
         chosen = {name for name in linears if name.rpartition(".")[2] not in UNGATED_NAMES}
     if not chosen:
-        sparse = " Its FFNs are mixtures of fused experts; adapters around blocks or experts reach those."
+        sparse = (
+            " Its FFNs are mixtures of fused experts, which PerftConfig, EsftConfig and RoutedConfig(wraps='block') "
+            "reach; target_modules='all-linear' adapts the linear layers that are left."
+        )
         raise ValueError(
             f"{type(model).__name__} has no linear layer of the kind {kind!r} to adapt. Please specify "
             f"`target_modules`; its linear layers are called {leaf_names(text_linear_names(model))}."
@@ -138,8 +141,18 @@ def linear_place(name: str, module: nn.Module, layers: list[MoeLayer], quantizat
         raise TypeError(
             f"Target module {name} ({type(base).__name__}) is not supported. Currently, only `torch.nn.Linear` "
             "(optionally quantized) and transformers' `Conv1D` can be adapted; remove it from target_modules."
+            f"{_around(name, layers)}"
         )
     return Place(name, *features, kind=type(base).__name__)
+
+
+def _around(name: str, layers: list[MoeLayer]) -> str:
+    """Which configurations wrap a part of a sparse layer; nothing for other modules."""
+    if any(name == layer.experts for layer in layers):
+        return " PerftConfig(variant='E'), EsftConfig and RoutedConfig(wraps='experts') are for experts modules."
+    if any(layer.experts.startswith(f"{name}.") and name == layer.block for layer in layers):
+        return " PerftConfig and RoutedConfig(wraps='block') are for mixture-of-experts blocks."
+    return ""
 
 
 def reads_encoder_states(name: str) -> bool:

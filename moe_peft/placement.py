@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from .linear_places import (
     text_linear_names,
 )
 from .modalities import encoder_names
-from .types import MoeLayer, Place, Rows
+from .types import MoeLayer, MoePeftWarning, Place, Rows
 
 if TYPE_CHECKING:
     from .config import MoeConfig
@@ -122,7 +123,22 @@ def find_places(model: nn.Module, config: MoeConfig, **quantization: Any) -> lis
         taken.add(name)
     if not places and not excluded:
         raise ValueError(_no_match(model, config))
+    _warn_of_unknown(config, modules)
     return places
+
+
+def _warn_of_unknown(config: MoeConfig, modules: Collection[str]) -> None:
+    """Warn of targets that no module is called, while others are adapted; peft says nothing then."""
+    targets = config.target_modules
+    names = [] if targets is None or isinstance(targets, str) else sorted(targets)
+    unknown = [target for target in names if not any(f".{name}".endswith(f".{target}") for name in modules)]
+    if unknown:
+        warnings.warn(
+            f"target_modules names {unknown}, but no module of the model is called so; only the others are adapted. "
+            "Correct the names, or remove them; moe_peft.describe(model, config) lists what is adapted.",
+            MoePeftWarning,
+            stacklevel=3,
+        )
 
 
 def _rows(name: str, encoders: set[str]) -> Rows:

@@ -187,8 +187,10 @@ def select_experts(
     if aggregate not in AGGREGATES:
         raise ValueError(f"aggregate={aggregate!r} must be one of {AGGREGATES}.")
     p = DEFAULT_P[criterion] if p is None else p
-    if not p >= 0:
-        raise ValueError(f"p={p} must be 0 or more: the score that the selected experts of a layer reach together.")
+    if not isinstance(p, (int, float)) or not p >= 0:
+        raise ValueError(
+            f"p={p!r} must be 0 or more, as in p=0.2: the score that the selected experts of a layer reach together."
+        )
     if not 0 <= min_experts <= min(scores.num_experts.values()):
         raise ValueError(f"min_experts={min_experts} must be between 0 and {min(scores.num_experts.values())}.")
     rule = SelectionRule(p, criterion, aggregate, min_experts, normalize_scores)

@@ -56,7 +56,11 @@ def overlap_table(selections: Mapping[str, ExpertSelection]) -> str:
 
     Returns:
         Text; one line per layer, then the totals and means.
+
+    Raises:
+        ValueError: The selections have no names.
     """
+    _check_named(selections)
     layers = _layers(selections.values())
     pairs = list(combinations(selections, 2))
     overlaps = {pair: selections[pair[0]].overlap(selections[pair[1]]) for pair in pairs}
@@ -78,9 +82,10 @@ def plot_selection(selections: Mapping[str, ExpertSelection], path: str | Path) 
         path: Image file to write; its ending chooses the format.
 
     Raises:
-        ValueError: There is nothing to draw.
+        ValueError: There is nothing to draw, or the selections have no names.
         ImportError: matplotlib is not installed.
     """
+    _check_named(selections)
     if not any(selection.experts for selection in selections.values()):
         raise ValueError(f"selections={selections!r} has no layer to draw. Give at least one selection with layers.")
     try:
@@ -103,6 +108,14 @@ def plot_selection(selections: Mapping[str, ExpertSelection], path: str | Path) 
     for axis in axes[panels:]:
         axis.set_axis_off()
     figure.savefig(path, dpi=150)
+
+
+def _check_named(selections: Any) -> None:
+    if not isinstance(selections, Mapping):
+        raise ValueError(
+            f"selections={selections!r} must be a dict from the name of a task to its selection: write "
+            "{'my task': selection}."
+        )
 
 
 def _draw_task(axis: Any, task: str, selection: ExpertSelection, layers: Sequence[str], width: int) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 
 from moe_peft import LoraMoeConfig, SiraConfig, describe
 from tests.tiny import tiny_llama
@@ -38,3 +39,11 @@ def test_an_adapted_model_can_be_described_for_a_second_adapter():
 
 def test_what_a_sparse_adapter_uses_is_told():
     assert "16 experts of rank 4, router capacity, top 4" in str(describe(tiny_llama(), SiraConfig()))
+
+
+def test_what_is_no_model_or_no_configuration_is_refused():
+    with pytest.raises(ValueError, match=r"model='org/name' is no model. Load it first"):
+        describe("org/name", LoraMoeConfig())
+    for config in (LoraConfig(), LoraMoeConfig):
+        with pytest.raises(ValueError, match=r"is no configuration of moe_peft. Give an instance"):
+            describe(tiny_llama(), config)

@@ -7,7 +7,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moe_peft import LoraMoeConfig, MoloraConfig, MovConfig, PerftConfig, describe
+from moe_peft import LoraMoeConfig, MoePeftWarning, MoloraConfig, MovConfig, PerftConfig, describe
 from moe_peft.layers import RoutedLayer
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_mixtral, tiny_t5
 
@@ -135,3 +135,9 @@ def test_a_part_of_a_wrapped_block_cannot_be_trained_in_full_beside_it():
     assert beside.get_submodule(
         "base_model.model.model.layers.1.mlp.gate.modules_to_save.default"
     ).weight.requires_grad
+
+
+def test_a_target_that_no_module_is_called_is_warned_of_where_others_match():
+    config = LoraMoeConfig(target_modules=["q_proj", "gate_porj"])
+    with pytest.warns(MoePeftWarning, match=r"names \['gate_porj'\], but no module of the model is called so"):
+        assert {place.name[-6:] for place in describe(tiny_llama(), config).places} == {"q_proj"}

@@ -171,6 +171,7 @@ def test_a_minimum_takes_the_next_experts_in_order():
     [
         ({"p": -0.1}, "p=-0.1 must be 0 or more"),
         ({"p": math.nan}, "p=nan must be 0 or more"),
+        ({"p": "0.2"}, "p='0.2' must be 0 or more, as in p=0.2"),
         ({"criterion": "load"}, "criterion='load' must be one of"),
         ({"aggregate": "layer"}, "aggregate='layer' must be one of"),
         ({"min_experts": 3}, "min_experts=3 must be between 0 and 2"),

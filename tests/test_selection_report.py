@@ -80,6 +80,13 @@ def test_the_plot_of_one_selection_is_an_image_file(tmp_path):
         plot_selection({}, tmp_path / "empty.png")
 
 
+@pytest.mark.parametrize("selections", [FIRST, [FIRST, SECOND]])
+def test_selections_without_names_are_refused(selections, tmp_path):
+    for draw in (overlap_table, lambda given: plot_selection(given, tmp_path / "plot.png")):
+        with pytest.raises(ValueError, match=r"must be a dict from the name of a task.*write {'my task': selection}"):
+            draw(selections)
+
+
 def test_a_missing_matplotlib_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="plot_selection needs matplotlib: pip install matplotlib"):

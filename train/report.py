@@ -13,8 +13,11 @@ from moe_peft import telemetry
 from moe_peft.types import Routing
 
 RELOAD = """import moe_peft
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
 model = AutoModelForCausalLM.from_pretrained("{base}")
-model = peft.PeftModel.from_pretrained(model, "{folder}")"""
+model = PeftModel.from_pretrained(model, "{folder}")"""
 
 
 class Report:

@@ -37,6 +37,7 @@ class ScoringConfig(SFTConfig):
     packing_strategy: str = field(default="wrapped", metadata={"help": "wrapped, or bfd to keep examples whole."})
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Rows per forward pass."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Not used: there is no backward pass."})
+    bf16: bool | None = field(default=False, metadata={"help": "Not used: --dtype is what the model computes in."})
     seed: int = field(default=5934875, metadata={"help": "Seed of the order of the examples."})
 
 

@@ -45,8 +45,14 @@ def attach(
         The trainer.
 
     Raises:
-        ValueError: Its model has no routed adapter, or its settings ask of the adapter what it cannot do.
+        ValueError: It is no trainer, its model has no routed adapter, or its settings ask of the adapter what it
+            cannot do.
     """
+    if not hasattr(trainer, "callback_handler"):
+        raise ValueError(
+            f"attach: {type(trainer).__name__} is no trainer of transformers or TRL. Write moe_peft.attach(trainer), "
+            "before trainer.train(); a loop of your own needs no call."
+        )
     configs = getattr(trainer.model, "peft_config", {})
     if not any(hasattr(config, "adapter_type") for config in configs.values()):
         raise ValueError(

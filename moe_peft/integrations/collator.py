@@ -35,18 +35,19 @@ class GroupCollator:
             The inner collator's batch, with `column` as a (B,) int64 tensor.
 
         Raises:
-            ValueError: An example has no group, or the inner collator joined several examples in a row, so that a row
-                has no single group.
+            ValueError: An example has no group or one that is no integer, or the inner collator joined several
+                examples in a row, so that a row has no single group.
         """
         missing = sum(self.column not in example for example in examples)
         if missing:
             raise ValueError(
                 f"{missing} of {len(examples)} examples have no column {self.column!r}. Add it to the data set, one "
-                "integer per example, and set remove_unused_columns=False in the training arguments so that the "
-                "trainer does not drop it."
+                "integer per example, name another in the adapter's group_column, or leave expert_groups out to "
+                "balance without groups. Without moe_peft.attach also set remove_unused_columns=False in the training "
+                "arguments, so that the trainer does not drop it."
             )
+        groups = torch.tensor([self._group(example[self.column]) for example in examples])
         batch = self.collator([{k: v for k, v in example.items() if k != self.column} for example in examples])
-        groups = torch.tensor([int(example[self.column]) for example in examples])
         input_ids = batch.get("input_ids")
         if input_ids is not None and input_ids.shape[0] != len(examples):
             segments = segments_of(dict(batch))
@@ -58,3 +59,15 @@ class GroupCollator:
             groups = groups[segments.long().clamp_max(len(examples) - 1)]
         batch[self.column] = groups
         return batch
+
+    def _group(self, value: Any) -> int:
+        try:
+            group = int(value)
+        except (TypeError, ValueError):
+            group = None
+        if group is None or group != value:
+            raise ValueError(
+                f"The column {self.column!r} holds {value!r}, which is no group. Give one integer per example, as in "
+                f"dataset.map(lambda row: {{{self.column!r}: 1 if row[...] == {value!r} else 0}})."
+            )
+        return group

@@ -90,8 +90,8 @@ def set_learning_rates(trainer: Any, router_lr: float | None, lora_plus_ratio: f
     if not wanted:
         return
     for name, value in wanted.items():
-        if value <= 0:
-            raise ValueError(f"attach: {name}={value} must be a positive number, or None to leave it alone.")
+        if not isinstance(value, (int, float)) or not value > 0:
+            raise ValueError(f"attach: {name}={value!r} must be a positive number, or None to leave it alone.")
     if trainer.optimizer is not None:
         raise ValueError(
             f"attach: {wanted} come too late, as the trainer has its optimizer already. Call attach before "

@@ -95,8 +95,8 @@ class EsftConfig(MoeConfig):
         self._check(
             isinstance(experts, Mapping),
             "experts",
-            "a dict from layer index to expert ids: the entry `experts` of what moe_peft.select_experts returns, or "
-            "moe_peft.ExpertSelection.load(path) of a file",
+            "a dict from layer index to expert ids: `selection.experts`, where the selection is what "
+            "moe_peft.select_experts returns, or moe_peft.ExpertSelection.load(path) of a file",
         )
         layers = [str(layer) for layer in experts]
         wrong = next((layer for layer in layers if not layer.isdecimal()), None)

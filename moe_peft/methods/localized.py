@@ -52,7 +52,7 @@ class LocalizedBalancingConfig(MoeConfig):
                     stacklevel=4,
                 )
             return
-        self.expert_groups = [int(group) for group in self.expert_groups]
+        self.expert_groups = list(self.expert_groups)
         self._check(
             len(self.expert_groups) == self.num_experts,
             "expert_groups",

@@ -95,12 +95,14 @@ class PerftConfig(MoeConfig):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+
+    def _fill_in(self) -> None:
         self._check_choice("variant", tuple(FIXED))
         for name, value in {**self._defaults(), **FIXED[self.variant]}.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        super().__post_init__()
-        self.peft_type = PEFT_TYPE
 
     def _defaults(self) -> dict[str, object]:
         sparse = self.router in (None, "top_k", "capacity")

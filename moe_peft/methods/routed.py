@@ -67,10 +67,12 @@ class RoutedConfig(LocalizedBalancingConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.top_k is None and "top_k" in getattr(ROUTERS.get(self.router), "fields", ()):
-            self.top_k = min(2, self.num_experts)
         super().__post_init__()
         self.peft_type = PEFT_TYPE
+
+    def _fill_in(self) -> None:
+        if self.top_k is None and "top_k" in getattr(ROUTERS.get(self.router), "fields", ()):
+            self.top_k = min(2, self.num_experts)
 
     @property
     def placement(self) -> str:

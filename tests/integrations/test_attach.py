@@ -179,3 +179,8 @@ def test_experts_in_four_bits_without_gradient_checkpointing_warn(tmp_path, tiny
     trainer.args.gradient_checkpointing = False
     with pytest.warns(MoePeftWarning, match="keeps the dequantized experts of all layers"):
         attach(trainer)
+
+
+def test_what_is_no_trainer_is_refused():
+    with pytest.raises(ValueError, match=r"PeftModel is no trainer .*Write moe_peft.attach\(trainer\)"):
+        attach(get_peft_model(tiny_llama(), RoutedConfig()))

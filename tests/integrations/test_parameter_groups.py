@@ -93,9 +93,9 @@ def test_attaching_again_replaces_the_rates(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["router_lr", "lora_plus_ratio"])
-@pytest.mark.parametrize("value", [0.0, -1.0])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), "1e-4"])
 def test_values_that_are_not_positive_are_refused(name, value, tmp_path):
-    with pytest.raises(ValueError, match=f"{name}={value} must be a positive number"):
+    with pytest.raises(ValueError, match=f"{name}={value!r} must be a positive number"):
         attach(trainer_of(tmp_path), **{name: value})
 
 

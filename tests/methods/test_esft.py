@@ -153,7 +153,10 @@ def test_layers_may_be_numbers_and_ids_in_any_order(experts, expected):
         ({"1": 2}, "different expert ids"),
         ([1, 2], r"experts=\[1, 2\] must be a dict"),
         ("expert_config.json", "ExpertSelection.load"),
-        (ExpertSelection({"1": [2]}), "the entry `experts` of what moe_peft.select_experts returns"),
+        (
+            ExpertSelection({"1": [2]}),
+            "`selection.experts`, where the selection is what moe_peft.select_experts",
+        ),
         ({"-1": [2]}, "'-1' is no layer"),
         ({"experts": {"1": [2]}, "shared_experts": False}, "take the entry 'experts'"),
         ({"1": [2], 1: [3]}, "no layer twice"),

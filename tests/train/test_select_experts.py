@@ -217,3 +217,8 @@ def test_a_file_that_is_not_there_or_asks_for_more_is_refused(tmp_path):
         common.moe_config(arguments)
     with pytest.raises(ValueError, match="non_expert_modules=True trains everything"):
         common.moe_config(selected(tmp_path, non_expert_modules=True))
+
+
+def test_scoring_needs_no_device_that_computes_in_sixteen_bit(tmp_path):
+    run = write(tmp_path, TEXTS, use_cpu=None, bf16=None, max_length=16)
+    assert run_here("select_experts", run).num_selected > 0

@@ -51,6 +51,9 @@ def test_quickstart_run_reports_saves_and_reloads(inputs, tmp_path):
     for line in ("held-out loss", "answer before", "answer after", "expert load (% of gate mass)", "import moe_peft"):
         assert line in rest
     assert "all layers, samples of group 1" in rest
+    names: dict = {}
+    exec("import moe_peft" + rest.split("import moe_peft")[1].split("\n\nreloaded:")[0], names)
+    assert names["model"].peft_config["default"].num_experts == 6
     assert "reloaded: largest logit difference 0.0e+00" in rest
     keys = load_file(tmp_path / "adapter/adapter_model.safetensors").keys()
     assert len(keys) == 2 * 3 * 3 and all("loramoe_" in key for key in keys)

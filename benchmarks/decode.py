@@ -9,11 +9,11 @@ with the cache are compared to those without before anything is timed.
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Callable
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from moe_block import adapted
+from peft import LoraConfig, PeftConfig
 from timing import interleave, report
 from torch import nn
 from transformers import OlmoeConfig, OlmoeForCausalLM
@@ -37,12 +37,6 @@ def configs(num_experts: int, num_layers: int) -> dict[str, PeftConfig | None]:
         "ESFT, low-rank r=8 on 10% of the experts": moe_peft.EsftConfig(experts=selected, expert_adapter="lora", r=8),
         "MoV-10 on keys and values": moe_peft.MovConfig(),
     }
-
-
-def adapted(base: nn.Module, config: PeftConfig | None) -> nn.Module:
-    """An adapter around a copy that shares the base's parameters; without a configuration the frozen base itself."""
-    twin = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()}).requires_grad_(False)
-    return (twin if config is None else get_peft_model(twin, config)).eval()
 
 
 @torch.no_grad()
@@ -102,7 +96,7 @@ def main() -> None:
     ids_BL = torch.randint(3, VOCABULARY, (1, args.prompt), device=device)
     contestants = {}
     for name, peft_config in configs(args.experts, args.layers).items():
-        model = adapted(base, peft_config)
+        model = adapted(base, peft_config).eval()
         check_cache(model, ids_BL)
         contestants[name] = decode(model, ids_BL, args.tokens)
     title = (

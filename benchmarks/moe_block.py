@@ -14,7 +14,7 @@ import copy
 from collections.abc import Callable
 
 import torch
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from timing import interleave, report
 from torch import nn
 from transformers import OlmoeConfig
@@ -40,7 +40,7 @@ class OneBlock(nn.Module):
         return self.layers[0]["mlp"](inputs_embeds)
 
 
-def adapted(base: OneBlock, config: moe_peft.MoeConfig | None) -> nn.Module:
+def adapted(base: nn.Module, config: PeftConfig | None) -> nn.Module:
     """An adapter around a copy that shares the base's parameters; without a configuration the frozen base itself."""
     twin = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()}).requires_grad_(False)
     return (twin if config is None else get_peft_model(twin, config)).train()

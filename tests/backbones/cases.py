@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from moe_peft import EsftConfig, MoloraConfig, MovConfig, PerftConfig
@@ -106,3 +106,13 @@ def adapted(model_type: str, method: str, *, random: bool = True) -> nn.Module:
         if random and f".{model.base_model.prefix}" in name:
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
     return model
+
+
+def assert_adapter_alone_has_gradients(model: PeftModel) -> None:
+    """Every tensor of the adapter has a finite gradient that is not zero, and nothing else has one."""
+    for name, parameter in model.named_parameters():
+        is_adapter = f".{model.base_model.prefix}" in name
+        assert parameter.requires_grad == is_adapter, name
+        assert (parameter.grad is not None) == is_adapter, name
+        if is_adapter:
+            assert torch.isfinite(parameter.grad).all() and parameter.grad.any(), name

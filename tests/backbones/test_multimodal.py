@@ -12,6 +12,7 @@ from moe_peft import EsftConfig, LoraMoeConfig, PerftConfig, score_experts
 from moe_peft.backbone import find_moe_layers, is_below
 from moe_peft.layers import RoutedLayer
 from moe_peft.modalities import encoder_names
+from tests.backbones.cases import assert_adapter_alone_has_gradients
 from tests.backbones.models import VOCAB
 from tests.backbones.multimodal_cases import (
     AMBIGUOUS,
@@ -75,12 +76,7 @@ def test_step_zero_output_is_the_base_output(model_type, method):
 def test_gradients_arrive_at_the_adapter_and_nowhere_else(model_type, method):
     model = adapted(model_type, method).train()
     model(**training_batch(model_type)).loss.backward()
-    for name, parameter in model.named_parameters():
-        is_adapter = f".{model.base_model.prefix}" in name
-        assert parameter.requires_grad == is_adapter, name
-        assert (parameter.grad is not None) == is_adapter, name
-        if is_adapter:
-            assert torch.isfinite(parameter.grad).all() and parameter.grad.any(), name
+    assert_adapter_alone_has_gradients(model)
 
 
 @pytest.mark.parametrize(("model_type", "method"), LINEAR_CASES)

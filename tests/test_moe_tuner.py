@@ -9,8 +9,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from moe_peft import EsftConfig, LoraMoeConfig, MovConfig, PerftConfig, RoutedConfig
-from moe_peft.layers import RoutedLayer
+from moe_peft import LoraMoeConfig, MovConfig, PerftConfig, RoutedConfig
 from tests.contract.cases import METHODS, randomize, tiny_deepseek_v2, tiny_olmoe
 from tests.tiny import padded_batch
 
@@ -136,17 +135,6 @@ def test_routed_experts_stand_on_the_attention_below_adapted_blocks(base, batch)
     assert not torch.allclose(inner(**batch).logits, base(**batch).logits)
 
 
-def test_adapters_of_two_kinds_at_one_place_are_refused_and_nothing_is_lost(base):
-    model = get_peft_model(base, EsftConfig(task_type="CAUSAL_LM", experts={"1": [0, 2]}))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    low_rank = EsftConfig(task_type="CAUSAL_LM", experts={"1": [0, 2]}, expert_adapter="lora")
-    with pytest.raises(ValueError, match=r"layers.1.mlp.experts has an adapter of another kind.*model of its own"):
-        model.add_adapter("low-rank", low_rank)
-    assert list(model.peft_config) == ["default"]
-    after = model.state_dict()
-    assert after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
-
-
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
@@ -183,16 +171,3 @@ def test_layers_to_transform_and_exclusions_choose_among_the_default_places(base
     model = get_peft_model(base, config)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     assert names and all(".layers.1." in name for name in names)
-
-
-@pytest.mark.parametrize("name", ["0", "mlp", "model", "perft_router", "A"])
-def test_a_name_by_which_saving_would_lose_weights_is_refused(base, name):
-    with pytest.raises(ValueError, match=f"adapter_name='{name}' is a part of the names .* Take another name, as 'ad"):
-        get_peft_model(copy.deepcopy(base), PerftConfig(), adapter_name=name)
-    model = get_peft_model(copy.deepcopy(base), PerftConfig())
-    with pytest.raises(ValueError, match="is a part of the names"):
-        model.add_adapter(name, model.peft_config["default"])
-    assert list(model.peft_config) == ["default"]
-    layers = [module for module in model.modules() if isinstance(module, RoutedLayer)]
-    assert len(layers) == 2 and all(list(layer.experts) == ["default"] for layer in layers)
-    model.add_adapter(f"adapter_{name}", PerftConfig())

@@ -106,8 +106,8 @@ def default_target_modules(model: nn.Module, kind: str) -> list[str]:
         chosen = {name for name in linears if name.rpartition(".")[2] not in UNGATED_NAMES}
     if not chosen:
         sparse = (
-            " Its FFNs are mixtures of fused experts, which PerftConfig, EsftConfig and RoutedConfig(wraps='block') "
-            "reach; target_modules='all-linear' adapts the linear layers that are left."
+            " Its FFNs are mixtures of fused experts: take a configuration that wraps blocks or experts "
+            "(docs/moe_backbones.md), or target_modules='all-linear' for the linear layers that are left."
         )
         raise ValueError(
             f"{type(model).__name__} has no linear layer of the kind {kind!r} to adapt. Please specify "
@@ -147,11 +147,11 @@ def linear_place(name: str, module: nn.Module, layers: list[MoeLayer], quantizat
 
 
 def _around(name: str, layers: list[MoeLayer]) -> str:
-    """Which configurations wrap a part of a sparse layer; nothing for other modules."""
+    """What wraps a part of a sparse layer instead; nothing for other modules."""
     if any(name == layer.experts for layer in layers):
-        return " PerftConfig(variant='E'), EsftConfig and RoutedConfig(wraps='experts') are for experts modules."
+        return " For experts modules take a configuration that wraps experts (docs/moe_backbones.md)."
     if any(layer.experts.startswith(f"{name}.") and name == layer.block for layer in layers):
-        return " PerftConfig and RoutedConfig(wraps='block') are for mixture-of-experts blocks."
+        return " For mixture-of-experts blocks take a configuration that wraps blocks (docs/moe_backbones.md)."
     return ""
 
 

@@ -170,7 +170,7 @@ def _refuse_trained_parts(name: str, module: nn.Module, modules_to_save: list[st
             raise ValueError(
                 f"modules_to_save={modules_to_save!r} matches {name}.{part}, which lies inside {name}, where an "
                 "adapter wraps the whole module and peft keeps no trained copy of a part. Name modules outside, or "
-                "take an adapter around the experts alone (PERFT variant 'E'), which leaves a block's router outside."
+                "take a configuration that wraps the experts alone, which leaves a block's router outside."
             )
 
 

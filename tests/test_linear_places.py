@@ -78,7 +78,7 @@ def test_all_linear_and_defaults_leave_backbone_routers_alone(model_type):
 
 def test_fused_experts_leave_no_ffn_layer_to_adapt():
     with pytest.raises(
-        ValueError, match=r"no linear layer of the kind 'ffn'.*'q_proj'.*PerftConfig, EsftConfig.*'all-linear"
+        ValueError, match=r"no linear layer of the kind 'ffn'.*'q_proj'.*wraps blocks or experts.*'all-linear"
     ):
         get_peft_model(tiny_olmoe(), LoraMoeConfig())
     assert len(describe(tiny_mixtral(), SiraConfig()).places) == 8
@@ -87,8 +87,8 @@ def test_fused_experts_leave_no_ffn_layer_to_adapt():
 @pytest.mark.parametrize(
     ("name", "configs"),
     [
-        ("mlp.experts", r"PerftConfig\(variant='E'\), EsftConfig"),
-        ("mlp", r"PerftConfig and RoutedConfig\(wraps='block'"),
+        ("mlp.experts", "configuration that wraps experts"),
+        ("mlp", "configuration that wraps blocks"),
     ],
 )
 def test_targets_that_are_no_linear_layer_name_the_adapters_around_them(name, configs):

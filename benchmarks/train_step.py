@@ -19,8 +19,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import moe_peft
-from moe_peft.context import find_tracker
-from moe_peft.integrations.meter import RoutingMeter, metrics_of
+from moe_peft.forward.tracker import find_tracker
+from moe_peft.telemetry.meter import RoutingMeter, metrics_of
 
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
 

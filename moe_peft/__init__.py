@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, distribution, version
+from typing import TYPE_CHECKING, Any
 
 try:
     distribution("moe-peft")
@@ -16,16 +17,23 @@ else:
 
 from . import experts, losses, routers, telemetry
 from .describe import describe
-from .expert_scores import ExpertScores
+from .forward import router_loss
 from .hub import push_adapter
 from .integrations import CoefficientSchedule, FreezeCallback, MoeCallback, attach
 from .methods import EsftConfig, LoraMoeConfig, MoloraConfig, MovConfig, PerftConfig, RoutedConfig, SiraConfig
-from .objective import router_loss
-from .quantization import MoeBitsAndBytesConfig
-from .scoring import score_experts
-from .selection import ExpertSelection, select_experts
-from .selection_report import overlap_table, plot_selection, selection_table
+from .selection import (
+    ExpertScores,
+    ExpertSelection,
+    overlap_table,
+    plot_selection,
+    score_experts,
+    select_experts,
+    selection_table,
+)
 from .types import MoePeftWarning
+
+if TYPE_CHECKING:
+    from .quantization.loading import MoeBitsAndBytesConfig
 
 try:
     __version__ = version("peft-moe")
@@ -61,3 +69,17 @@ __all__ = [
     "selection_table",
     "telemetry",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what brings quantizers along when it is asked for, not with the package."""
+    if name == "MoeBitsAndBytesConfig":
+        from .quantization.loading import MoeBitsAndBytesConfig
+
+        return MoeBitsAndBytesConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted([*__all__, "__version__"])

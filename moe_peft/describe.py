@@ -9,9 +9,9 @@ import torch
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
-from .config import MoeConfig
-from .placement import find_places, resolve_targets
-from .sizes import num_base_weights
+from .backbone.sizes import num_base_weights
+from .config.config import MoeConfig
+from .places.choose import find_places, resolve_targets
 from .types import Place
 
 

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from moe_peft.backbone import find_moe_layers
+from moe_peft.backbone.structure import find_moe_layers
 from tests.backbones.models import tiny_model
 
 

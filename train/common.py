@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import moe_peft
-from moe_peft.config import MoeConfig
+from moe_peft.config.config import MoeConfig
 from moe_peft.methods import METHODS
 
 PREFIX = "moe_"

@@ -9,9 +9,9 @@ import torch
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
 import moe_peft
-from moe_peft.config import MoeConfig
+from moe_peft.config.config import MoeConfig
 from moe_peft.describe import Description
-from moe_peft.quantization import expert_parameters, expert_sizes
+from moe_peft.quantization.loading import expert_parameters, expert_sizes
 from moe_peft.types import MoePeftWarning
 
 

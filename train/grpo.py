@@ -13,7 +13,7 @@ from rewards import load_rewards
 from training import prepare, train
 from trl import ScriptArguments
 
-from moe_peft.config import MoeConfig
+from moe_peft.config.config import MoeConfig
 from moe_peft.types import Place
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import moe_peft
-from moe_peft.hub_card import is_hub_name, read_card
-from moe_peft.model_card import write_section
+from moe_peft.config.card_section import write_section
+from moe_peft.hub.card import is_hub_name, read_card
 
 # Endings of the entries of a trainer's log that measure the machine, not the model.
 TIMINGS = ("runtime", "_per_second", "total_flos")

@@ -23,9 +23,9 @@ from dry_run import can_quantize_experts, model_without_weights
 from trl import SFTConfig
 
 import moe_peft
-from moe_peft.expert_scores import AGGREGATES, CRITERIA
-from moe_peft.expert_tally import MASKS
-from moe_peft.scoring import sparse_layers
+from moe_peft.selection.scores import AGGREGATES, CRITERIA
+from moe_peft.selection.scoring import sparse_layers
+from moe_peft.selection.tally import MASKS
 
 
 @dataclass

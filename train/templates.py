@@ -11,7 +11,7 @@ from typing import Any
 
 from peft.utils.other import TrainableTokensWrapper
 
-from moe_peft.config import MoeConfig
+from moe_peft.config.config import MoeConfig
 
 
 def model_and_tokenizer(model_args: Any, training_args: Any, config: MoeConfig) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ from dry_run import can_quantize_experts, dry_run, model_without_weights
 from hub import push_to_hub, save_model
 
 import moe_peft
-from moe_peft.config import MoeConfig
+from moe_peft.config.config import MoeConfig
 
 
 def prepare(model_args: Any, training_args: Any, moe_args: MoeArguments, task_type: str = "CAUSAL_LM") -> MoeConfig:

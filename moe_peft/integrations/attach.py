@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME
 from torch import nn
 
-from ..config import MoeConfig
+from ..config.config import MoeConfig
 from .callback import MoeCallback, restore_precision, uses_deepspeed
 from .checks import check_training
 from .collator import GroupCollator

@@ -12,14 +12,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..context import ForwardTracker, find_tracker
 from ..experts import VectorExperts
-from ..layer_losses import WindowSums
+from ..forward.joined_losses import WindowSums
+from ..forward.tracker import ForwardTracker, find_tracker
 from ..layers import SlicedExperts
 from ..routers import LinearRouter
+from ..telemetry.history import FILE_NAME, RoutingHistory
+from ..telemetry.meter import RoutingMeter, metrics_of
 from .checks import check_training, has_four_bit_experts
-from .history import FILE_NAME, RoutingHistory
-from .meter import RoutingMeter, metrics_of
 
 
 class MoeCallback(TrainerCallback):

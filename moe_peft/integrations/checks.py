@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..four_bit import Dequantize
 from ..layers import RoutedLayer
+from ..quantization.four_bit import Dequantize
 from ..types import MoePeftWarning
 
 

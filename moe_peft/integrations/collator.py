@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..batch import segments_of
+from ..forward.batch import segments_of
 
 
 class GroupCollator:

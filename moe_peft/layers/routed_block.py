@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..config.parts import RoutedParts
 from ..ops import cast_to_compute_dtype
-from ..parts import RoutedParts
 from ..types import Routing, TokenContext
 from .routed_layer import RoutedLayer
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..backbone import experts_call
+from ..backbone.structure import experts_call
 from ..routers import backbone_routing
 from ..types import Routing, TokenContext
 from .routed_block import RoutedBlock

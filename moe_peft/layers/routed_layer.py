@@ -11,9 +11,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 
-from ..context import ForwardTracker
-from ..four_bit import dtype_when_read
-from ..parts import RoutedParts
+from ..config.parts import RoutedParts
+from ..forward.tracker import ForwardTracker
+from ..quantization.four_bit import dtype_when_read
 from ..routers import Router
 from ..types import MoePeftWarning, Place, Routing, TokenContext
 

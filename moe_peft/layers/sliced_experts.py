@@ -17,12 +17,12 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch.nn.utils import parametrize
 
-from ..backbone import ExpertsCall, experts_call
+from ..backbone.expert_tensors import expert_tensors, run_experts
+from ..backbone.structure import ExpertsCall, experts_call
+from ..config.parts import RoutedParts
 from ..experts import ExpertSlices
-from ..parts import RoutedParts
 from ..routers import backbone_routing
 from ..types import MoePeftWarning
-from .expert_tensors import expert_tensors, run_experts
 from .routed_layer import RoutedLayer
 
 

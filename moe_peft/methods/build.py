@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..config import BACKBONE, MoeConfig
+from ..config.config import BACKBONE, MoeConfig
+from ..config.parts import RoutedParts
 from ..experts import EXPERTS
-from ..objective import Loss, RouterObjective
-from ..parts import RoutedParts
+from ..forward.objective import Loss, RouterObjective
 from ..routers import ROUTERS
 from ..types import Place
 

@@ -18,14 +18,14 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..backbone import base_of
-from ..block_places import experts_names
-from ..config import BACKBONE, MoeConfig
+from ..backbone.expert_tensors import expert_tensors, keeps_slices
+from ..backbone.structure import base_of
+from ..config.config import BACKBONE, MoeConfig
+from ..config.parts import RoutedParts
 from ..experts import EXPERTS, ExpertSlices
-from ..layers.expert_tensors import expert_tensors, keeps_slices
-from ..parts import RoutedParts
-from ..registration import extend_peft_type, register
-from ..tuner import RoutedTuner
+from ..places.blocks import experts_names
+from ..tuner.registration import extend_peft_type, register
+from ..tuner.tuner import RoutedTuner
 from ..types import MoeLayer, Place
 
 PEFT_TYPE = extend_peft_type("ESFT")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 
-from ..config import MoeConfig
+from ..config.config import MoeConfig
 from ..losses import LocalizedBalancing
 from ..losses.localized_balancing import MODES
 from ..types import MoePeftWarning

@@ -12,12 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..config import MoeConfig
+from ..config.config import MoeConfig
+from ..config.parts import RoutedParts
+from ..forward.objective import Loss
 from ..losses import importance, z_loss
-from ..objective import Loss
-from ..parts import RoutedParts
-from ..registration import extend_peft_type, register
-from ..tuner import RoutedTuner
+from ..tuner.registration import extend_peft_type, register
+from ..tuner.tuner import RoutedTuner
 from ..types import Place
 from .build import build_parts
 

@@ -18,16 +18,16 @@ from typing import ClassVar
 
 from torch import nn
 
-from ..config import MoeConfig
+from ..config.config import MoeConfig
+from ..config.parts import RoutedParts
 from ..experts import VectorExperts
-from ..linear_places import linear_names, shortest_endings, text_linear_names
+from ..forward.objective import Loss, RouterObjective
 from ..losses import importance, z_loss
-from ..objective import Loss, RouterObjective
-from ..parts import RoutedParts
-from ..registration import extend_peft_type, register
+from ..places.key_value_ffn import ffn_output_names, head_widths, key_value_names
+from ..places.linear import linear_names, shortest_endings, text_linear_names
 from ..routers import ROUTERS
-from ..scaled_places import ffn_output_names, head_widths, key_value_names
-from ..tuner import RoutedTuner
+from ..tuner.registration import extend_peft_type, register
+from ..tuner.tuner import RoutedTuner
 from ..types import MoeLayer, Place
 
 PEFT_TYPE = extend_peft_type("MOV")

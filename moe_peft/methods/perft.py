@@ -20,14 +20,14 @@ from typing import ClassVar, cast
 
 from torch import nn
 
-from ..config import BACKBONE, MoeConfig
+from ..config.config import BACKBONE, MoeConfig
+from ..config.parts import RoutedParts
 from ..experts import EXPERTS, LowRankExperts
 from ..experts.bottleneck import ACTIVATIONS
+from ..forward.objective import Loss
 from ..losses import load_balancing, z_loss
-from ..objective import Loss
-from ..parts import RoutedParts
-from ..registration import extend_peft_type, register
-from ..tuner import RoutedTuner
+from ..tuner.registration import extend_peft_type, register
+from ..tuner.tuner import RoutedTuner
 from ..types import Place
 from .build import build_parts
 

@@ -11,15 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..config import BACKBONE
+from ..config.config import BACKBONE
+from ..config.parts import RoutedParts
 from ..experts import EXPERTS
 from ..experts.bottleneck import ACTIVATIONS
+from ..forward.objective import Loss
 from ..losses import LOSSES
-from ..objective import Loss
-from ..parts import RoutedParts
-from ..registration import extend_peft_type, register
 from ..routers import ROUTERS, LinearRouter
-from ..tuner import RoutedTuner
+from ..tuner.registration import extend_peft_type, register
+from ..tuner.tuner import RoutedTuner
 from ..types import Place
 from .build import build_parts
 from .localized import LocalizedBalancingConfig

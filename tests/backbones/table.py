@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from moe_peft.backbone import find_moe_layers, opaque_blocks
-from moe_peft.layers.expert_tensors import expert_tensors
+from moe_peft.backbone.expert_tensors import expert_tensors
+from moe_peft.backbone.structure import find_moe_layers, opaque_blocks
 from tests.backbones.models import TYPES, known, tiny_model
 from tests.backbones.multimodal_cases import base_model, sparse_blocks
 from tests.backbones.multimodal_models import MULTIMODAL, language_model_type

@@ -9,9 +9,9 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from moe_peft import EsftConfig, LoraMoeConfig, PerftConfig, score_experts
-from moe_peft.backbone import find_moe_layers, is_below
+from moe_peft.backbone.encoders import encoder_names
+from moe_peft.backbone.structure import find_moe_layers, is_below
 from moe_peft.layers import RoutedLayer
-from moe_peft.modalities import encoder_names
 from tests.backbones.cases import assert_adapter_alone_has_gradients
 from tests.backbones.models import VOCAB
 from tests.backbones.multimodal_cases import (

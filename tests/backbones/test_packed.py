@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from moe_peft.backbone import find_moe_layers
+from moe_peft.backbone.structure import find_moe_layers
 from tests.backbones.cases import METHODS, base_model, batch_for, config_for
 
 parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")

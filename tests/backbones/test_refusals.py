@@ -9,7 +9,7 @@ from peft import get_peft_model
 from torch import nn
 
 from moe_peft import EsftConfig, PerftConfig, RoutedConfig
-from moe_peft.backbone import find_moe_layers
+from moe_peft.backbone.structure import find_moe_layers
 from tests.backbones.cases import base_model, marked
 from tests.backbones.models import NO_SLICES, OPAQUE
 from tests.contract.cases import tiny_olmoe

@@ -9,8 +9,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from moe_peft import MoePeftWarning, PerftConfig, RoutedConfig
-from moe_peft.four_bit import dequantize_on_read, quantize
 from moe_peft.integrations import MoeCallback, attach
+from moe_peft.quantization.four_bit import dequantize_on_read, quantize
 from tests.contract.cases import tiny_olmoe
 from tests.integrations.test_callback import adapted, rows, tiny_tokenizer  # noqa: F401
 from tests.tiny import tiny_llama

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from moe_peft import LoraMoeConfig, MoePeftWarning, MovConfig, RoutedConfig, telemetry
-from moe_peft.context import find_tracker
+from moe_peft.forward.tracker import find_tracker
 from moe_peft.integrations import GroupCollator, MoeCallback, attach
 from moe_peft.integrations.callback import restore_precision
 from tests.contract.cases import randomize

@@ -9,8 +9,8 @@ from torch.optim import SGD
 from trl import SFTConfig, SFTTrainer
 
 from moe_peft import LoraMoeConfig, RoutedConfig, attach, telemetry
-from moe_peft.integrations.meter import RoutingMeter, metrics_of
-from moe_peft.objective import router_loss_values
+from moe_peft.forward.objective import router_loss_values
+from moe_peft.telemetry.meter import RoutingMeter, metrics_of
 from tests.contract.cases import randomize
 from tests.integrations.trainers import tokenizer
 from tests.tiny import tiny_llama

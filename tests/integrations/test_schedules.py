@@ -7,7 +7,7 @@ import torch
 from transformers import TrainerCallback
 
 from moe_peft import CoefficientSchedule
-from moe_peft.context import find_tracker
+from moe_peft.forward.tracker import find_tracker
 from moe_peft.integrations import attach
 from tests.integrations.test_callback import COEF, adapted
 from tests.integrations.test_parameter_groups import trainer_of

@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from moe_peft import attach, telemetry
-from moe_peft.context import find_tracker
+from moe_peft.forward.tracker import find_tracker
 from tests.integrations.trainers import TRAINERS
 
 COEF, Z_COEF = 0.5, 0.05

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from moe_peft import LoraMoeConfig, MoloraConfig, describe, router_loss
-from moe_peft.context import find_tracker
+from moe_peft.forward.tracker import find_tracker
 from tests import reference
 from tests.compare import assert_same
 from tests.tiny import OneLinear, adapted_linear, padded_batch, routed_layer_of, tiny_llama

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from moe_peft import MovConfig, describe, router_loss
-from moe_peft.context import find_tracker
+from moe_peft.forward.tracker import find_tracker
 from moe_peft.layers import ScaledLinear
 from tests import reference
 from tests.compare import assert_same

@@ -9,8 +9,8 @@ import torch
 from peft import get_peft_model
 
 from moe_peft import PerftConfig, router_loss
+from moe_peft.forward.objective import router_loss_values
 from moe_peft.layers import RoutedLayer
-from moe_peft.objective import router_loss_values
 from tests import reference
 from tests.perft_models import SPARSE, perft_config, perft_model, sparse_model
 from tests.tiny import padded_batch, tiny_llama

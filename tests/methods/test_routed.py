@@ -7,8 +7,8 @@ import torch
 from peft import get_peft_model
 
 from moe_peft import LoraMoeConfig, MoePeftWarning, RoutedConfig, SiraConfig, describe, router_loss
+from moe_peft.forward.objective import router_loss_values
 from moe_peft.methods import METHODS
-from moe_peft.objective import router_loss_values
 from tests import reference
 from tests.compare import assert_same
 from tests.contract.cases import randomize

@@ -18,7 +18,7 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from moe_peft.integrations.history import RoutingHistory
+from moe_peft.telemetry.history import RoutingHistory
 from tests.tiny import padded_batch, tiny_llama
 
 pytestmark = pytest.mark.multi_process

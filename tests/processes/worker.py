@@ -18,7 +18,7 @@ from torch import distributed as dist
 from torch import nn
 
 from moe_peft import EsftConfig, LoraMoeConfig, MovConfig, PerftConfig, RoutedConfig, router_loss
-from moe_peft.four_bit import dequantize_on_read, quantize
+from moe_peft.quantization.four_bit import dequantize_on_read, quantize
 from tests.contract.cases import randomize, tiny_olmoe
 from tests.methods.esft_models import sparse_model
 from tests.tiny import padded_batch, tiny_llama, tiny_t5

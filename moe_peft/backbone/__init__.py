@@ -1,0 +1,1 @@
+"""What stands where in a transformers model: sparse layers, routers, encoders, expert tensors; it knows no adapter."""

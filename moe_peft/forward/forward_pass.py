@@ -1,0 +1,120 @@
+"""One call of a model's stack: its mask, documents and sample groups, told to the layers as a `TokenContext`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ..types import Rows, TokenContext
+from .batch import groups_per_sequence, number_segments
+from .joined_losses import ForwardLosses, LayerLosses
+
+
+@dataclass
+class ForwardPass:
+    """One call of a backbone stack.
+
+    Attributes:
+        training: Whether the stack was in train mode with gradients enabled.
+        shape: (B, L) of the stack's input, or None when unknown.
+        attention_mask: (B, L) mask of the stack's own tokens, or longer when earlier tokens are cached.
+        encoder_attention_mask: (B, L') mask of the encoder states a decoder attends to.
+        segments: (B, L) document index of each token of packed rows.
+        modalities: (B, L) zero at text, where blocks are given the tokens of one modality alone.
+        groups: (B,) or (S,) group per sequence, or (B, L) group per token.
+        contexts: Token contexts made so far.
+        layers: (place, adapter) -> router losses of this call's layers, one per call of the layer.
+    """
+
+    training: bool
+    losses: ForwardLosses
+    shape: tuple[int, int] | None = None
+    attention_mask: torch.Tensor | None = None
+    encoder_attention_mask: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
+    modalities: torch.Tensor | None = None
+    groups: torch.Tensor | None = None
+    contexts: dict[tuple, TokenContext] = field(default_factory=dict)
+    layers: dict[tuple[str, str], list[LayerLosses]] = field(default_factory=dict)
+
+    def tokens(self, leading: tuple[int, ...], device: torch.device, rows: Rows = "tokens") -> TokenContext:
+        """Describe the tokens of an input with the given leading shape.
+
+        Args:
+            leading: Shape of the input without its last dimension: (B, L), (T,) for flattened rows, or any other.
+            device: Device of the input.
+            rows: What the rows of the input are. Those of images and sound are all valid and belong to no sample.
+
+        Returns:
+            The context of the T = prod(leading) tokens, cached for the pass.
+        """
+        key = (leading, device, rows)
+        if key not in self.contexts:
+            if rows == "media":
+                self.contexts[key] = self._describe_media(leading, device)
+            else:
+                self.contexts[key] = self._describe(leading, device, rows == "encoder_states")
+        return self.contexts[key]
+
+    def _describe(self, leading: tuple[int, ...], device: torch.device, from_encoder: bool) -> TokenContext:
+        mask = self.encoder_attention_mask if from_encoder else self.attention_mask
+        rows = leading
+        if self.shape is not None and (leading == (self.shape[0] * self.shape[1],) or _same_rows(leading, self.shape)):
+            rows = self.shape
+        kept_T = self._of_one_modality(rows)
+        if kept_T is not None:
+            assert self.shape is not None
+            whole, kept_T = self.tokens(self.shape, device), kept_T.to(device)
+            valid_T = None if whole.valid is None else whole.valid[kept_T]
+            assert whole.sequences is not None
+            return replace(whole, valid=valid_T, sequences=whole.sequences[kept_T])
+        valid_T = None
+        # A longer mask is that of cached tokens; but other rows, as a vision tower's patches, have no mask at all.
+        cached = mask is not None and rows == self.shape and mask.shape[0] == rows[0] and mask.shape[1] > rows[1]
+        if mask is not None and len(rows) == 2 and (cached or tuple(mask.shape) == tuple(rows)):
+            valid_T = mask[:, mask.shape[1] - rows[1] :].reshape(-1).to(device).bool()
+        if self.segments is not None and not from_encoder and tuple(self.segments.shape) == rows:
+            sequences_T, num_sequences = number_segments(self.segments.to(device))
+        elif len(rows) >= 2:
+            sequences_T = torch.arange(rows[0], device=device).repeat_interleave(torch.Size(rows[1:]).numel())
+            num_sequences = rows[0]
+        elif self.shape is not None and rows == self.shape[:1]:
+            # One vector per row, as a pooled token.
+            sequences_T, num_sequences = torch.arange(rows[0], device=device), rows[0]
+        else:
+            sequences_T, num_sequences = None, 1
+        groups = None if self.groups is None else self.groups.to(device)
+        return TokenContext(
+            training=self.training,
+            valid=valid_T,
+            sequences=sequences_T,
+            num_sequences=num_sequences,
+            groups=groups_per_sequence(groups, sequences_T, num_sequences, rows),
+            loss_scale=self.losses.scale if self.training else None,
+        )
+
+    def _of_one_modality(self, rows: tuple[int, ...]) -> torch.Tensor | None:
+        """Which of the batch's B * L tokens some rows are, by their number; None where it does not tell."""
+        if len(rows) != 1 or self.modalities is None or tuple(self.modalities.shape) != self.shape:
+            return None
+        is_media_T = self.modalities.reshape(-1).bool()
+        counts = int((~is_media_T).sum()), int(is_media_T.sum())
+        if counts[0] == counts[1] or rows[0] not in counts:
+            return None
+        return is_media_T if rows[0] == counts[1] else ~is_media_T
+
+    def _describe_media(self, leading: tuple[int, ...], device: torch.device) -> TokenContext:
+        images = leading[0] if len(leading) >= 2 else 1
+        per_image = torch.Size(leading[1:]).numel()
+        return TokenContext(
+            training=self.training,
+            sequences=torch.arange(images, device=device).repeat_interleave(per_image) if images > 1 else None,
+            num_sequences=images,
+            loss_scale=self.losses.scale if self.training else None,
+        )
+
+
+def _same_rows(leading: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether two shapes differ in axes of length one alone, as those of heads that share their keys and values."""
+    return len(leading) > len(shape) and [n for n in leading if n != 1] == [n for n in shape if n != 1]

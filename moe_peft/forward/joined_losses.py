@@ -1,0 +1,154 @@
+"""The router losses of a forward pass: each layer's sums, joined over the batch they are measured on.
+
+A loss is a function of sums (`RouterLoss`). When the forward of a stack ends, the sums of all its layers are joined,
+with one all-reduce where there are several processes, and the derivative of every loss in its own sums is known:
+
+    d loss / d own sums = m * value'(joined sums)      m: number of sums that were joined
+
+The mean over processes, which is what they do with gradients, then is the gradient of the loss of the joined batch
+(Demons in the Detail, arXiv 2501.11873), and the mean over micro-batches that of the accumulation window so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..types import LossScale, RouterLoss
+from .processes import num_processes, sum_over_processes
+
+SCOPES = ("micro_batch", "global_batch", "accumulation_window")
+
+
+@dataclass
+class LayerLosses:
+    """The router losses of one layer in one pass.
+
+    Attributes:
+        losses: The losses by name.
+        coefficients: Their coefficients in this pass.
+        scope: What the losses are measured on, out of `SCOPES`.
+        own: Name -> (N,) sums of this pass and process, without graph.
+        joined: Name -> (N,) sums of everything the scope covers.
+        count: m, the number of sums that were joined.
+        gradients: Name -> (N,) derivative of coefficient * loss in its own sums; empty until the stack's forward ends.
+    """
+
+    losses: Mapping[str, RouterLoss]
+    coefficients: dict[str, float]
+    scope: str
+    own: dict[str, torch.Tensor]
+    joined: dict[str, torch.Tensor] = field(default_factory=dict)
+    count: int = 1
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class ForwardLosses:
+    """The router losses of one forward of the whole model, encoder and decoder together.
+
+    Attributes:
+        scale: Weight of their injected gradient.
+        layers: What each (place, adapter) contributed, in order.
+    """
+
+    scale: LossScale
+    layers: dict[tuple[str, str], list[LayerLosses]] = field(default_factory=dict)
+
+    def all_layers(self) -> list[LayerLosses]:
+        """What all layers contributed, in order."""
+        return [layer for made in self.layers.values() for layer in made]
+
+    def mean_values(self) -> dict[str, torch.Tensor]:
+        """Unscaled losses averaged over the layers that have them: name -> 0-d tensor without graph."""
+        values: dict[str, list[torch.Tensor]] = {}
+        for (loss, *_), members in _alike(self.all_layers()).items():
+            values_G = loss.value(torch.stack([layer.joined[name] for layer, name in members]))
+            for (_, name), value in zip(members, values_G, strict=True):
+                values.setdefault(name, []).append(value)
+        return {name: torch.stack([v.to(parts[0]) for v in parts]).mean() for name, parts in values.items()}
+
+    def total(self) -> torch.Tensor | None:
+        """0-d sum of coefficient * loss over all layers, without graph; None without any loss."""
+        parts = []
+        for (loss, *_), members in _alike(self.all_layers()).items():
+            values_G = loss.value(torch.stack([layer.joined[name] for layer, name in members]))
+            weights_G = values_G.new_tensor([layer.coefficients[name] for layer, name in members])
+            parts.append((values_G * weights_G).sum())
+        return torch.stack([part.to(parts[0]) for part in parts]).sum() if parts else None
+
+
+class WindowSums:
+    """Joined sums of the micro-batches of an accumulation window so far, per layer and loss."""
+
+    def __init__(self) -> None:
+        self.sums: dict[tuple, torch.Tensor] = {}
+        self.counts: dict[tuple, int] = {}
+
+    def add(self, key: tuple, layer: LayerLosses) -> None:
+        """Join a layer's sums with those of the window's earlier micro-batches."""
+        for name, sums in layer.joined.items():
+            before = self.sums.get((*key, name))
+            layer.joined[name] = self.sums[(*key, name)] = sums if before is None else before + sums
+        layer.count += self.counts.get(key, 0)
+        self.counts[key] = layer.count
+
+
+def finish(layers: Mapping[tuple, LayerLosses], window: WindowSums | None) -> None:
+    """Join the sums of the layers that a stack's forward ran, and differentiate their losses.
+
+    Args:
+        layers: (place, adapter, number of the call) -> losses; the same keys in the same order on every process.
+        window: The accumulation window; None outside one.
+    """
+    for layer in layers.values():
+        layer.joined = dict(layer.own)
+    _join_processes([layer for layer in layers.values() if layer.scope != "micro_batch"])
+    for key, layer in layers.items():
+        if window is not None and layer.scope == "accumulation_window":
+            window.add(key, layer)
+    differentiate(list(layers.values()))
+
+
+def _join_processes(layers: Sequence[LayerLosses]) -> None:
+    joined = iter(sum_over_processes([sums for layer in layers for sums in layer.own.values()]))
+    for layer in layers:
+        layer.joined = {name: next(joined) for name in layer.own}
+        layer.count = num_processes()
+
+
+def differentiate(layers: Sequence[LayerLosses]) -> None:
+    """Set the gradients of layers whose sums are joined; losses of one kind and size in a single pass.
+
+    Args:
+        layers: Layers of one process.
+    """
+    for (loss, *_), members in _alike(layers).items():
+        gradients_GN = _derivative(loss, torch.stack([layer.joined[name] for layer, name in members]))
+        weights_G = [layer.coefficients[name] * layer.count for layer, name in members]
+        if len(set(weights_G)) == 1:
+            gradients_GN = gradients_GN * weights_G[0]
+        else:
+            gradients_GN = gradients_GN * gradients_GN.new_tensor(weights_G)[:, None]
+        for (layer, name), gradient_N in zip(members, gradients_GN, strict=True):
+            layer.gradients[name] = gradient_N
+
+
+def _alike(layers: Sequence[LayerLosses]) -> dict[tuple, list[tuple[LayerLosses, str]]]:
+    """(layer, name of the loss) of losses that one call can evaluate: of the same class, size, dtype and device."""
+    groups: dict[tuple, list[tuple[LayerLosses, str]]] = {}
+    for layer in layers:
+        for name, sums in layer.joined.items():
+            kind = (type(layer.losses[name]), sums.shape, sums.dtype, sums.device)
+            groups.setdefault(kind, []).append((layer, name))
+    return groups
+
+
+def _derivative(loss: Any, sums_GN: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf_GN = sums_GN.clone().requires_grad_()
+        (gradients_GN,) = torch.autograd.grad(loss.value(leaf_GN).sum(), leaf_GN)
+    return gradients_GN

@@ -1,0 +1,183 @@
+"""Router losses in the gradient of whatever loss the training loop computes.
+
+A trainer's loss need not know about them: where a routing is made, an identity on its weights injects
+d(coefficient * loss) into the backward pass. This is right under activation checkpointing of either kind, and silent
+outside training passes. `router_loss` gives their sum to a hand-written loop; adding it to the loss, in any scale,
+makes that scale the injected one, so nothing is counted twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..types import LossScale, RouterLoss, Routing
+from .joined_losses import ForwardLosses, LayerLosses
+from .tracker import ForwardTracker, find_tracker
+
+Loss = Callable[[Routing], torch.Tensor]
+
+
+class MeanLoss(RouterLoss):
+    """Any function of a routing as a loss; over several processes or micro-batches it is the mean of their values.
+
+    Args:
+        loss: Function of a routing that returns a 0-d tensor.
+    """
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+
+    def sums(self, routing: Routing) -> torch.Tensor:
+        """(2,) value of the loss, and one."""
+        value = self.loss(routing)
+        return torch.stack([value, torch.ones_like(value)])
+
+    @staticmethod
+    def value(sums: torch.Tensor) -> torch.Tensor:
+        """(...) mean of (..., 2) sums."""
+        return sums[..., 0] / sums[..., 1]
+
+
+class RouterObjective:
+    """The router losses of one layer.
+
+    Args:
+        losses: Name -> (loss, coefficient); a coefficient of zero leaves the loss out.
+        scope: What the losses are measured on: "micro_batch", "global_batch" or "accumulation_window".
+    """
+
+    def __init__(self, losses: Mapping[str, tuple[Loss, float]], *, scope: str = "global_batch") -> None:
+        kept = {name: (loss, coef) for name, (loss, coef) in losses.items() if coef != 0}
+        self.losses = {n: loss if isinstance(loss, RouterLoss) else MeanLoss(loss) for n, (loss, _) in kept.items()}
+        self.coefficients = {name: coef for name, (_, coef) in kept.items()}
+        self.scope = scope
+
+    def __bool__(self) -> bool:
+        return bool(self.losses)
+
+    def __call__(self, routing: Routing, tracker: ForwardTracker, place: str, adapter: str) -> Routing:
+        """Measure the losses and inject their gradient.
+
+        Args:
+            routing: Decision of a training pass.
+            tracker: The model's tracker, which joins the measurement with that of other processes.
+            place: Name of the layer.
+            adapter: Name of the adapter.
+
+        Returns:
+            The same decision, whose weights must be used.
+        """
+        sums = {name: loss.sums(routing) for name, loss in self.losses.items()}
+        own = {name: value.detach() for name, value in sums.items()}
+        layer = tracker.enter(place, adapter, LayerLosses(self.losses, dict(self.coefficients), self.scope, own))
+        scale = routing.context.loss_scale or LossScale()
+        # A training pass without gradients is the first one of reentrant checkpointing; the recomputation attaches.
+        scale.attached += int(not torch.is_grad_enabled() or any(value.requires_grad for value in sums.values()))
+        weights = _InjectLosses.apply(routing.weights, layer, scale, *sums.values())
+        return replace(routing, weights=weights)
+
+
+class _InjectLosses(torch.autograd.Function):
+    """Identity on the weights whose backward pass gives the losses their gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weights: torch.Tensor, layer: LayerLosses, scale: LossScale, *sums: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.layer, ctx.scale = layer, scale
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        ctx.scale.injected += 1
+        gradients = ctx.layer.gradients
+        return grad, None, None, *(gradients[name] * ctx.scale.value for name in ctx.layer.losses)
+
+
+class _ScaleInjection(torch.autograd.Function):
+    """Value of the router losses; its gradient becomes the weight of their injected gradient.
+
+    The engine runs the youngest ready node first, and this one is younger than every node of the forward pass it
+    belongs to, so the weight is set before the first loss is injected.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, total: torch.Tensor, scale: LossScale) -> torch.Tensor:
+        ctx.scale = scale
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, None]:
+        scale = ctx.scale
+        already = scale.injected
+        scale.value, scale.replaced = grad.detach(), True
+
+        def check() -> None:
+            if scale.attached and scale.injected == already:
+                raise RuntimeError(
+                    "The gradient of router_loss(model) is lost: it flows through the layers of the model's own "
+                    "loss, and this backward pass did not reach them. Add it before the backward pass of the same "
+                    "forward: (loss + router_loss(model)).backward()."
+                )
+
+        torch.autograd.Variable._execution_engine.queue_callback(check)
+        return None, None, None
+
+
+def router_loss(model: nn.Module) -> torch.Tensor:
+    """Sum of coefficient * loss over all layers of the latest training forward.
+
+    A plain loop trains with the router losses without calling this: their gradient is injected with weight one. Call
+    it to print their value, or to weigh them in the loop's own way, as in `((loss + router_loss(model)) /
+    n).backward()`; the gradient that reaches the returned tensor replaces the weight one.
+
+    Args:
+        model: A model with routed adapters, wrapped or not.
+
+    Returns:
+        0-d float32 tensor; zero when no layer has a router loss.
+
+    Raises:
+        ValueError: The model has no routed adapter.
+        RuntimeError: There was no forward in train mode with gradients enabled. In the backward pass: the gradient
+            would be lost because the model's own loss is not part of it.
+    """
+    latest = _latest_losses(model, "router_loss")
+    total = latest.total()
+    if total is None:
+        return torch.zeros(())
+    anchor = torch.zeros((), device=total.device, requires_grad=True)
+    return _ScaleInjection.apply(anchor, total, latest.scale)
+
+
+def router_loss_values(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Unscaled router losses of the latest training forward, averaged over the layers that have them.
+
+    Args:
+        model: A model with routed adapters, wrapped or not.
+
+    Returns:
+        Loss name -> 0-d float32 tensor without gradient.
+
+    Raises:
+        ValueError: The model has no routed adapter.
+        RuntimeError: There was no forward in train mode with gradients enabled.
+    """
+    return _latest_losses(model, "router_loss_values").mean_values()
+
+
+def _latest_losses(model: nn.Module, caller: str) -> ForwardLosses:
+    tracker = find_tracker(model)
+    if tracker is None:
+        raise ValueError(f"{caller}: {type(model).__name__} has no routed adapter. Add one with peft.get_peft_model.")
+    if tracker.latest is None:
+        raise RuntimeError(
+            f"{caller}: no training forward has run yet. Router losses exist only after a forward with model.train() "
+            "and gradients enabled; for a routing in evaluation use moe_peft.telemetry.record(model)."
+        )
+    return tracker.latest

@@ -1,0 +1,216 @@
+"""Which modules an adapter wraps: the places that a configuration picks in a model, and what it may not pick."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from torch import nn
+
+from ..backbone.encoders import encoder_names
+from ..backbone.structure import find_moe_layers, is_below, router_names
+from ..types import MoeLayer, MoePeftWarning, Place, Rows
+from .blocks import block_names, block_place, experts_names, experts_place
+from .linear import (
+    default_target_modules,
+    leaf_names,
+    linear_names,
+    linear_place,
+    reads_encoder_states,
+    shortest_endings,
+    text_linear_names,
+)
+
+if TYPE_CHECKING:
+    from ..config.config import MoeConfig
+
+DUMMY_TARGETS = "dummy-target-modules"
+
+
+def resolve_targets(model: nn.Module, config: MoeConfig) -> None:
+    """Fill in `target_modules` where the configuration leaves the choice to us: None and "all-linear".
+
+    Args:
+        model: The model to adapt.
+        config: Its `target_modules` is set.
+
+    Raises:
+        ValueError: It is None, and the model has no structure to choose by; or `layers_to_transform` and
+            `layers_pattern` would have no effect.
+    """
+    _check_layer_selection(config)
+    layers = find_moe_layers(model)
+    config.resolve(model, layers)
+    targets = config.target_modules
+    if config.placement in NAMES and (targets is None or targets == INCLUDE_LINEAR_LAYERS_SHORTHAND):
+        names = NAMES[config.placement](model, [layer for layer in layers if config.adapts(layer)])
+        config.target_modules = set(shortest_endings(names, set(dict(model.named_modules())) - set(names)))  # type: ignore[assignment]
+    elif targets is None:
+        if not hasattr(getattr(model, "config", None), "model_type"):
+            raise ValueError(
+                f"Please specify `target_modules` in {type(config).__name__}: {type(model).__name__} is not a "
+                "transformers model, so there are no places to choose by default."
+            )
+        config.target_modules = set(default_target_modules(model, config.default_targets))  # type: ignore[assignment]
+    elif isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        # Endings, as peft takes a full name whatever its layer.
+        names = linear_names(model)
+        config.target_modules = set(shortest_endings(names, set(dict(model.named_modules())) - set(names)))  # type: ignore[assignment]
+
+
+def _check_layer_selection(config: MoeConfig) -> None:
+    """Refuse a choice of layers that peft would not look at."""
+    targets, layers, pattern = config.target_modules, config.layers_to_transform, config.layers_pattern
+    kind = type(config).__name__
+    if layers is None and pattern:
+        raise ValueError(f"{kind}: layers_pattern={pattern!r} has no effect without layers_to_transform; set both.")
+    if layers == []:
+        raise ValueError(f"{kind}: layers_to_transform=[] names no layer. Write None for all layers, or some indices.")
+    regex = isinstance(targets, str) and targets.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND
+    if regex and layers is not None:
+        raise ValueError(
+            f"{kind}: layers_to_transform={layers!r} has no effect on target_modules={targets!r}, a regex of full "
+            "names. Write the layers into it, as in r'.*layers\\.(0|1)\\..*_proj', or give a list of names."
+        )
+
+
+def find_places(model: nn.Module, config: MoeConfig, **quantization: Any) -> list[Place]:
+    """List the layers a configuration matches, without changing anything.
+
+    Args:
+        model: The model to adapt.
+        config: A configuration whose `target_modules` is resolved.
+        **quantization: What `peft.utils.quantization_utils.get_quantization_kwargs` says of the model.
+
+    Raises:
+        ValueError: Nothing matches, or a match is a router or cannot be adapted; nearest valid names are given.
+    """
+    if config.target_modules in (DUMMY_TARGETS, {DUMMY_TARGETS}):
+        return []
+    routers, modules, layers = router_names(model), dict(model.named_modules()), find_moe_layers(model)
+    encoders = encoder_names(model)
+    places: list[Place] = []
+    inside: set[str] = set()
+    taken: set[str] = set()
+    excluded = False
+    for name, module in modules.items():
+        if not name or is_below(name.rpartition(".")[0], inside):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside.add(name)
+        match = check_target_module_exists(config, name)
+        if not match:
+            excluded = excluded or (match is not None and match is not False)
+            continue
+        _refuse_router(name, routers)
+        if is_below(name, taken):
+            raise ValueError(f"target_modules matches {name}, which lies inside another match; name only one of both.")
+        if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
+            raise ValueError(
+                f"Target module {name} belongs to torch.nn.MultiheadAttention, which reads its weight without calling "
+                "it, so an adapter there would have no effect. Remove it from target_modules."
+            )
+        if config.placement == "block":
+            _refuse_adapted_parts(name, module)
+        _refuse_trained_parts(name, module, config.modules_to_save or [])
+        place = PLACES[config.placement](name, module, layers, quantization)
+        places.append(replace(place, rows=_rows(name, encoders)))
+        taken.add(name)
+    if not places and not excluded:
+        raise ValueError(_no_match(model, config))
+    _warn_of_unknown(config, modules)
+    return places
+
+
+def _warn_of_unknown(config: MoeConfig, modules: Collection[str]) -> None:
+    """Warn of targets that no module is called, while others are adapted; peft says nothing then."""
+    targets = config.target_modules
+    names = [] if targets is None or isinstance(targets, str) else sorted(targets)
+    unknown = [target for target in names if not any(f".{name}".endswith(f".{target}") for name in modules)]
+    if unknown:
+        warnings.warn(
+            f"target_modules names {unknown}, but no module of the model is called so; only the others are adapted. "
+            "Correct the names, or remove them; moe_peft.describe(model, config) lists what is adapted.",
+            MoePeftWarning,
+            stacklevel=3,
+        )
+
+
+def _rows(name: str, encoders: set[str]) -> Rows:
+    if is_below(name, encoders):
+        return "media"
+    return "encoder_states" if reads_encoder_states(name) else "tokens"
+
+
+def _refuse_router(name: str, routers: set[str]) -> None:
+    if is_below(name, routers):
+        raise ValueError(
+            f"target_modules matches {name}, which belongs to a router of the backbone; adapting it would change "
+            "which of the backbone's own experts are used. Name other modules, or add it to exclude_modules."
+        )
+
+
+def _refuse_adapted_parts(name: str, block: nn.Module) -> None:
+    parts = [part for part, module in block.named_modules() if part and isinstance(module, BaseTunerLayer)]
+    if parts:
+        raise ValueError(
+            f"{name} contains layers with adapters of their own ({', '.join(parts[:3])}). Wrapping the block would "
+            "rename what they save. Put the adapter around the block on a base model of its own."
+        )
+
+
+def _refuse_trained_parts(name: str, module: nn.Module, modules_to_save: list[str]) -> None:
+    for part, _ in module.named_modules():
+        if part and f"{name}.{part}".endswith(tuple(modules_to_save)):
+            raise ValueError(
+                f"modules_to_save={modules_to_save!r} matches {name}.{part}, which lies inside {name}, where an "
+                "adapter wraps the whole module and peft keeps no trained copy of a part. Name modules outside, or "
+                "take a configuration that wraps the experts alone, which leaves a block's router outside."
+            )
+
+
+def _no_match(model: nn.Module, config: MoeConfig) -> str:
+    targets = config.target_modules
+    outer = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    for name, _ in model.named_modules():
+        if is_below(name.rpartition(".")[0], outer) and check_target_module_exists(config, name):
+            return (
+                f"Target modules {targets} lie inside modules that an adapter wraps already ({name}), where peft adds "
+                "no further one. Put the adapter on a base model of its own."
+            )
+    kind, names = "Linear layers", linear_names(model)
+    if config.placement in NAMES:
+        kind = "Experts modules" if config.placement != "block" else "Blocks"
+        names = NAMES[config.placement](model, find_moe_layers(model))
+    leaves = leaf_names(names)
+    wanted = [targets] if isinstance(targets, str) else sorted(targets or [])
+    near = {match for name in wanted for match in difflib.get_close_matches(name.rpartition(".")[2], leaves)}
+    hint = f"Nearest names: {sorted(near)}. " if near - set(wanted) else ""
+    layers, default = "", " Leave target_modules None to take them all." if config.placement in NAMES else ""
+    if config.layers_to_transform is not None:
+        layers = f" in the layers {config.layers_to_transform} (layers_pattern names the list that is counted)"
+    return (
+        f"Target modules {targets} not found in the base model{layers}. {hint}"
+        f"{kind} of {type(model).__name__} are called {leaves}.{default}"
+    )
+
+
+# Kind of placement -> description of a matched module, for the layer of the same name in `layers.LAYERS`.
+PLACES: dict[str, Callable[..., Place]] = {
+    "linear": linear_place,
+    "scaled": linear_place,
+    "block": block_place,
+    "experts": experts_place,
+    "slices": experts_place,
+}
+# Kind of placement -> names of all modules of that kind, for kinds whose default places are all of them.
+NAMES: dict[str, Callable[[nn.Module, list[MoeLayer]], list[str]]] = {
+    "block": lambda model, layers: block_names(model, layers, text_linear_names(model)),
+    "experts": experts_names,
+    "slices": experts_names,
+}

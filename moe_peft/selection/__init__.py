@@ -1,0 +1,18 @@
+"""Which of a backbone's experts serve a data set: score them, select them, show the selection."""
+
+from __future__ import annotations
+
+from .report import overlap_table, plot_selection, selection_table
+from .scores import ExpertScores
+from .scoring import score_experts
+from .select import ExpertSelection, select_experts
+
+__all__ = [
+    "ExpertScores",
+    "ExpertSelection",
+    "overlap_table",
+    "plot_selection",
+    "score_experts",
+    "select_experts",
+    "selection_table",
+]

@@ -1,0 +1,236 @@
+"""Which experts of a backbone to train for a task: the fewest whose scores add up to p, layer by layer.
+
+    E_s = the smallest prefix of the experts, in descending order of their scores, with sum_{i in E_s} R_i >= p
+
+R is the gate or the token score of `moe_peft.score_experts` (Wang et al., 2024, arXiv 2407.01906, section 3). Each
+layer is selected on its own, by its scores as they are; the authors' published configurations follow this rule, while
+their published script first divides by the sum over layers, which gives other experts.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .scores import AGGREGATES, CRITERIA, ExpertScores
+
+DEFAULT_P = {"token": 0.2, "gate": 0.1}
+# Scores that differ by less are the same number in another order of summation.
+DECIMALS = 12
+TOLERANCE = 1e-9
+NON_EXPERT_MODULES = (
+    "non_expert_modules=True trains everything besides the experts as well (attention, norms, embeddings, routers), "
+    "which an adapter of selected experts does not. Write false there, and name what to train beside the experts in "
+    "the configuration: EsftConfig(experts=..., modules_to_save=['q_proj', 'v_proj'], train_router=True)."
+)
+
+
+@dataclass(frozen=True)
+class SelectionRule:
+    """How experts were selected; see `select_experts`."""
+
+    p: float
+    criterion: str = "token"
+    aggregate: str = "token"
+    min_experts: int = 0
+    normalize_scores: bool = False
+
+    def __str__(self) -> str:
+        """One line."""
+        parts = [f"{self.criterion} scores, p={self.p:g}"]
+        parts += ["of each layer's mass"] if self.normalize_scores else []
+        parts += ["mean of sample means"] if self.aggregate == "sample" else []
+        parts += [f"at least {self.min_experts} per layer"] if self.min_experts else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class ExpertSelection:
+    """Selected experts of every sparse layer.
+
+    Attributes:
+        experts: Index of the decoder layer, as a string -> experts, highest score first. This is what
+            `EsftConfig(experts=...)` takes.
+        shared_experts: Whether to train the experts that every token uses as well; `EsftConfig` calls it
+            `train_shared_experts`.
+        non_expert_modules: Always False, kept for the authors' file format.
+        num_experts: Layer -> E; empty where a file does not tell.
+        expert_parameters: Layer -> parameters of one expert; empty where unknown.
+        model_parameters: Parameters of the backbone; None where unknown.
+        rule: How the experts were selected; None where unknown.
+    """
+
+    experts: dict[str, list[int]]
+    shared_experts: bool = False
+    non_expert_modules: bool = False
+    num_experts: dict[str, int] = field(default_factory=dict, compare=False)
+    expert_parameters: dict[str, int] = field(default_factory=dict, compare=False)
+    model_parameters: int | None = field(default=None, compare=False)
+    rule: SelectionRule | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.non_expert_modules:
+            raise ValueError(NON_EXPERT_MODULES)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Layer -> number of selected experts."""
+        return {layer: len(ids) for layer, ids in self.experts.items()}
+
+    @property
+    def num_selected(self) -> int:
+        """Selected experts of all layers."""
+        return sum(self.counts.values())
+
+    @property
+    def share(self) -> float | None:
+        """Selected experts over all experts; None where the number of experts is unknown."""
+        return self.num_selected / sum(self.num_experts.values()) if self.num_experts else None
+
+    @property
+    def num_parameters(self) -> int | None:
+        """Parameters of the selected experts; None where the size of an expert is unknown."""
+        if not self.expert_parameters:
+            return None
+        return sum(count * self.expert_parameters[layer] for layer, count in self.counts.items())
+
+    def overlap(self, other: ExpertSelection) -> dict[str, float]:
+        """Jaccard index of two selections, |both| / |either|, layer by layer.
+
+        Args:
+            other: A selection of the same backbone, for another task for instance.
+
+        Returns:
+            Layer -> 0 (disjoint) to 1 (the same, or both empty).
+        """
+        layers = sorted(self.experts.keys() | other.experts.keys(), key=int)
+        pairs = {layer: (set(self.experts.get(layer, ())), set(other.experts.get(layer, ()))) for layer in layers}
+        return {layer: len(a & b) / len(a | b) if a | b else 1.0 for layer, (a, b) in pairs.items()}
+
+    def save(self, path: str | Path) -> None:
+        """Write the authors' JSON form: `experts`, `shared_experts` and `non_expert_modules`.
+
+        Where it is known, `num_experts` follows, which their readers pass over: it tells backbones apart.
+
+        Args:
+            path: The file; its folder must exist.
+        """
+        names = ["experts", "shared_experts", "non_expert_modules", *(["num_experts"] if self.num_experts else [])]
+        Path(path).write_text(json.dumps({name: getattr(self, name) for name in names}) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> ExpertSelection:
+        """Read what `save` wrote, or a configuration of the authors.
+
+        Args:
+            path: The file.
+
+        Raises:
+            ValueError: The file has another form, or asks for more than experts.
+        """
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        experts = content.get("experts") if isinstance(content, dict) else None
+        if not isinstance(experts, dict) or not all(_is_layer(name, ids) for name, ids in experts.items()):
+            raise ValueError(
+                f"{path} is no selection of experts: it must hold {{'experts': {{'1': [8, 26], ...}}, "
+                "'shared_experts': false, 'non_expert_modules': false}, with layer indices as keys and lists of "
+                "different expert ids."
+            )
+        if content.get("non_expert_modules"):
+            raise ValueError(f"{path}: {NON_EXPERT_MODULES}")
+        ordered = {layer: experts[layer] for layer in sorted(experts, key=int)}
+        sizes = content.get("num_experts")
+        return cls(
+            ordered,
+            shared_experts=bool(content.get("shared_experts")),
+            num_experts=sizes if isinstance(sizes, dict) else {},
+        )
+
+
+def select_experts(
+    scores: ExpertScores,
+    p: float | None = None,
+    *,
+    criterion: str = "token",
+    aggregate: str = "token",
+    min_experts: int = 0,
+    normalize_scores: bool = False,
+) -> ExpertSelection:
+    """Select the experts of a task, layer by layer.
+
+    In every layer the experts are sorted by score, ties by the smaller id, and taken until their scores add up to p.
+    Gate scores are used as they are: their sum over a layer is below one unless the backbone rescales its weights, and
+    above one where it scales them, so the same p means more or fewer experts on another backbone;
+    `normalize_scores` makes p a share of the layer's sum.
+
+    Args:
+        scores: Scores of `moe_peft.score_experts`, or of a file.
+        p: Score that the selected experts of a layer reach together; None means 0.2 for token and 0.1 for gate scores
+            (the paper's). 0 selects nothing; a p that the layer's scores do not exceed (1 and more for token scores)
+            selects every expert with a score above zero.
+        criterion: "token", the share of tokens, or "gate", the mean weight.
+        aggregate: "token", the mean over all tokens, or "sample", the mean of the samples' means.
+        min_experts: Take at least this many per layer.
+        normalize_scores: Whether p is a share of the layer's summed scores.
+
+    Returns:
+        The selection; `EsftConfig(experts=selection.experts)` trains it.
+
+    Raises:
+        ValueError: An argument is outside its range.
+    """
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion={criterion!r} must be one of {CRITERIA}.")
+    if aggregate not in AGGREGATES:
+        raise ValueError(f"aggregate={aggregate!r} must be one of {AGGREGATES}.")
+    p = DEFAULT_P[criterion] if p is None else p
+    if not isinstance(p, (int, float)) or not p >= 0:
+        raise ValueError(
+            f"p={p!r} must be 0 or more, as in p=0.2: the score that the selected experts of a layer reach together."
+        )
+    if not 0 <= min_experts <= min(scores.num_experts.values()):
+        raise ValueError(f"min_experts={min_experts} must be between 0 and {min(scores.num_experts.values())}.")
+    rule = SelectionRule(p, criterion, aggregate, min_experts, normalize_scores)
+    return ExpertSelection(
+        {str(layer): _prefix(scores.of(layer, criterion, aggregate), rule) for layer in scores.layers},
+        num_experts={str(layer): count for layer, count in scores.num_experts.items()},
+        expert_parameters={
+            str(layer): own.expert_parameters
+            for layer, own in scores.by_layer.items()
+            if own.expert_parameters is not None
+        },
+        model_parameters=scores.model_parameters,
+        rule=rule,
+    )
+
+
+def _prefix(scores_E: torch.Tensor, rule: SelectionRule) -> list[int]:
+    """The experts of one layer."""
+    mass = float(scores_E.sum())
+    if rule.normalize_scores and mass > 0:
+        scores_E = scores_E / mass
+    ranked_E, order_E = scores_E.round(decimals=DECIMALS).sort(descending=True, stable=True)
+    used = int((ranked_E > 0).sum())
+    # Token scores sum to one by definition, but not quite where a file has rounded them.
+    whole = 1.0 if rule.criterion == "token" or rule.normalize_scores else mass
+    reached_E = scores_E[order_E].cumsum(0) >= rule.p - TOLERANCE
+    if rule.p == 0:
+        count = 0
+    elif rule.p >= whole - TOLERANCE or not bool(reached_E.any()):
+        count = used
+    else:
+        count = min(int(reached_E.long().argmax()) + 1, used)
+    return order_E[: max(count, rule.min_experts)].tolist()
+
+
+def _is_layer(name: str, ids: object) -> bool:
+    """Whether an entry of a file names a layer and different experts."""
+    return (
+        name.isdigit()
+        and isinstance(ids, list)
+        and all(type(expert) is int and expert >= 0 for expert in ids)
+        and len(set(ids)) == len(ids)
+    )

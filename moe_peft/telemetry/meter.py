@@ -1,0 +1,128 @@
+"""Adds up what the routers of a model decide in training, and reads it once per logging interval.
+
+Every routing costs a few sums on its own device; a reading costs one all-reduce and one copy to the host, whatever
+the number of layers.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from ..forward.processes import num_processes, sum_over_processes
+from ..forward.tracker import ForwardTracker
+from ..types import Routing
+from .statistics import RoutingStatistics
+
+Key = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was measured since the last reading.
+
+    Attributes:
+        places: (place, adapter) -> statistics over all tokens of all processes, on the host.
+        losses: Loss name -> mean over layers and micro-batches of the unscaled loss.
+    """
+
+    places: dict[Key, RoutingStatistics]
+    losses: dict[str, float]
+
+
+class RoutingMeter:
+    """Observer of a model's training passes."""
+
+    def __init__(self) -> None:
+        self.sums: dict[Key, torch.Tensor] = {}
+        self.losses: dict[str, torch.Tensor] = {}
+        self.micro_batches = 0
+
+    def observe(self, place: str, adapter: str, routing: Routing) -> None:
+        """Add a routing; those of evaluation and generation do not count."""
+        if not routing.context.training:
+            return
+        sums, key = RoutingStatistics.of(routing).flat(), (place, adapter)
+        self.sums[key] = self.sums[key] + sums if key in self.sums else sums
+
+    def add_losses(self, tracker: ForwardTracker) -> None:
+        """Add the router losses of the latest training forward."""
+        if tracker.latest is None:
+            return
+        for name, value in tracker.latest.mean_values().items():
+            self.losses[name] = self.losses[name] + value if name in self.losses else value
+        self.micro_batches += 1
+
+    def read(self) -> Reading:
+        """Join what all processes measured, and start anew; every process must call it."""
+        keys, names = sorted(self.sums), sorted(self.losses)
+        joined = sum_over_processes([self.sums[key] for key in keys] + [self.losses[name][None] for name in names])
+        flat = torch.cat([part.to(joined[0]) for part in joined]).cpu() if joined else torch.zeros(0)
+        parts = flat.split([part.numel() for part in joined])
+        places = {key: RoutingStatistics.from_flat(part) for key, part in zip(keys, parts, strict=False)}
+        count = max(self.micro_batches, 1) * num_processes()
+        losses = {name: float(part) / count for name, part in zip(names, parts[len(keys) :], strict=True)}
+        self.sums, self.losses, self.micro_batches = {}, {}, 0
+        return Reading(places, losses)
+
+
+def metrics_of(reading: Reading, layer_groups: int) -> dict[str, float]:
+    """Turn a reading into log entries.
+
+    Args:
+        reading: Of a meter.
+        layer_groups: Number of groups of consecutive decoder layers that get entries of their own; 0 for none.
+
+    Returns:
+        "moe/<loss>", "moe/<statistic>" over all places, and "moe/layers_<first>-<last>/<statistic>".
+    """
+    metrics = {f"moe/{name}": value for name, value in reading.losses.items()}
+    metrics.update({f"moe/{name}": value for name, value in _averages(list(reading.places.values())).items()})
+    for label, members in group_layers([place for place, _ in reading.places], layer_groups).items():
+        chosen = [statistics for (place, _), statistics in reading.places.items() if place in members]
+        metrics.update({f"moe/{label}/{name}": value for name, value in _averages(chosen).items()})
+    return metrics
+
+
+def group_layers(places: list[str], count: int) -> dict[str, set[str]]:
+    """Split the decoder layers of each stack into groups of consecutive layers.
+
+    Args:
+        places: Full names of adapted modules; those that lie in no numbered layer belong to no group.
+        count: Number of groups per stack.
+
+    Returns:
+        Label -> places; the label names the stack where there are several.
+    """
+    if count < 1:
+        return {}
+    stacks: dict[str, dict[int, set[str]]] = {}
+    for place in places:
+        found = re.match(r"(?:(.*?)\.)?(\d+)(?:\.|$)", place)
+        if found:
+            stacks.setdefault(found.group(1) or "", {}).setdefault(int(found.group(2)), set()).add(place)
+    groups: dict[str, set[str]] = {}
+    for stack, layers in stacks.items():
+        numbers = sorted(layers)
+        size = -(-len(numbers) // count)
+        prefix = f"{stack.replace('.', '_')}_" if len(stacks) > 1 else "layers_"
+        for start in range(0, len(numbers), size):
+            part = numbers[start : start + size]
+            groups[f"{prefix}{part[0]}-{part[-1]}"] = set().union(*(layers[number] for number in part))
+    return groups
+
+
+def _averages(statistics: list[RoutingStatistics]) -> dict[str, float]:
+    """Means over places of the statistics, and the drop rate over the places that have a capacity."""
+    if not statistics:
+        return {}
+    values = {
+        "load_entropy": [s.load_entropy for s in statistics],
+        "max_over_mean_load": [s.max_over_mean_load for s in statistics],
+        "dead_experts": [s.dead_experts for s in statistics],
+        "confidence": [s.confidence for s in statistics],
+        "drop_rate": [s.drop_rate for s in statistics if s.dropped is not None],
+    }
+    return {name: float(torch.stack(list(parts)).float().mean()) for name, parts in values.items() if parts}

@@ -1,0 +1,96 @@
+"""Sums over the valid tokens of routings, from which every statistic of a place follows.
+
+Sums of several batches, or of several processes, add up to those of all their tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..losses.masking import masked_sum, num_valid
+from ..types import Routing
+
+
+@dataclass(frozen=True)
+class RoutingStatistics:
+    """Sums of one place, in float32 or the routing's precision.
+
+    Attributes:
+        requests: (E,) tokens that asked for each expert, before any capacity.
+        mass: (E,) summed combine weight of each expert.
+        tokens: 0-d number of valid tokens.
+        confidence_sum: 0-d sum of the tokens' largest gate probability.
+        dropped: 0-d number of requests that found their expert full; None without a capacity.
+    """
+
+    requests: torch.Tensor
+    mass: torch.Tensor
+    tokens: torch.Tensor
+    confidence_sum: torch.Tensor
+    dropped: torch.Tensor | None = None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, routing: Routing) -> RoutingStatistics:
+        """Sum over a routing's valid tokens."""
+        dropped = None if routing.dropped is None else masked_sum(routing.dropped.to(routing.probs), routing).sum()
+        return cls(
+            requests=routing.request_matrix().sum(0),
+            mass=masked_sum(routing.gate_matrix(), routing).to(routing.probs),
+            tokens=num_valid(routing),
+            confidence_sum=masked_sum(routing.probs.amax(-1), routing),
+            dropped=dropped,
+        )
+
+    def flat(self) -> torch.Tensor:
+        """(2E + 2,) all sums, or (2E + 3,) with a capacity; they may be added up with others of the same place."""
+        scalars = [self.tokens, self.confidence_sum] + ([] if self.dropped is None else [self.dropped])
+        return torch.cat([self.requests, self.mass, torch.stack(scalars)])
+
+    @classmethod
+    def from_flat(cls, sums: torch.Tensor) -> RoutingStatistics:
+        """Undo `flat`; an odd length has the number of dropped requests."""
+        num_experts = (sums.numel() - 2) // 2
+        scalars = sums[2 * num_experts :].unbind()
+        return cls(sums[:num_experts], sums[num_experts : 2 * num_experts], *scalars)
+
+    @property
+    def load(self) -> torch.Tensor:
+        """(E,) share of the requests that each expert gets, summing to one; uniform for a dense router."""
+        return self.requests / self.requests.sum().clamp_min(1)
+
+    @property
+    def importance(self) -> torch.Tensor:
+        """(E,) share of the gate mass that each expert gets, summing to one."""
+        return self.mass / self.mass.sum().clamp_min(torch.finfo(self.mass.dtype).tiny)
+
+    @property
+    def load_entropy(self) -> torch.Tensor:
+        """0-d entropy of the share of the gate mass over its maximum log E; one for a single expert."""
+        if self.mass.numel() == 1:
+            return torch.ones_like(self.mass[0])
+        return torch.special.entr(self.importance).sum() / torch.log(torch.tensor(float(self.mass.numel())))
+
+    @property
+    def max_over_mean_load(self) -> torch.Tensor:
+        """0-d largest share of the requests over the even share; one when balanced, E when collapsed."""
+        return self.load.max() * self.load.numel()
+
+    @property
+    def dead_experts(self) -> torch.Tensor:
+        """0-d int64 number of experts that no valid token asked for."""
+        return (self.requests == 0).sum()
+
+    @property
+    def drop_rate(self) -> torch.Tensor:
+        """0-d share of the requests that found their expert full; zero without a capacity."""
+        if self.dropped is None:
+            return torch.zeros_like(self.tokens)
+        return self.dropped / self.requests.sum().clamp_min(1)
+
+    @property
+    def confidence(self) -> torch.Tensor:
+        """0-d mean over the valid tokens of the largest gate probability, in [1 / E, 1]."""
+        return self.confidence_sum / self.tokens.clamp_min(1)

@@ -1,0 +1,137 @@
+"""What an adapter may not be, given the model and the adapters that are there: refused before anything is changed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..backbone.encoders import encoder_names, encoder_pattern
+from ..config.config import MoeConfig
+from ..layers import LAYERS, RoutedLayer, SlicedExperts
+from ..types import MoePeftWarning, Place
+
+# Parts that the names of saved weights have beside those of the place, see layers.RoutedLayer.
+NAME_PARTS = frozenset({"base_model", "base_layer", "model", "A", "B", "vectors", "weight"})
+
+
+def check_name(adapter_name: str | None, prefix: str, places: Sequence[Place]) -> None:
+    """Refuse an adapter name that its weights' own names contain, as peft saves and loads by that part of them.
+
+    Args:
+        adapter_name: The name; None where it is not known.
+        prefix: What the attributes of the adapter's type begin with.
+        places: Where it is put.
+
+    Raises:
+        ValueError: It is one of those parts.
+    """
+    parts = {*NAME_PARTS, f"{prefix}experts", f"{prefix}router"}
+    for place in places:
+        if adapter_name in parts.union(place.name.split(".")):
+            raise ValueError(
+                f"adapter_name={adapter_name!r} is a part of the names of the weights at {place.name}, by which peft "
+                "tells adapters apart, so that saving would lose weights. Take another name, as "
+                f"{'adapter_' + adapter_name!r}."
+            )
+
+
+def check_neighbours(config: MoeConfig, prefix: str, places: Sequence[Place], model: nn.Module) -> None:
+    """Refuse an adapter that cannot share a module with the one that is there; warn where it wraps another type's.
+
+    Args:
+        config: The adapter's configuration.
+        prefix: What the attributes of the adapter's type begin with.
+        places: Where it is put.
+        model: The model, with the adapters that it has.
+
+    Raises:
+        ValueError: The two compute in different ways, or one of them stands for copies of the backbone's experts.
+    """
+    layer_cls, others = LAYERS[config.placement], []
+    for place in places:
+        target = model.get_submodule(place.name)
+        if isinstance(target, RoutedLayer) and target.prefix == prefix:
+            if type(target) is not layer_cls:
+                raise ValueError(
+                    f"{place.name} has an adapter of another kind, which cannot share its layer with {config.method} "
+                    f"({config.summary()}). Put this adapter on a base model of its own."
+                )
+        elif isinstance(target, BaseTunerLayer):
+            if SlicedExperts in (layer_cls, type(target)):
+                raise ValueError(
+                    f"{place.name} has an adapter of another type, around which {config.method} ({config.summary()}) "
+                    "cannot stand: an adapter inside copies of experts is not given their weights, and copies inside "
+                    "another adapter are saved under a name that a base model does not have. Put this adapter on a "
+                    "base model of its own."
+                )
+            others.append(place.name)
+    if others:
+        warnings.warn(
+            f"{others[0]} (and {len(others) - 1} more) has an adapter of another type, which {config.method} wraps "
+            "from here on: what that adapter then saves has other names, and does not load on a base model of its "
+            "own. Save it before, or adapt other modules.",
+            MoePeftWarning,
+            stacklevel=3,
+        )
+
+
+def check_groups(config: MoeConfig, places: Sequence[Place], model: nn.Module) -> None:
+    """Refuse places that cannot tell the sample of a row, where experts belong to groups of samples.
+
+    Args:
+        config: The adapter's configuration.
+        places: Where it is put.
+        model: The model.
+
+    Raises:
+        ValueError: A place reads images or sound.
+    """
+    groups = getattr(config, "expert_groups", None)
+    media = [place.name for place in places if place.rows == "media"]
+    if groups is not None and media:
+        raise ValueError(
+            f"expert_groups={groups} needs the group of every row, but {media[0]} reads images or sound, which do not "
+            f"tell the sample they belong to. Set exclude_modules={encoder_pattern(encoder_names(model))!r}, "
+            "target_modules=None, which leaves encoders out, or expert_groups=None."
+        )
+
+
+def check_tensors(
+    prefix: str, expected: dict[str, torch.Tensor], adapter_name: str, loaded: dict[str, torch.Tensor]
+) -> None:
+    """Refuse an adapter's weights that are not those of the model's places, before any of them is copied.
+
+    Args:
+        prefix: What the attributes of the adapter's type begin with.
+        expected: The model's tensors by name, those of other adapters among them.
+        adapter_name: The adapter's name.
+        loaded: The adapter's weights by the model's names.
+
+    Raises:
+        ValueError: One is missing, has no place, or has another shape.
+    """
+    own = {k: v for k, v in expected.items() if f".{prefix}" in k and f".{adapter_name}." in k}
+    missing = sorted(own.keys() - loaded.keys())
+    if missing:
+        raise ValueError(
+            f"The adapter's weights lack {len(missing)} of {len(own)} tensors, the first is {missing[0]}. The file is "
+            "incomplete, or it was saved for another base model or other target_modules. No weight has been changed."
+        )
+    extra = sorted(key for key in loaded if f".{prefix}" in key and key not in own)
+    if extra:
+        raise ValueError(
+            f"The adapter's weights hold {len(extra)} tensors more than this model has places for, the first is "
+            f"{extra[0]}. It was saved for a base model of more layers, or for other modules. No weight has been "
+            "changed."
+        )
+    for key, tensor in own.items():
+        if loaded[key].shape != tensor.shape:
+            raise ValueError(
+                f"The adapter's tensor {key} has the shape {tuple(loaded[key].shape)}, but this model needs "
+                f"{tuple(tensor.shape)}. It was saved for a base model of other widths, or with another r or "
+                "num_experts. No weight has been changed."
+            )

@@ -1,0 +1,226 @@
+"""Puts a routed layer at every place of a model; everything else of an adapter's life is stock peft."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.quantization_utils import get_quantization_kwargs
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+from ..config.config import MoeConfig
+from ..forward.tracker import ForwardTracker, find_tracker
+from ..layers import LAYERS, RoutedLayer
+from ..places.choose import find_places, resolve_targets
+from .checks import check_groups, check_name, check_neighbours, check_tensors
+
+
+class RoutedTuner(BaseTuner):
+    """Base of the tuner of every routed adapter type; a subclass sets `prefix`."""
+
+    tuner_layer_cls = RoutedLayer
+    target_module_mapping = {}  # noqa: RUF012, peft declares it so
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model, so that its hooks run, which peft 0.20 would pass by."""
+        return self.model(*args, **kwargs)
+
+    def _prepare_adapter_config(self, peft_config: MoeConfig, model_config: dict) -> MoeConfig:  # type: ignore[override]
+        # Places are chosen in _prepare_model, which is given the model.
+        return peft_config
+
+    def _prepare_model(self, peft_config: MoeConfig, model: nn.Module) -> None:  # type: ignore[override]
+        """Resolve and check all places, then let the model tell the layers what a forward pass knows."""
+        resolve_targets(model, peft_config)
+        places = find_places(model, peft_config, **get_quantization_kwargs(model))
+        self._places = {place.name: place for place in places}
+        newest_first = reversed(self.peft_config.items())
+        adapter_name = next((name for name, config in newest_first if config is peft_config), None)
+        check_name(adapter_name, self.prefix, places)
+        check_neighbours(peft_config, self.prefix, places, model)
+        check_groups(peft_config, places, model)
+        if peft_config.placement != "linear":
+            _record_router_outputs(model)
+        tracker = find_tracker(model)
+        if tracker is None:
+            tracker = ForwardTracker()
+            tracker.attach(model)
+        group_column, groups = getattr(peft_config, "group_column", None), getattr(peft_config, "expert_groups", None)
+        if group_column is not None:
+            known = tracker.group_columns.get(group_column, frozenset())
+            tracker.group_columns[group_column] = known | frozenset(groups or ())
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        peft_config: MoeConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        if parameter_name is not None:
+            raise ValueError(f"{parameter_name}: routed adapters wrap modules, not parameters; use target_modules.")
+        place = self._places.get(current_key)
+        if place is None:
+            raise ValueError(
+                f"{current_key} is not among the places of {type(peft_config).__name__}, {sorted(self._places)}."
+            )
+        parts = peft_config.build(place)
+        if isinstance(target, RoutedLayer) and target.prefix == self.prefix:
+            target.update_layer(adapter_name, parts, inference_mode=peft_config.inference_mode)
+            return
+        tracker = find_tracker(self.model)
+        assert tracker is not None
+        layer = LAYERS[peft_config.placement](
+            target,
+            adapter_name,
+            parts=parts,
+            prefix=self.prefix,
+            place=place,
+            tracker=tracker,
+            quantization=get_quantization_kwargs(self.model),
+            inference_mode=peft_config.inference_mode,
+        )
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # The layer puts its adapters on the base layer's device itself; peft's version also moves meta tensors of
+        # 8-bit layers, and reads a weight that not every wrapped module has.
+        setattr(parent, child_name, new_module)
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Refuse a merge that one of the layers would refuse, before another one has merged."""
+        self._check_merge_allowed()
+        names = self.active_adapters if adapter_names is None else adapter_names
+        for layer in self.model.modules():
+            if not isinstance(layer, RoutedLayer):
+                continue
+            for name in names:
+                if name in layer.experts and not layer.is_mergeable(name):
+                    raise ValueError(
+                        f"The adapter {name!r} ({type(self.peft_config[name]).__name__}) depends on the input of "
+                        f"{layer.place}, so no fixed weight equals it and it cannot be merged. Keep it as an adapter "
+                        "(model.save_pretrained), or call unload() to get the base model back. Adapters of linear "
+                        "layers merge exactly with num_experts=1."
+                    )
+            layer.check_merge(names, safe_merge)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge mergeable adapters into the base weights; arguments as in peft.
+
+        Raises:
+            ValueError: An adapter depends on its input, or a layer cannot merge it; nothing has been changed.
+        """
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(  # type: ignore[override]
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        # peft annotates None, but returns the model.
+        model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+        tracker = find_tracker(model)
+        if tracker is not None and not any(isinstance(module, RoutedLayer) for module in model.modules()):
+            tracker.detach(model)
+        return model
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse peft's combination of adapters, which is defined for LoRA alone.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "add_weighted_adapter combines plain LoRA matrices; routed adapters have none. Activate several "
+            "adapters at once with model.base_model.set_adapter([...]), which adds up their outputs."
+        )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names` to the layers for the duration of one forward or generate call."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        self._check_adapter_names(adapter_names)
+        num_beams = kwargs.get("num_beams") or 1
+        repeated = [name for name in adapter_names for _ in range(num_beams)]
+        encoder = self.model.get_encoder() if num_beams > 1 and hasattr(self.model, "get_encoder") else None
+        in_encoder = set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not self.model else set()
+        handles = []
+        try:
+            for module in self.modules():
+                if isinstance(module, (RoutedLayer, AuxiliaryTrainingWrapper)):
+                    # Beams repeat the rows of the decoder; the encoder runs once per row.
+                    names = list(adapter_names) if module in in_encoder else repeated
+                    hook = partial(_pass_adapter_names, adapter_names=names)
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_adapter_names(self, adapter_names: list[str]) -> None:
+        known = {name for layer in self.modules() if isinstance(layer, RoutedLayer) for name in layer.experts}
+        unknown = sorted(set(adapter_names) - known - {"__base__"})
+        if unknown:
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. "
+                f"Known adapters: {', '.join(sorted(known))}."
+            )
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
+        cls, model: nn.Module, config: MoeConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_tensors(cls.prefix, model.state_dict(), adapter_name, remapped)
+        return remapped
+
+
+def _record_router_outputs(model: nn.Module) -> None:
+    """Install the hooks of `output_router_logits` where they look a router up by a path that wrapping changes.
+
+    Elsewhere transformers installs them when they are asked for; without them a model compiles to one graph. A second
+    set of hooks, of a model around one that has them, would record every router twice.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and not _records(module):
+            recorders = (module._can_record_outputs or {}).get("router_logits", [])
+            recorders = recorders if isinstance(recorders, list) else [recorders]
+            if any(getattr(recorder, "layer_name", None) for recorder in recorders):
+                maybe_install_capturing_hooks(module)
+
+
+def _records(model: nn.Module) -> bool:
+    """Whether the hooks are installed in a model, or in one that is part of it."""
+    return any(getattr(part, "_output_capturing_hooks_installed", False) for part in model.modules())
+
+
+def _pass_adapter_names(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[tuple, dict[str, Any]]:
+    kwargs["adapter_names"] = adapter_names
+    return args, kwargs

@@ -1,0 +1,69 @@
+"""What a batch says about its tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from moe_peft.forward.batch import (
+    batch_shape,
+    check_groups,
+    groups_per_sequence,
+    named_inputs,
+    number_segments,
+    segments_of,
+)
+
+
+class Model(nn.Module):
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        return input_ids
+
+
+def test_positional_arguments_get_their_names():
+    ids, mask = torch.ones(2, 3), torch.zeros(2, 3)
+    named = named_inputs(Model(), (ids, mask), {"extra": 1})
+    assert named["input_ids"] is ids and named["attention_mask"] is mask and named["extra"] == 1
+
+
+def test_shape_comes_from_ids_or_embeddings():
+    assert batch_shape({"input_ids": torch.ones(2, 3)}) == (2, 3)
+    assert batch_shape({"inputs_embeds": torch.ones(2, 3, 4)}) == (2, 3)
+    assert batch_shape({"pixel_values": torch.ones(2, 3, 4, 4)}) is None
+
+
+def test_positions_that_restart_start_a_document_unless_a_mask_says_the_row_is_padded():
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0]])
+    sequences, count = number_segments(segments_of({"position_ids": positions}))
+    assert sequences.tolist() == [0, 0, 0, 1, 1, 2] and count == 3
+    assert segments_of({"position_ids": positions, "attention_mask": torch.ones(1, 6)}) is None
+    assert segments_of({}) is None
+
+
+def test_documents_of_all_rows_are_numbered_one_after_the_other():
+    sequences, count = number_segments(torch.tensor([[0, 0, 1], [0, 1, 1]]))
+    assert sequences.tolist() == [0, 0, 1, 2, 3, 3] and count == 4
+
+
+def test_groups_per_token_become_groups_per_document():
+    sequences = torch.tensor([0, 0, 1, 1, 1, 2])
+    groups = groups_per_sequence(torch.tensor([[5, 5, 7, 7, 7, 5]]), sequences, 3, (1, 6))
+    assert groups.tolist() == [5, 7, 5]
+    with pytest.raises(ValueError, match=r"groups of shape \(4,\), but it holds 3 sequences"):
+        groups_per_sequence(torch.zeros(4), sequences, 3, (1, 6))
+
+
+def test_groups_without_an_expert_are_named():
+    check_groups(torch.tensor([0, 1, 1]), "task_type", frozenset({0, 1}))
+    check_groups(torch.tensor([9]), "task_type", frozenset())
+    with pytest.raises(ValueError, match=r"'task_type' holds the sample groups \[2, 3\].*expert_groups has \[0, 1\]"):
+        check_groups(torch.tensor([3, 0, 2]), "task_type", frozenset({0, 1}))
+
+
+def test_positions_of_text_beside_those_in_images_tell_the_documents():
+    text = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]])
+    in_images = torch.tensor([[0, 1, 1, 0, 1], [0, 0, 1, 1, 1]])
+    positions = torch.stack([text, in_images, in_images, in_images])
+    assert segments_of({"position_ids": positions}).tolist() == [[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]]
+    assert segments_of({"position_ids": positions[1:]}) is None

@@ -10,12 +10,12 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from safetensors.torch import load_file
-from tests.selection.test_scoring import assert_equal, batch_from
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_peft import ExpertScores, ExpertSelection, score_experts, select_experts
 from tests.methods.esft_models import sparse_model
 from tests.scored_models import olmoe
+from tests.selection.test_scoring import assert_equal, batch_from
 from tests.tiny import tiny_llama
 from tests.train.tiny_run import launch, make_data, make_tokenizer, run_here, words, write_run
 

@@ -17,9 +17,9 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
-from moe_peft.tuner import registration
 from moe_peft.methods import METHODS
 from moe_peft.methods.loramoe import LoraMoeModel
+from moe_peft.tuner import registration
 from moe_peft.tuner.tuner import RoutedTuner
 
 MAPPINGS = (

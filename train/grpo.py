@@ -14,7 +14,6 @@ from training import prepare, train
 from trl import ScriptArguments
 
 from moe_peft.config.config import MoeConfig
-from moe_peft.types import Place
 
 
 @dataclass
@@ -48,12 +47,11 @@ def refuse_vllm(training_args: Any, config: MoeConfig) -> None:
     """
     if not training_args.use_vllm:
         return
-    parts = config.build(Place("any", 8, 8))
-    if not (parts.experts.mergeable and (parts.router is None or parts.router.mergeable)):
+    if not config.mergeable:
         raise ValueError(
             f"use_vllm: true merges the adapter into the base weights for vLLM, but {config.method} with num_experts="
             f"{config.num_experts} depends on its input and cannot be merged. Write use_vllm: false to generate with "
-            "transformers, or --moe_num_experts 1, which merges exactly."
+            "transformers, or take an adapter that merges exactly: linear layers with --moe_num_experts 1, or esft."
         )
 
 

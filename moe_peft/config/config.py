@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
 from peft.config import PeftConfig
 from torch import nn
 
@@ -19,7 +20,7 @@ from ..types import MoeLayer, MoePeftWarning, Place
 from .adapter_files import check_adapter_files
 from .card_section import SETTINGS, AdapterFacts, write_section
 from .field_types import wrong_types
-from .parts import RoutedParts
+from .parts import AROUND_WEIGHTS, RoutedParts
 
 SCHEMA_VERSION = 1
 # Name of the router of adapters whose experts follow the backbone's own routing.
@@ -158,6 +159,18 @@ class MoeConfig(PeftConfig):
     def scaling(self) -> float:
         """s, the factor of the routed sum of experts."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether `merge_and_unload` is exact, as the adapter does the same for every input.
+
+        It is asked of the parts, and of the kind of place: a whole block has no weight that an adapter could be merged
+        into.
+        """
+        if self.placement not in AROUND_WEIGHTS:
+            return False
+        with torch.device("meta"):
+            return self.build(Place("any", 8, 8)).mergeable
 
     def build(self, place: Place) -> RoutedParts:
         """Build the parts of one layer.

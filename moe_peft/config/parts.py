@@ -9,6 +9,9 @@ from torch import nn
 
 from ..routers import Router
 
+# Kinds of placement around weights, into which an adapter can be merged; around a whole block there is none.
+AROUND_WEIGHTS = ("linear", "scaled", "slices")
+
 
 @dataclass(frozen=True)
 class RoutedParts:
@@ -25,3 +28,18 @@ class RoutedParts:
     router: Router | None = None
     objective: Callable | None = None
     selection: tuple[int, ...] | None = None
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether they do the same for every input; see `parts_merge`."""
+        return parts_merge(self.experts, self.router)
+
+
+def parts_merge(experts: nn.Module, router: Router | None) -> bool:
+    """Whether what the parts of one layer do can be merged into a weight, where the kind of place has one.
+
+    Args:
+        experts: Bank of experts; its `mergeable` says whether that holds under weights that are always the same.
+        router: Its `mergeable` says whether the weights are; None for experts that the backbone itself weighs.
+    """
+    return bool(getattr(experts, "mergeable", False)) and (router is None or bool(router.mergeable))

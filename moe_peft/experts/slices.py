@@ -20,7 +20,12 @@ class ExpertSlices(nn.Module):
     Args:
         tensors: Name -> (E, ...) tensor of the backbone.
         ids: Selected experts, n of them, ascending.
+
+    Attributes:
+        mergeable: They replace what they were copied from.
     """
+
+    mergeable: bool = True
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], ids: Sequence[int]) -> None:
         super().__init__()

@@ -30,11 +30,11 @@ class VectorExperts(nn.Module):
 
     Attributes:
         vectors: (E, O), float32 in a 16-bit model too: near one, 16 bit has no room for small steps.
-        mergeable: Whether the experts add a matrix to the base weight; they multiply it.
+        mergeable: Under constant weights they are a constant scale of what the layer reads or writes.
     """
 
     fields: tuple[str, ...] = ("init_weights",)
-    mergeable = False
+    mergeable = True
 
     def __init__(
         self,

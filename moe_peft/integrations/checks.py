@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..layers import RoutedLayer
 from ..quantization.four_bit import Dequantize
+from ..tuner.merging import check_merges, plan_merges
 from ..types import MoePeftWarning
 
 
@@ -62,15 +62,14 @@ def check_vllm(model: nn.Module) -> None:
         model: A model with routed adapters.
 
     Raises:
-        ValueError: An active adapter depends on its input.
+        ValueError: An active adapter cannot be merged.
     """
-    for layer in model.modules():
-        if not isinstance(layer, RoutedLayer):
-            continue
-        for name in layer.active_adapters:
-            if name in layer.experts and not layer.is_mergeable(name):
-                raise ValueError(
-                    f"use_vllm=True merges the adapter {name!r} into the base weights at every weight sync, but it "
-                    f"weighs its experts by the input of {layer.place} and cannot be merged. Set use_vllm=False to "
-                    "generate with transformers, or train with num_experts=1, which merges exactly."
-                )
+    plan = plan_merges(model, None, prefix=None, known=())
+    names = sorted({name for merge in plan for name in merge.names})
+    try:
+        check_merges(model, plan, safe_merge=False)
+    except ValueError as error:
+        raise ValueError(
+            f"use_vllm=True merges the adapter {', '.join(map(repr, names))} into the base weights at every weight "
+            f"sync, which cannot be done: {error} Set use_vllm=False to generate with transformers."
+        ) from error

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 
-from ..config.parts import RoutedParts
+from ..config.parts import RoutedParts, parts_merge
 from ..forward.tracker import ForwardTracker
 from ..quantization.four_bit import dtype_when_read
 from ..routers import Router
@@ -34,7 +34,14 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         tracker: The model's forward tracker.
         quantization: What the quantization backend needs to know of the model.
         inference_mode: Whether the adapter's parameters stay frozen.
+
+    Attributes:
+        merges: Whether parts that do the same for every input can be merged at this kind of place.
+        adds_to_output: Whether an adapter here adds to what the base layer gives, whatever that is.
     """
+
+    merges: bool = False
+    adds_to_output: bool = True
 
     def __init__(
         self,
@@ -206,8 +213,14 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             )
 
     def is_mergeable(self, adapter_name: str) -> bool:
-        """Whether merging the adapter into the base weights is exact; a layer that can merge overrides this."""
-        return False
+        """Whether merging the adapter into the base weights is exact: asked of the kind of place and of the parts."""
+        return self.merges and parts_merge(self.experts[adapter_name], self.router_of(adapter_name))
+
+    def router_of(self, adapter_name: str) -> Router | None:
+        """The router of an adapter; None where it follows the backbone's."""
+        if adapter_name not in self.router:
+            return None
+        return self.router[adapter_name]
 
     def check_merge(self, adapter_names: Sequence[str], safe_merge: bool = False) -> None:
         """Refuse a merge for reasons beyond `is_mergeable`, without changing anything; there is none by default.
@@ -221,16 +234,45 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         """
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse to merge; a layer that can overrides this.
+        """Merge adapters into the base weights; those that this layer does not hold are left out.
+
+        Args:
+            safe_merge: Whether to check the merged weights for values that are not finite before any is stored.
+            adapter_names: Adapters to merge; None merges the active ones.
 
         Raises:
-            ValueError: Always.
+            ValueError: An adapter depends on its input, or merged weights are not finite; nothing has been changed.
         """
-        raise ValueError(f"The adapters at {self.place} cannot be merged: no weight of the base layer equals them.")
+        asked = dict.fromkeys(check_adapters_to_merge(self, adapter_names))
+        names = [name for name in asked if name in self.experts]
+        for name in names:
+            if not self.is_mergeable(name):
+                raise ValueError(
+                    f"Adapter {name!r} at {self.place} weighs its experts by the input, or stands beside more than a "
+                    "weight; it cannot be merged."
+                )
+        self.check_merge(names, safe_merge)
+        for name in names:
+            self.merge_one(name)
+            self.merged_adapters.append(name)
+
+    def merge_one(self, adapter_name: str) -> None:
+        """Change the base weights as an adapter does; a layer that `merges` says how."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it merges an adapter.")
 
     def unmerge(self) -> None:
-        """Undo a merge; there is none to undo."""
-        warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        """Take all merged adapters out of the base weights."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.unmerge_to([])
+
+    def unmerge_to(self, adapter_names: Sequence[str]) -> None:
+        """Take merged adapters out of the base weights, the last one first, down to those that are named.
+
+        Args:
+            adapter_names: Adapters that were merged first, and stay so.
+        """
 
     def extra_repr(self) -> str:
         """Say how the base layer is quantized."""

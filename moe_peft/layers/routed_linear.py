@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -14,11 +13,14 @@ from ..experts import LowRankExperts
 from ..ops import cast_to_compute_dtype
 from ..routers import LinearRouter
 from ..types import TokenContext
+from .constant_weights import check_constant, check_weight, constant_weights
 from .routed_layer import RoutedLayer
 
 
 class RoutedLinear(RoutedLayer):
     """Wraps a linear layer, plain or quantized."""
+
+    merges = True
 
     def forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
@@ -41,7 +43,7 @@ class RoutedLinear(RoutedLayer):
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         names = self.active_names()
-        if self.merged or not names:
+        if not names:
             return self.base_layer(x, *args, **kwargs)
 
         context = self.tracker.tokens(x, self.rows, self.training)
@@ -96,37 +98,30 @@ class RoutedLinear(RoutedLayer):
             result[rows] = added.view(part_out.shape)
         return result
 
-    def is_mergeable(self, adapter_name: str) -> bool:
-        """Whether the adapter adds the same matrix to the base weight for every input."""
-        return self.router[adapter_name].mergeable and self.experts[adapter_name].mergeable
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters' matrices to the base weight; exact with a single expert, refused otherwise.
-
-        Args:
-            safe_merge: Whether to check the merged weight for values that are not finite before it is stored.
-            adapter_names: Adapters to merge; None merges the active ones.
-
-        Raises:
-            ValueError: An adapter depends on its input, or the merged weight is not finite.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.experts]
-        for name in names:
-            if not self.is_mergeable(name):
+    def check_merge(self, adapter_names: Sequence[str], safe_merge: bool = False) -> None:
+        """Refuse a merge that could not be stored, or not be exact; see `RoutedLayer.check_merge`."""
+        check_weight(self.get_base_layer(), self.quantization_backend, self.place)
+        for name in adapter_names:
+            check_constant(self.router[name], self.in_features, name, self.place)
+        if safe_merge and adapter_names:
+            merged = self.get_base_weight()
+            for name in adapter_names:
+                merged = self._merged(merged, name, sign=1.0)
+            if not torch.isfinite(merged).all():
                 raise ValueError(
-                    f"Adapter {name!r} at {self.place} weighs its experts by the input; it cannot be merged."
+                    f"NaNs detected in the merged weights. The adapter {adapter_names[-1]} seems to be broken, at "
+                    f"{self.place}."
                 )
-        for name in names:
-            self._add_to_base_weight(name, sign=1.0, check_finite=safe_merge)
-            self.merged_adapters.append(name)
 
-    def unmerge(self) -> None:
-        """Subtract all merged adapters from the base weight."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        while self.merged_adapters:
-            self._add_to_base_weight(self.merged_adapters.pop(), sign=-1.0, check_finite=False)
+    def merge_one(self, adapter_name: str) -> None:
+        """Add an adapter's matrix to the base weight."""
+        self.set_base_weight(self._merged(self.get_base_weight(), adapter_name, sign=1.0))
+
+    def unmerge_to(self, adapter_names: Sequence[str]) -> None:
+        """Subtract merged adapters from the base weight; see `RoutedLayer.unmerge_to`."""
+        while len(self.merged_adapters) > len(adapter_names):
+            name = self.merged_adapters.pop()
+            self.set_base_weight(self._merged(self.get_base_weight(), name, sign=-1.0))
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """The matrix a mergeable adapter adds to the base weight.
@@ -134,17 +129,12 @@ class RoutedLinear(RoutedLayer):
         Returns:
             (O, D), or (D, O) for a `Conv1D`: the layout of the base weight.
         """
-        router, experts = self.router[adapter_name], self.experts[adapter_name]
-        x_TD = experts.A.new_zeros(1, self.in_features)
-        weights_E = router(x_TD, TokenContext()).gate_matrix()[0]
-        delta_OD = experts.delta_weight(weights_E)
+        weights_E = constant_weights(self.router[adapter_name], self.in_features)
+        delta_OD = self.experts[adapter_name].delta_weight(weights_E)
         return delta_OD.T if isinstance(self.get_base_layer(), Conv1D) else delta_OD
 
     @torch.no_grad()
-    def _add_to_base_weight(self, name: str, *, sign: float, check_finite: bool) -> None:
-        weight = self.get_base_weight()
+    def _merged(self, weight: torch.Tensor, name: str, *, sign: float) -> torch.Tensor:
+        """A base weight with an adapter's matrix added, or subtracted, in the dtype of the weight."""
         delta = self.get_delta_weight(name).to(weight.device)
-        merged = (weight.to(delta.dtype) + sign * delta).to(weight.dtype)
-        if check_finite and not torch.isfinite(merged).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-        self.set_base_weight(merged)
+        return (weight.to(delta.dtype) + sign * delta).to(weight.dtype)

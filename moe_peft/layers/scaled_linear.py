@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..types import TokenContext
+from .constant_weights import check_constant, check_weight, constant_weights
 from .routed_layer import RoutedLayer
 
 
@@ -22,6 +22,8 @@ class ScaledLinear(RoutedLayer):
         originals: Weight, and bias where there is one, from before any merge; empty while nothing is merged.
     """
 
+    merges = True
+    adds_to_output = False
     originals: tuple[torch.Tensor, ...] = ()
 
     def forward(
@@ -51,17 +53,36 @@ class ScaledLinear(RoutedLayer):
             return self.base_layer(x, *args, **kwargs)
         context = self.tracker.tokens(x, self.rows, self.training)
         at_input = [name for name in names if self.experts[name].scales_input]
-        out = self.base_layer(self._scale(at_input, x, x, context), *args, **kwargs)
-        return self._scale([name for name in names if name not in at_input], out, x, context)
+        at_output = [name for name in names if name not in at_input]
+        scaled_x = self._scale(at_input, x, x, context)
+        out = self.base_layer(scaled_x, *args, **kwargs)
+        read = self._unscaled(out, scaled_x) if at_output and self.merged else None
+        return self._scale(at_output, out, x, context, read)
+
+    def _unscaled(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """What the routers of adapters that are not merged read: an output that no merged adapter has scaled."""
+        at_input = [name for name in self.merged_adapters if self.experts[name].scales_input]
+        if len(at_input) == len(self.merged_adapters):
+            return out
+        for name in at_input:
+            x = x * self._vector(name).to(x)
+        weight, *bias = (tensor.to(x) for tensor in self.originals)
+        weight = weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
+        return nn.functional.linear(x, weight, *bias)
 
     def _scale(
-        self, names: Sequence[str], u: torch.Tensor, hidden: torch.Tensor, context: TokenContext
+        self,
+        names: Sequence[str],
+        u: torch.Tensor,
+        hidden: torch.Tensor,
+        context: TokenContext,
+        read_by_routers: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Scale u, the layer's input or output, by some adapters; `hidden` is the layer's input."""
         scaled = u
         for name in names:
             bank = self.experts[name]
-            read = hidden if bank.router_reads_hidden else u
+            read = hidden if bank.router_reads_hidden else u if read_by_routers is None else read_by_routers
             routing = self.route(
                 name, read.reshape(-1, read.shape[-1] // bank.num_heads), _per_head(context, bank.num_heads)
             )
@@ -86,59 +107,71 @@ class ScaledLinear(RoutedLayer):
             result[rows] = self._scale([name], u[rows], hidden[rows], TokenContext())
         return result
 
-    def is_mergeable(self, adapter_name: str) -> bool:
-        """Whether the scale is the same for every input, as it is with a single vector."""
-        return self.router[adapter_name].mergeable
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Scale the base weight; exact with a single vector, refused otherwise.
-
-        A quantized weight is quantized again, so the merged layer is exact to that rounding.
-
-        Args:
-            safe_merge: Whether to check the merged weight and bias for values that are not finite before they are
-                stored.
-            adapter_names: Adapters to merge; None merges the active ones.
-
-        Raises:
-            ValueError: An adapter depends on its input, or the merged weight is not finite.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.experts]
-        for name in names:
-            if not self.is_mergeable(name):
+    def check_merge(self, adapter_names: Sequence[str], safe_merge: bool = False) -> None:
+        """Refuse a merge that could not be stored, or not be exact; see `RoutedLayer.check_merge`."""
+        check_weight(self.get_base_layer(), self.quantization_backend, self.place)
+        for name in adapter_names:
+            check_constant(self.router[name], self._router_width(name), name, self.place)
+        if safe_merge and adapter_names:
+            merged: Sequence[torch.Tensor] = self._weight_and_bias()
+            for name in adapter_names:
+                merged = self._scaled(name, merged)
+            if not all(torch.isfinite(tensor).all() for tensor in merged):
                 raise ValueError(
-                    f"Adapter {name!r} at {self.place} mixes its vectors by the input; it cannot be merged."
+                    f"NaNs detected in the merged weights. The adapter {adapter_names[-1]} seems to be broken, at "
+                    f"{self.place}."
                 )
-        for name in names:
-            current = self._weight_and_bias()
-            merged = self._scaled(name, current)
-            if safe_merge and not all(torch.isfinite(tensor).all() for tensor in merged):
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            self._store(merged)
-            self.originals = self.originals or current
-            self.merged_adapters.append(name)
+
+    def merge_one(self, adapter_name: str) -> None:
+        """Scale the base weight by an adapter; a quantized one is quantized again, so it is exact to that rounding."""
+        current = self._weight_and_bias()
+        self._store(self._scaled(adapter_name, current))
+        self.originals = self.originals or current
 
     @torch.no_grad()
-    def unmerge(self) -> None:
-        """Restore the base weight as it was before the adapters were merged, a quantized one to its rounding."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+    def unmerge_to(self, adapter_names: Sequence[str]) -> None:
+        """Restore the base weight as it was before any merge; see `RoutedLayer.unmerge_to`.
+
+        A quantized one is restored to its rounding.
+        """
+        if list(adapter_names) == self.merged_adapters:
             return
         # The model may have been moved or cast since.
         self._store([old.to(now) for old, now in zip(self.originals, self._weight_and_bias(), strict=True)])
         self.originals, self.merged_adapters = (), []
+        for name in adapter_names:
+            self.merge_one(name)
+            self.merged_adapters.append(name)
+
+    def _router_width(self, adapter_name: str) -> int:
+        """Width of what an adapter's router reads."""
+        bank = self.experts[adapter_name]
+        width = self.in_features if bank.router_reads_hidden else int(bank.vectors.shape[1])
+        return width // bank.num_heads
 
     def _weight_and_bias(self) -> tuple[torch.Tensor, ...]:
         bias = getattr(self.get_base_layer(), "bias", None)
         weight = self.get_base_weight().detach()
         return (weight,) if bias is None else (weight, bias.detach())
 
+    @torch.no_grad()
+    def _vector(self, name: str) -> torch.Tensor:
+        """(O,) scale of an adapter whose router gives every input the same weights, in at least float32."""
+        bank = self.experts[name]
+        vectors = bank.vectors.to(torch.promote_types(bank.vectors.dtype, torch.float32))
+        weights_E = constant_weights(self.router[name], self._router_width(name)).to(vectors)
+        # One vector of weight one is taken as it is: (v - 1) + 1 would round it.
+        if len(weights_E) == 1 and weights_E[0] == 1:
+            return vectors[0]
+        return 1 + weights_E @ (vectors - 1)
+
+    @torch.no_grad()
     def _scaled(self, name: str, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Weight and bias times the single vector of an adapter, computed in at least float32."""
+        """Weight and bias times the scale of an adapter, computed in at least float32."""
         bank = self.experts[name]
         weight, *bias = tensors
-        vector = bank.vectors[0].to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+        vector = self._vector(name).to(weight.device)
+        vector = vector.to(torch.promote_types(weight.dtype, vector.dtype))
         over_columns = bank.scales_input != isinstance(self.get_base_layer(), Conv1D)
         scaled_weight = (weight * (vector if over_columns else vector[:, None])).to(weight.dtype)
         return [scaled_weight, *(b if bank.scales_input else (b * vector).to(b.dtype) for b in bias)]

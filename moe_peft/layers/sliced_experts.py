@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch.nn.utils import parametrize
 
 from ..backbone.expert_tensors import expert_tensors, run_experts
@@ -28,6 +27,9 @@ from .routed_layer import RoutedLayer
 
 class SlicedExperts(RoutedLayer):
     """Wraps a fused experts module."""
+
+    merges = True
+    adds_to_output = False
 
     def update_layer(self, adapter_name: str, parts: RoutedParts, *, inference_mode: bool = False) -> None:
         """Add an adapter; arguments as in `RoutedLayer.update_layer`."""
@@ -68,7 +70,7 @@ class SlicedExperts(RoutedLayer):
         names = [] if self.disable_adapters else self.active_names()
         if not names:
             return self.base_layer(*args, **kwargs)
-        self._check_disjoint(names)
+        self._check_disjoint([*self.merged_adapters, *names])
         call = experts_call(args, kwargs)
         self._show(names, call)
         places = {name: self.local_index(name, call.index) for name in names}
@@ -97,14 +99,10 @@ class SlicedExperts(RoutedLayer):
             both = sorted(seen & set(self.selections[name]))
             if both:
                 raise ValueError(
-                    f"The active adapters {names} both replace the experts {both} of {self.place}. Activate one of "
-                    "them with model.set_adapter(name)."
+                    f"The active or merged adapters {names} both replace the experts {both} of {self.place}. Activate "
+                    "one of them with model.set_adapter(name), or call unmerge_adapter first."
                 )
             seen.update(self.selections[name])
-
-    def is_mergeable(self, adapter_name: str) -> bool:
-        """Copies replace what they were copied from, exactly."""
-        return True
 
     def check_merge(self, adapter_names: Sequence[str], safe_merge: bool = False) -> None:
         """Refuse a merge that `merge` would refuse; see `RoutedLayer.check_merge`."""
@@ -119,30 +117,14 @@ class SlicedExperts(RoutedLayer):
             if safe_merge and not all(torch.isfinite(tensor).all() for tensor in self.experts[name].parameters()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the copies into the backbone's experts.
+    def merge_one(self, adapter_name: str) -> None:
+        """Write an adapter's copies into the backbone's experts."""
+        ids = list(self.selections[adapter_name])
+        self.originals[adapter_name] = (ids, self._exchange(ids, dict(self.experts[adapter_name].named_parameters())))
 
-        Args:
-            safe_merge: Whether to check the copies for values that are not finite first.
-            adapter_names: Adapters to merge; None merges the active ones.
-
-        Raises:
-            ValueError: A copy is not finite, two adapters select the same expert, or the backbone's experts are
-                quantized.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.experts]
-        self.check_merge(names, safe_merge)
-        for name in names:
-            ids = list(self.selections[name])
-            self.originals[name] = (ids, self._exchange(ids, dict(self.experts[name].named_parameters())))
-            self.merged_adapters.append(name)
-
-    def unmerge(self) -> None:
-        """Write the backbone's own experts back."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        while self.merged_adapters:
+    def unmerge_to(self, adapter_names: Sequence[str]) -> None:
+        """Write the backbone's own experts back; see `RoutedLayer.unmerge_to`."""
+        while len(self.merged_adapters) > len(adapter_names):
             self._exchange(*self.originals.pop(self.merged_adapters.pop()))
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from ..backbone.expert_tensors import expert_tensors, keeps_slices
 from ..backbone.structure import base_of
 from ..config.config import BACKBONE, MoeConfig
-from ..config.parts import RoutedParts
+from ..config.parts import AROUND_WEIGHTS, RoutedParts
 from ..experts import EXPERTS, ExpertSlices
 from ..places.blocks import experts_names
 from ..tuner.registration import extend_peft_type, register
@@ -225,6 +225,11 @@ class EsftConfig(MoeConfig):
     def adapts(self, layer: MoeLayer) -> bool:
         """Layers without a selected expert stay as they are."""
         return bool((self.experts or {}).get(str(layer.index)))
+
+    @property
+    def mergeable(self) -> bool:
+        """See `MoeConfig.mergeable`; trained matrices take the place of the backbone's, low-rank ones stand beside."""
+        return self.placement in AROUND_WEIGHTS and ExpertSlices.mergeable
 
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         """See `MoeConfig.expected_shapes`; the numbers of experts differ between layers."""

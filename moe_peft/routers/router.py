@@ -29,6 +29,8 @@ class Router(nn.Module, ABC):
         causal: No later token changes the decision for an earlier one.
         batch_invariant: No other row of the batch changes a decision.
         decode_stateless: Decoding token by token decides as the full forward does.
+        mergeable: Outside training passes the weights are the same for every input, so that the experts can be merged
+            into the base weight; no router is until it says so.
     """
 
     fields: tuple[str, ...] = ("routed_scaling_factor",)
@@ -50,8 +52,8 @@ class Router(nn.Module, ABC):
 
     @property
     def mergeable(self) -> bool:
-        """Whether the weights are the same for every input, so that the experts can be merged into the base weight."""
-        return self.num_experts == 1
+        """See the class; a class or a property of a subclass takes its place."""
+        return False
 
     def scale(self, weights: torch.Tensor) -> torch.Tensor:
         """Apply `routed_scaling_factor` to combine weights of any shape."""

@@ -48,6 +48,11 @@ class TopKRouter(LinearRouter):
         self.top_k = top_k
         self.norm_topk_prob = norm_topk_prob
 
+    @property
+    def mergeable(self) -> bool:
+        """The softmax over a single expert is one."""
+        return self.num_experts == 1
+
     def decide(self, logits_TE: torch.Tensor, context: TokenContext) -> Routing:
         """Keep the k largest probabilities; arguments as in `LinearRouter.decide`."""
         probs_TE = gate_probs(logits_TE, self.expert_dropout, context)

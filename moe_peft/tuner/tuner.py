@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +21,7 @@ from ..forward.tracker import ForwardTracker, find_tracker
 from ..layers import LAYERS, RoutedLayer
 from ..places.choose import find_places, resolve_targets
 from .checks import check_groups, check_name, check_neighbours, check_tensors
+from .merging import Merge, check_merges, merge_layers, plan_merges, quiet_merging
 
 
 class RoutedTuner(BaseTuner):
@@ -100,31 +102,27 @@ class RoutedTuner(BaseTuner):
         # 8-bit layers, and reads a weight that not every wrapped module has.
         setattr(parent, child_name, new_module)
 
-    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        """Refuse a merge that one of the layers would refuse, before another one has merged."""
+    def _checked_plan(self, adapter_names: list[str] | None, safe_merge: bool, prefix: str | None) -> list[Merge]:
+        """What a merge has to do, after every reason against it has been looked for."""
         self._check_merge_allowed()
-        names = self.active_adapters if adapter_names is None else adapter_names
-        for layer in self.model.modules():
-            if not isinstance(layer, RoutedLayer):
-                continue
-            for name in names:
-                if name in layer.experts and not layer.is_mergeable(name):
-                    raise ValueError(
-                        f"The adapter {name!r} ({type(self.peft_config[name]).__name__}) depends on the input of "
-                        f"{layer.place}, so no fixed weight equals it and it cannot be merged. Keep it as an adapter "
-                        "(model.save_pretrained), or call unload() to get the base model back. Adapters of linear "
-                        "layers merge exactly with num_experts=1."
-                    )
-            layer.check_merge(names, safe_merge)
+        plan = plan_merges(self.model, adapter_names, prefix, list(self.peft_config))
+        check_merges(self.model, plan, safe_merge)
+        return plan
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge mergeable adapters into the base weights; arguments as in peft.
+        """Merge mergeable adapters of this type into the base weights; arguments as in peft.
+
+        Adapters that are active and not merged go on acting, as do those of other types.
 
         Raises:
-            ValueError: An adapter depends on its input, or a layer cannot merge it; nothing has been changed.
+            TypeError: `adapter_names` is no list of names.
+            ValueError: An adapter is unknown or depends on its input, or a layer cannot merge it; nothing has been
+                changed.
         """
-        self._check_merge(adapter_names, safe_merge)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        plan = self._checked_plan(adapter_names, safe_merge, self.prefix)
+        if not plan:
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
+        merge_layers(plan, safe_merge)
 
     def _unload_and_optionally_merge(  # type: ignore[override]
         self,
@@ -134,11 +132,14 @@ class RoutedTuner(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self._check_merge(adapter_names, safe_merge)
-        # peft annotates None, but returns the model.
-        model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
+            # The layers of all types come off, so what they do is merged as well.
+            merge_layers(self._checked_plan(adapter_names, safe_merge, prefix=None), safe_merge)
+            adapter_names = []
+        with quiet_merging():
+            # peft annotates None, but returns the model.
+            model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore
+                merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+            )
         tracker = find_tracker(model)
         if tracker is not None and not any(isinstance(module, RoutedLayer) for module in model.modules()):
             tracker.detach(model)

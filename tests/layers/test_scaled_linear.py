@@ -180,7 +180,7 @@ def test_several_vectors_are_not_merged():
     model = model_of()
     with pytest.raises(ValueError, match=r"depends on the input of self_attn\.k_proj"):
         model.merge_adapter()
-    with pytest.raises(ValueError, match="mixes its vectors by the input"):
+    with pytest.raises(ValueError, match="weighs its experts by the input"):
         layer_of(model).merge()
 
 

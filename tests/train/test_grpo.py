@@ -86,10 +86,15 @@ def test_vllm_passes_with_an_adapter_that_can_be_merged(tmp_path):
     import grpo
     from trl import GRPOConfig
 
-    from moe_peft import RoutedConfig
+    from moe_peft import EsftConfig, MovConfig, PerftConfig, RoutedConfig
 
     args = GRPOConfig(output_dir=str(tmp_path), use_vllm=True, use_cpu=True, bf16=False, report_to=[])
     grpo.refuse_vllm(args, RoutedConfig(task_type="CAUSAL_LM", num_experts=1))
+    grpo.refuse_vllm(args, MovConfig(task_type="CAUSAL_LM", num_experts=1))
+    grpo.refuse_vllm(args, EsftConfig(task_type="CAUSAL_LM", experts={"1": [0]}))
+    for variant in ("S", "D", "E", "R"):
+        with pytest.raises(ValueError, match=r"use_vllm: true merges .*cannot be merged"):
+            grpo.refuse_vllm(args, PerftConfig(task_type="CAUSAL_LM", variant=variant))
 
 
 @pytest.mark.parametrize(

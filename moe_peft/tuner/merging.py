@@ -1,0 +1,212 @@
+"""Merging adapters into the weights of a model: everything is checked first, then all layers merge, or none does."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
+from torch import nn
+
+from ..layers import RoutedLayer
+
+WAY_OUT = (
+    "Keep it as an adapter (model.save_pretrained), or call unload() to get the base model back. Adapters of linear "
+    "layers merge exactly with num_experts=1."
+)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A layer, and which of its adapters are to be merged there.
+
+    Attributes:
+        layer: A tuner layer of any type.
+        names: Adapters that it holds and has not merged, each once.
+    """
+
+    layer: BaseTunerLayer
+    names: list[str]
+
+
+def plan_merges(
+    model: nn.Module, adapter_names: Sequence[str] | None, prefix: str | None, known: Sequence[str]
+) -> list[Merge]:
+    """List what a merge has to do, an inner layer before the one around it, without changing anything.
+
+    Args:
+        model: The model with adapters.
+        adapter_names: Adapters to merge; None takes the active ones of each layer.
+        prefix: The adapter type that is merged, with the tokens trained beside it; None merges all types, as the
+            layers of all types are about to be taken off.
+        known: Names that are accepted, also where no layer holds them.
+
+    Returns:
+        The layers where there is something to merge.
+
+    Raises:
+        TypeError: `adapter_names` is no list of names.
+        ValueError: One of them is no adapter of the model.
+    """
+    if adapter_names is not None:
+        _check_names(model, adapter_names, known)
+    plan: list[Merge] = []
+    for layer in reversed([module for module in model.modules() if isinstance(module, BaseTunerLayer)]):
+        own = prefix is None or getattr(layer, "prefix", None) == prefix
+        if own or isinstance(layer, TrainableTokensLayer):
+            wanted = layer.active_adapters if adapter_names is None else adapter_names
+            held = set(layer._get_available_adapters()) - set(layer.merged_adapters)
+            names = [name for name in dict.fromkeys(wanted) if name in held]
+            if names:
+                plan.append(Merge(layer, names))
+    return plan
+
+
+def _check_names(model: nn.Module, adapter_names: Sequence[str], known: Sequence[str]) -> None:
+    if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
+        raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r:.200}.")
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    names = set(known).union(*(layer._get_available_adapters() for layer in layers))
+    unknown = [name for name in adapter_names if name not in names]
+    if unknown:
+        raise ValueError(
+            f"adapter_names={list(adapter_names)!r:.200} cannot be merged: there is no adapter {unknown[0]!r:.200}. "
+            f"Adapters of this model are {sorted(names)}."
+        )
+
+
+def check_merges(model: nn.Module, plan: Sequence[Merge], safe_merge: bool) -> None:
+    """Refuse a merge that would not be exact at one of the layers, without changing anything.
+
+    Args:
+        model: The model with adapters.
+        plan: What is to be merged.
+        safe_merge: Whether to look for values that are not finite.
+
+    Raises:
+        ValueError: An adapter depends on its input, a layer cannot merge it, or another adapter would be lost or
+            changed.
+    """
+    planned = {id(merge.layer): merge.names for merge in plan}
+    holders = _parameter_holders(model)
+    for layer, names in ((merge.layer, merge.names) for merge in plan):
+        if isinstance(layer, RoutedLayer):
+            _check_routed(layer, names, planned, holders)
+            with onload_layer(layer):
+                layer.check_merge(names, safe_merge)
+        else:
+            _check_foreign(layer, names, safe_merge)
+
+
+def _check_routed(
+    layer: RoutedLayer, names: list[str], planned: Mapping[int, list[str]], holders: Mapping[int, list[nn.Module]]
+) -> None:
+    for name in names:
+        if not layer.is_mergeable(name):
+            raise ValueError(
+                f"The adapter {name!r} depends on the input of {layer.place}, so no fixed weight equals it and it "
+                f"cannot be merged. {WAY_OUT}"
+            )
+    inner: nn.Module = layer.base_layer
+    while isinstance(inner, BaseTunerLayer):
+        live = _live(inner, planned.get(id(inner), []))
+        if live and not layer.adds_to_output:
+            raise ValueError(
+                f"The adapter {names[0]!r} at {layer.place} changes what the adapter {live[0]!r} inside it gives, "
+                "which its merged weight would not. Merge that one first, or merge both with merge_and_unload()."
+            )
+        inner = cast(Any, inner).base_layer
+    base = layer.get_base_layer()
+    for parameter in base.parameters(recurse=False):
+        if len(holders[id(parameter)]) > 1:
+            raise ValueError(
+                f"{layer.place} shares a weight with another module of the model, which a merge would change too. "
+                "Load the base model with tie_word_embeddings=False, or give the two modules weights of their own."
+            )
+
+
+def _live(layer: BaseTunerLayer, merging: Sequence[str]) -> list[str]:
+    """Adapters that act in a layer's forward and are not about to be merged."""
+    if layer.disable_adapters:
+        return []
+    held = set(layer._get_available_adapters()) - set(layer.merged_adapters) - set(merging)
+    return [name for name in layer.active_adapters if name in held]
+
+
+def _check_foreign(layer: BaseTunerLayer, names: list[str], safe_merge: bool) -> None:
+    """Refuse what a layer of peft's own would merge wrongly, or fail at halfway."""
+    left = _live(layer, names)
+    if isinstance(layer, TrainableTokensLayer):
+        if left:
+            raise ValueError(
+                f"The tokens trained by the adapter {left[0]!r} act beside those of {names[0]!r}, and peft leaves "
+                "them out once one of the two is merged. Merge both, or activate one of them first."
+            )
+        layer._check_overlapping_tokens([*layer.merged_adapters, *names])
+    if safe_merge:
+        for attribute in layer.adapter_layer_names:
+            for name, part in dict(getattr(layer, attribute)).items():
+                tensors = [part] if isinstance(part, torch.Tensor) else list(part.parameters())
+                if name in names and not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {name} seems to be broken ({attribute})."
+                    )
+
+
+def merge_layers(plan: Sequence[Merge], safe_merge: bool) -> None:
+    """Merge all layers of a plan that has been checked; where one fails all the same, undo the others.
+
+    Args:
+        plan: What is to be merged, in this order.
+        safe_merge: Passed to the layers.
+    """
+    done: list[tuple[BaseTunerLayer, list[str], torch.Tensor | None]] = []
+    try:
+        for merge in plan:
+            with onload_layer(merge.layer):
+                done.append((merge.layer, list(merge.layer.merged_adapters), _copy_of_weight(merge.layer)))
+                merge.layer.merge(safe_merge=safe_merge, adapter_names=merge.names)
+    except BaseException:
+        for layer, merged_before, weight in reversed(done):
+            _undo(layer, merged_before, weight)
+        raise
+
+
+def _copy_of_weight(layer: BaseTunerLayer) -> torch.Tensor | None:
+    """The weight that a layer of peft's own changes in place; layers of this package undo a merge themselves."""
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    if isinstance(layer, RoutedLayer) or not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        return None
+    return weight.data.clone()
+
+
+def _undo(layer: BaseTunerLayer, merged_before: list[str], weight: torch.Tensor | None) -> None:
+    if isinstance(layer, RoutedLayer):
+        layer.unmerge_to(merged_before)
+    elif weight is not None:
+        layer.get_base_layer().weight.data = weight
+        layer.merged_adapters[:] = merged_before
+    elif layer.merged:
+        layer.unmerge()
+
+
+def _parameter_holders(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """The modules that own each parameter, by its id."""
+    holders: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(module)
+    return holders
+
+
+@contextmanager
+def quiet_merging() -> Iterator[None]:
+    """Leave out peft's warning that a layer was merged already, while layers that are merged are taken off."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="All adapters are already merged, nothing to do")
+        yield

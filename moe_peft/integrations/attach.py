@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME
 from torch import nn
 
-from ..config.config import MoeConfig
-from .callback import MoeCallback, restore_precision, uses_deepspeed
-from .checks import check_training
-from .collator import GroupCollator
-from .parameter_groups import set_learning_rates
+from .callback import MoeCallback
+from .checks import check_adapter, check_count, check_training
+from .groups import carry_groups, check_groups
+from .parameter_groups import Rates, check_rates, set_learning_rates
+from .precision import restore_precision, uses_deepspeed
+from .training_run import RunCallback, TrainingRun
 
 
 def attach(
@@ -29,9 +26,11 @@ def attach(
     """Prepare a transformers or TRL trainer whose model has routed adapters. Call it before `trainer.train()`.
 
     Adds `MoeCallback`, and what it measures to the trainer's logs (keys "moe/..."). Routers that the trainer cast to
-    16 bit are float32 again. A checkpoint resumes in the precision it was saved in, and one of other experts of the
-    backbone (ESFT) is refused. Where an adapter balances by sample group, it also keeps the group's column through
-    `remove_unused_columns` and carries it past the trainer's collator. Attaching twice changes nothing.
+    16 bit are float32 again. A checkpoint resumes in the precision it was saved in, one of a run that is finished
+    trains no further step, and the best checkpoint is found whatever the adapter is called. Whatever ends
+    `trainer.train()`, Ctrl-C included, the model is left as a plain loop expects it. Where an adapter balances by
+    sample group, its column is kept through `remove_unused_columns` and carried past the trainer's collator;
+    evaluation goes without. Attaching again changes what is given, and nothing else.
 
     Args:
         trainer: A trainer that has been built.
@@ -45,69 +44,43 @@ def attach(
         The trainer.
 
     Raises:
-        ValueError: It is no trainer, its model has no routed adapter, or its settings ask of the adapter what it
-            cannot do.
+        ValueError: It is no trainer, its model has no routed adapter or a frozen one, or its settings ask of the
+            adapter what it cannot do. The trainer is as it was.
     """
     if not hasattr(trainer, "callback_handler"):
         raise ValueError(
-            f"attach: {type(trainer).__name__} is no trainer of transformers or TRL. Write moe_peft.attach(trainer), "
+            f"attach: {_name_of(trainer)} is no trainer of transformers or TRL. Write moe_peft.attach(trainer), "
             "before trainer.train(); a loop of your own needs no call."
         )
-    configs = getattr(trainer.model, "peft_config", {})
-    if not any(hasattr(config, "adapter_type") for config in configs.values()):
-        raise ValueError(
-            f"attach: {type(trainer.model).__name__} has no routed adapter. Give the trainer a peft_config of "
-            "moe_peft, or a model from peft.get_peft_model."
-        )
+    check_count("attach", "telemetry_steps", telemetry_steps)
+    check_count("attach", "layer_groups", layer_groups)
+    check_adapter(trainer.model)
     check_training(trainer.args, trainer.model)
-    set_learning_rates(trainer, router_lr, lora_plus_ratio)
-    _prepare_resuming(trainer)
+    check_groups(trainer)
+    rates = Rates(router_lr, lora_plus_ratio)
+    check_rates(trainer, rates)
+
+    set_learning_rates(trainer, rates)
+    _prepare_model(trainer.args, trainer.model)
+    if not isinstance(trainer.train, TrainingRun):
+        trainer.train = TrainingRun(trainer, partial(_prepare_model, trainer.args))
+        trainer.add_callback(RunCallback(trainer.train))
     if not any(isinstance(callback, MoeCallback) for callback in trainer.callback_handler.callbacks):
         trainer.add_callback(MoeCallback(telemetry_steps, layer_groups))
-    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, MoeCallback))
     if not isinstance(trainer.log, RoutingLog):
-        trainer.log = RoutingLog(trainer, callback)
-    for column in sorted(group_columns(trainer.model)):
-        trainer.args.remove_unused_columns = False
-        if not _carries(trainer.data_collator, column):
-            trainer.data_collator = GroupCollator(trainer.data_collator, column)
+        trainer.log = RoutingLog(trainer)
+    carry_groups(trainer)
     return trainer
 
 
-def _prepare_resuming(trainer: Any) -> None:
-    """Let the trainer copy a checkpoint into the adapter it was saved from, in the dtype that the weights train in.
-
-    It copies before any callback runs, so routers must be float32 by then.
-    """
-    if not uses_deepspeed(trainer.args):
-        restore_precision(trainer.model)
-    model = trainer.model
-    if isinstance(model, PeftModel) and not isinstance(model.load_adapter, partial):
-        model.load_adapter = partial(_load_checkpoint, model, model.load_adapter)  # type: ignore[method-assign]
+def _prepare_model(args: Any, model: nn.Module) -> None:
+    """Give a model the precision it trains in; a checkpoint is copied into it before any callback runs."""
+    if not uses_deepspeed(args):
+        restore_precision(model)
 
 
-def _load_checkpoint(
-    model: PeftModel, load: Callable[..., Any], model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any
-) -> Any:
-    """Call peft's `load_adapter`, which reads the weights alone where there is an adapter of this name.
-
-    Its default would turn the experts of a quantized model, which TRL trains in bfloat16, to float32.
-
-    Raises:
-        ValueError: The folder's configuration gives its weights another meaning; nothing has been changed.
-    """
-    config = model.peft_config.get(adapter_name)
-    fields = config.weight_fields if isinstance(config, MoeConfig) else ()
-    if fields and (Path(model_id) / CONFIG_NAME).is_file():
-        saved = PeftConfig.from_pretrained(str(model_id))
-        for field in fields:
-            own, its = getattr(config, field), getattr(saved, field, None)
-            if own != its:
-                raise ValueError(
-                    f"{model_id} holds weights of {field}={its!r}, which would be copied into an adapter of "
-                    f"{field}={own!r}. Resume with the {field} of the checkpoint, or train in another output_dir."
-                )
-    return load(model_id, adapter_name, *args, **{"autocast_adapter_dtype": False, **kwargs})
+def _name_of(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 class RoutingLog:
@@ -117,31 +90,18 @@ class RoutingLog:
     entries by then.
 
     Args:
-        trainer: The trainer.
-        callback: What measures its routing.
+        trainer: The trainer, one of whose callbacks measures the routing.
     """
 
-    def __init__(self, trainer: Any, callback: MoeCallback) -> None:
+    def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
-        self.callback = callback
         self.log = trainer.log
 
     def __call__(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the entries "moe/..." where `logs` are of training steps; arguments as in `Trainer.log`."""
         if "loss" in logs:
-            logs.update(self.callback.read_metrics(self.trainer.state.global_step))
+            # A trainer that restores callbacks from a checkpoint makes new ones.
+            for callback in self.trainer.callback_handler.callbacks:
+                if isinstance(callback, MoeCallback):
+                    logs.update(callback.read_metrics(self.trainer.state.global_step))
         self.log(logs, *args, **kwargs)
-
-
-def group_columns(model: nn.Module) -> set[str]:
-    """Batch columns that the adapters of a model need: those of configurations with `expert_groups`."""
-    configs = getattr(model, "peft_config", {}).values()
-    return {config.group_column for config in configs if getattr(config, "expert_groups", None) is not None}
-
-
-def _carries(collator: Any, column: str) -> bool:
-    while isinstance(collator, GroupCollator):
-        if collator.column == column:
-            return True
-        collator = collator.collator
-    return False

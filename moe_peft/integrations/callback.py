@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import DistributedType
-from torch import nn
-from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ..experts import VectorExperts
 from ..forward.joined_losses import WindowSums
-from ..forward.tracker import ForwardTracker, find_tracker
-from ..layers import SlicedExperts
-from ..routers import LinearRouter
+from ..forward.tracker import ForwardTracker
 from ..telemetry.history import FILE_NAME, RoutingHistory
 from ..telemetry.meter import RoutingMeter, metrics_of
-from .checks import check_training, has_four_bit_experts
+from .checks import check_count, check_training
+from .precision import restore_precision, uses_deepspeed
+from .trackers import find_trackers
+from .training_run import RestoringCallback, load_best
 
 
-class MoeCallback(TrainerCallback):
+class MoeCallback(RestoringCallback):
     """Callback for any transformers or TRL trainer of a model with routed adapters.
 
     Router losses are injected with the weight `amp_scale / micro-batches of the accumulation window`, whatever way the
@@ -41,12 +38,12 @@ class MoeCallback(TrainerCallback):
 
     def __init__(self, telemetry_steps: int = 1, layer_groups: int = 4) -> None:
         for name, value in (("telemetry_steps", telemetry_steps), ("layer_groups", layer_groups)):
-            if value < 0:
-                raise ValueError(f"MoeCallback: {name}={value} must be 0 (off) or a positive number.")
+            check_count("MoeCallback", name, value)
         self.telemetry_steps = telemetry_steps
         self.layer_groups = layer_groups
         self.meter = RoutingMeter()
         self.history = RoutingHistory()
+        self._trackers: list[ForwardTracker] = []
         self._measuring = False
 
     def on_train_begin(
@@ -56,9 +53,11 @@ class MoeCallback(TrainerCallback):
         check_training(args, kwargs["model"])
         if not uses_deepspeed(args):
             restore_precision(kwargs["model"])
-        tracker = find_tracker(kwargs["model"])
-        if tracker is not None:
-            self._measure(tracker, False)
+        self.restore()
+        self._trackers = find_trackers(kwargs["model"])
+        for tracker in self._trackers:
+            # Those of a run that was interrupted, of which nobody told.
+            tracker.training_observers = [o for o in tracker.training_observers if not _measures(o)]
         self.history = _resumed_history(args, state) if state.global_step > 0 else RoutingHistory()
         self.meter = RoutingMeter()
 
@@ -66,27 +65,28 @@ class MoeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Weigh the router losses of the accumulation window that begins."""
-        tracker = find_tracker(kwargs["model"])
-        if tracker is None:
-            return
-        micro_batches = _micro_batches(args, state, kwargs.get("train_dataloader"))
-        tracker.loss_scale = _amp_scale(kwargs.get("optimizer")) / micro_batches
-        tracker.window, tracker.managed = WindowSums(), True
-        self._measure(tracker, self.telemetry_steps > 0 and state.global_step % self.telemetry_steps == 0)
+        if self.count_micro_batches is not None:
+            micro_batches = self.count_micro_batches()
+        else:
+            micro_batches = _micro_batches(args, state, kwargs.get("train_dataloader"))
+        scale = _amp_scale(kwargs.get("optimizer")) / max(micro_batches, 1)
+        for tracker in self._trackers:
+            tracker.loss_scale, tracker.window, tracker.managed = scale, WindowSums(), True
+        self._measure(self.telemetry_steps > 0 and state.global_step % self.telemetry_steps == 0)
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Add the router losses of a micro-batch."""
-        tracker = find_tracker(kwargs["model"])
-        if tracker is not None and self._measuring:
-            self.meter.add_losses(tracker)
+        if self._measuring:
+            self.meter.add_losses(*self._trackers)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Add the router losses of the window's last micro-batch."""
+        """Add the router losses of the window's last micro-batch; outside a window the model is a plain loop's."""
         self.on_substep_end(args, state, control, **kwargs)
+        self.restore()
         if control.should_save:
             self.on_save(args, state, control, **kwargs)
 
@@ -109,14 +109,18 @@ class MoeCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the model as a plain loop expects it, and save the routing history of the run."""
-        tracker = find_tracker(kwargs["model"])
-        if tracker is not None:
-            self._measure(tracker, False)
-            tracker.loss_scale, tracker.window, tracker.managed = 1.0, None, False
+        """Leave the model as a plain loop expects it, load the best weights, and save the history of the run."""
+        super().on_train_end(args, state, control, **kwargs)
+        load_best(args, state, kwargs["model"])
         folder = Path(args.output_dir or "")
         if state.is_world_process_zero and self.history.steps and folder.is_dir():
             self.history.save(folder)
+
+    def restore(self) -> None:
+        """Weigh the router losses of forwards to come with one, as a plain loop expects, and measure none of them."""
+        self._measure(False)
+        for tracker in self._trackers:
+            tracker.loss_scale, tracker.window, tracker.managed = 1.0, None, False
 
     def read_metrics(self, step: int) -> dict[str, float]:
         """Read the meter into log entries and the history; every process must call it.
@@ -133,45 +137,12 @@ class MoeCallback(TrainerCallback):
         self.history.append(step, reading)
         return metrics_of(reading, self.layer_groups)
 
-    def _measure(self, tracker: ForwardTracker, measuring: bool) -> None:
-        tracker.training_observers = [o for o in tracker.training_observers if o != self.meter.observe]
-        if measuring:
-            tracker.training_observers.append(self.meter.observe)
+    def _measure(self, measuring: bool) -> None:
+        for tracker in self._trackers:
+            tracker.training_observers = [o for o in tracker.training_observers if o != self.meter.observe]
+            if measuring:
+                tracker.training_observers.append(self.meter.observe)
         self._measuring = measuring
-
-
-def restore_precision(model: nn.Module) -> int:
-    """Turn parameters that were cast to 16 bit back to float32, where rounding would undo their training.
-
-    Rounded scores of routers change which experts are selected. Vectors near one, and copies of the backbone's experts
-    have no room in 16 bit for small steps; of copies those of 4-bit experts, which trainers cast, as peft keeps others
-    in the precision that was asked for.
-
-    Parameters that FSDP split over processes keep their dtype, which its mixed precision sets to float32. Do not call
-    it on a model that DeepSpeed holds: it owns the storage, and keeps a float32 copy in its optimizer. Scores are
-    computed in float32 from weights of any dtype.
-
-    Args:
-        model: A model with routed adapters.
-
-    Returns:
-        Number of parameters that were cast.
-    """
-    modules = [module for module in model.modules() if isinstance(module, (LinearRouter, VectorExperts))]
-    for layer in (module for module in model.modules() if isinstance(module, SlicedExperts)):
-        if has_four_bit_experts(layer.get_base_layer()):
-            modules.extend(layer.experts.values())
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    rounded = [p for p in parameters if p.dtype in (torch.bfloat16, torch.float16) and not isinstance(p, DTensor)]
-    for parameter in rounded:
-        parameter.data = parameter.data.float()
-    return len(rounded)
-
-
-def uses_deepspeed(args: TrainingArguments) -> bool:
-    """Whether DeepSpeed holds the weights of the model that is trained."""
-    state = args.distributed_state
-    return state is not None and state.distributed_type == DistributedType.DEEPSPEED
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
@@ -187,7 +158,7 @@ def _resumed_history(args: TrainingArguments, state: TrainerState) -> RoutingHis
 
 
 def _micro_batches(args: TrainingArguments, state: TrainerState, dataloader: Any) -> int:
-    """Micro-batches of the window that begins; the last window of an epoch may be shorter."""
+    """Micro-batches of the window that begins, where no trainer tells; an epoch's last window may be shorter."""
     window = args.gradient_accumulation_steps
     try:
         length = len(dataloader)
@@ -196,6 +167,10 @@ def _micro_batches(args: TrainingArguments, state: TrainerState, dataloader: Any
     windows = math.ceil(length / window)
     is_last = windows > 0 and state.global_step % windows == windows - 1
     return (length % window or window) if is_last else window
+
+
+def _measures(observer: Callable[..., None]) -> bool:
+    return isinstance(getattr(observer, "__self__", None), RoutingMeter)
 
 
 def _amp_scale(optimizer: Any) -> float:

@@ -2,14 +2,84 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from numbers import Integral, Real
 from typing import Any
 
 from torch import nn
 
+from ..layers import RoutedLayer
+from ..messages import shown
 from ..quantization.four_bit import Dequantize
 from ..tuner.merging import check_merges, plan_merges
 from ..types import MoePeftWarning
+
+
+def check_count(caller: str, name: str, value: Any) -> None:
+    """Refuse what is no whole number, or a negative one.
+
+    Args:
+        caller: What was called, for the message.
+        name: Name of the argument, zero of which switches something off.
+        value: Its value.
+
+    Raises:
+        ValueError: It is.
+    """
+    if not is_count(value):
+        raise ValueError(f"{caller}: {name}={shown(value)} must be 0 (off) or a positive whole number.")
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number that is not negative, and no truth value."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number, and no truth value."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_adapter(model: nn.Module) -> None:
+    """Refuse to train a model none of whose routed parameters would change.
+
+    Args:
+        model: The model that is about to be trained.
+
+    Raises:
+        ValueError: It has no routed adapter, or a frozen, disabled or merged one.
+    """
+    layers = [module for module in model.modules() if isinstance(module, RoutedLayer)]
+    if not layers:
+        raise ValueError(
+            f"attach: {type(model).__name__} has no routed adapter. Give the trainer a peft_config of moe_peft, or a "
+            "model from peft.get_peft_model."
+        )
+    merged = sorted({name for layer in layers for name in layer.merged_adapters})
+    if merged and not any(layer.active_names() for layer in layers):
+        raise ValueError(
+            f"attach: the adapter {merged[0]!r} is merged into the base weights, so that training would not change "
+            "it. Call unmerge_adapter() first."
+        )
+    parameters = [parameter for layer in layers for parameter in adapter_parameters(layer)]
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        raise ValueError(
+            "attach: the adapter is frozen, so that training would change nothing. Load it with "
+            "PeftModel.from_pretrained(model, folder, is_trainable=True), or activate it with "
+            "model.set_adapter(name), which also turns its gradients on."
+        )
+
+
+def adapter_parameters(layer: RoutedLayer) -> list[nn.Parameter]:
+    """Parameters of a layer's active adapters: routers and experts."""
+    return [
+        parameter
+        for bank in (layer.experts, layer.router)
+        for name in layer.active_adapters
+        if name in bank
+        for parameter in bank[name].parameters()
+    ]
 
 
 def check_training(args: Any, model: nn.Module) -> None:
@@ -20,8 +90,10 @@ def check_training(args: Any, model: nn.Module) -> None:
         model: Its model.
 
     Raises:
-        ValueError: vLLM would have to merge an adapter that cannot be merged, or several GPUs share one process.
+        ValueError: Nothing would be trained, vLLM would have to merge an adapter that cannot be merged, or several
+            GPUs share one process.
     """
+    check_adapter(model)
     if getattr(args, "use_vllm", False):
         check_vllm(model)
     if getattr(args, "use_transformers_continuous_batching", False) and (args.bf16 or args.fp16):
@@ -31,7 +103,9 @@ def check_training(args: Any, model: nn.Module) -> None:
             MoePeftWarning,
             stacklevel=3,
         )
-    if has_four_bit_experts(model) and not args.gradient_checkpointing:
+    # transformers 5.23 calls it activation_checkpointing.
+    checkpointing = getattr(args, "activation_checkpointing", False) or getattr(args, "gradient_checkpointing", False)
+    if has_four_bit_experts(model) and not checkpointing:
         warnings.warn(
             "gradient_checkpointing=False keeps the dequantized experts of all layers for the backward, which takes "
             "more memory than 4-bit experts save. Set gradient_checkpointing=True, which keeps one layer's at a time.",

@@ -10,6 +10,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..layers import RoutedLayer
+from ..messages import shown
+from .checks import is_count
 
 PARTS = ("router", "experts")
 
@@ -31,12 +33,12 @@ class FreezeCallback(TrainerCallback):
     """
 
     def __init__(self, part: str, first_step: int = 0, last_step: int = 100) -> None:
-        if part not in PARTS:
-            raise ValueError(f"FreezeCallback: part={part!r} must be one of {', '.join(map(repr, PARTS))}.")
-        if not 0 <= first_step < last_step:
+        if not isinstance(part, str) or part not in PARTS:
+            raise ValueError(f"FreezeCallback: part={shown(part)} must be one of {', '.join(map(repr, PARTS))}.")
+        if not (is_count(first_step) and is_count(last_step) and first_step < last_step):
             raise ValueError(
-                f"FreezeCallback: first_step={first_step} and last_step={last_step} enclose no step; the first must "
-                "be 0 or more, and the last be larger."
+                f"FreezeCallback: first_step={shown(first_step)} and last_step={shown(last_step)} enclose no step; "
+                "the first must be a whole number, 0 or more, and the last a larger one."
             )
         self.part = part
         self.first_step = first_step

@@ -5,14 +5,39 @@ LoRA+ (Hayou et al., 2024, arXiv 2402.12354) trains B with a larger learning rat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..experts import LowRankExperts
+from ..messages import shown
 from ..routers import LinearRouter
+from .checks import is_number
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates that differ from the trainer's.
+
+    Attributes:
+        router_lr: Learning rate of the routers; None for the trainer's.
+        lora_plus_ratio: Learning rate of the experts' up matrices over the trainer's; None for one.
+    """
+
+    router_lr: float | None = None
+    lora_plus_ratio: float | None = None
+
+    def given(self) -> dict[str, float]:
+        """Those that are set, by name."""
+        values = {"router_lr": self.router_lr, "lora_plus_ratio": self.lora_plus_ratio}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def over(self, before: Rates) -> Rates:
+        """These rates, and those of `before` where these leave one out."""
+        return Rates(**{**before.given(), **self.given()})
 
 
 class OptimizerFactory:
@@ -24,17 +49,13 @@ class OptimizerFactory:
     Args:
         trainer: The trainer.
         optimizer_cls: Class of the optimizer.
-        router_lr: Learning rate of the routers; None for the trainer's.
-        lora_plus_ratio: Learning rate of the experts' up matrices over the trainer's; None for one.
+        rates: Learning rates of our parameters' own.
     """
 
-    def __init__(
-        self, trainer: Any, optimizer_cls: type, *, router_lr: float | None, lora_plus_ratio: float | None
-    ) -> None:
+    def __init__(self, trainer: Any, optimizer_cls: type, rates: Rates) -> None:
         self.trainer = trainer
         self.optimizer_cls = optimizer_cls
-        self.router_lr = router_lr
-        self.lora_plus_ratio = lora_plus_ratio
+        self.rates = rates
 
     def __call__(self) -> Callable[..., torch.optim.Optimizer]:
         """The function that makes the optimizer; the trainer takes anything but a class for a factory of such."""
@@ -62,11 +83,10 @@ class OptimizerFactory:
     def learning_rates(self, model: nn.Module, lr: float) -> dict[int, float]:
         """Learning rate by id of those parameters that have another than the trainer's."""
         rates: dict[int, float] = {}
-        for module in model.modules():
-            if isinstance(module, LinearRouter) and self.router_lr is not None:
-                rates.update({id(parameter): self.router_lr for parameter in module.parameters()})
-            elif isinstance(module, LowRankExperts) and self.lora_plus_ratio is not None:
-                rates[id(module.B)] = lr * self.lora_plus_ratio
+        if self.rates.router_lr is not None:
+            rates.update({id(parameter): self.rates.router_lr for parameter in routers_of(model)})
+        if self.rates.lora_plus_ratio is not None:
+            rates.update({id(parameter): lr * self.rates.lora_plus_ratio for parameter in up_matrices_of(model)})
         return rates
 
     def __repr__(self) -> str:
@@ -74,50 +94,91 @@ class OptimizerFactory:
         return f"{type(self).__name__}({self.optimizer_cls})"
 
 
-def set_learning_rates(trainer: Any, router_lr: float | None, lora_plus_ratio: float | None) -> None:
-    """Let a trainer make its optimizer with learning rates of our parameters' own.
+def routers_of(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters of all routers that learn."""
+    for module in model.modules():
+        if isinstance(module, LinearRouter):
+            yield from module.parameters()
+
+
+def up_matrices_of(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The matrices B of all low-rank experts."""
+    for module in model.modules():
+        if isinstance(module, LowRankExperts):
+            yield module.B
+
+
+PARTS = {
+    "router_lr": (routers_of, "router that learns"),
+    "lora_plus_ratio": (up_matrices_of, "low-rank experts, with matrices A and B"),
+}
+
+
+def check_rates(trainer: Any, rates: Rates) -> None:
+    """Refuse learning rates that a trainer would not train with.
 
     Args:
-        trainer: A trainer that has not made its optimizer yet.
-        router_lr: Learning rate of the routers; None for the trainer's.
-        lora_plus_ratio: Learning rate of the experts' up matrices over the trainer's; None for one.
+        trainer: The trainer.
+        rates: Learning rates of our parameters' own.
 
     Raises:
         ValueError: A value is not positive or fits no parameter, or the trainer's optimizer is not its own to make.
     """
-    values = {"router_lr": router_lr, "lora_plus_ratio": lora_plus_ratio}
-    wanted = {name: value for name, value in values.items() if value is not None}
-    if not wanted:
+    given = rates.given()
+    for name, value in given.items():
+        if not is_number(value) or not value > 0:
+            raise ValueError(f"attach: {name}={shown(value)} must be a positive number, or None to leave it alone.")
+    for name, value in given.items():
+        find, part = PARTS[name]
+        if next(find(trainer.model), None) is None:
+            raise ValueError(f"attach: {name}={value} fits no parameter: the adapter has no {part}. Leave it out.")
+    if rates_of(trainer).given().items() >= given.items():
         return
-    for name, value in wanted.items():
-        if not isinstance(value, (int, float)) or not value > 0:
-            raise ValueError(f"attach: {name}={value!r} must be a positive number, or None to leave it alone.")
     if trainer.optimizer is not None:
         raise ValueError(
-            f"attach: {wanted} come too late, as the trainer has its optimizer already. Call attach before "
+            f"attach: {given} come too late, as the trainer has its optimizer already. Call attach before "
             "trainer.train(), and do not give the trainer `optimizers=`; or give those parameter groups of their own."
         )
     if trainer.args.deepspeed and "optimizer" in _deepspeed_config(trainer.args):
         raise ValueError(
-            f"attach: {wanted} have no effect on the optimizer that the DeepSpeed configuration defines. Remove its "
+            f"attach: {given} have no effect on the optimizer that the DeepSpeed configuration defines. Remove its "
             "'optimizer' section, so that the trainer makes the optimizer."
         )
-    known = (LinearRouter,) if lora_plus_ratio is None else (LowRankExperts,)
-    if not any(isinstance(module, known) for module in trainer.model.modules()):
-        raise ValueError(f"attach: {wanted} fit no parameter: the adapter has no {known[0].__name__}.")
-    optimizer_cls, kwargs = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(
-        trainer.args, trainer.model
-    )
-    if isinstance(optimizer_cls, OptimizerFactory):
-        optimizer_cls = optimizer_cls.optimizer_cls
+    optimizer_cls, kwargs = _optimizer_of(trainer)
     own = [name for name in ("params", "model", "optimizer_dict") if name in kwargs]
     if own or not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer)):
         raise ValueError(
-            f"attach: {wanted} do not go with optim={trainer.args.optim!s}, which groups the parameters itself. "
+            f"attach: {given} do not go with optim={trainer.args.optim!s}, which groups the parameters itself. "
             "Choose another, as optim='adamw_torch', or leave them out."
         )
-    factory = OptimizerFactory(trainer, optimizer_cls, router_lr=router_lr, lora_plus_ratio=lora_plus_ratio)
-    trainer.optimizer_cls_and_kwargs = (factory, kwargs)
+
+
+def set_learning_rates(trainer: Any, rates: Rates) -> None:
+    """Let a trainer make its optimizer with learning rates of our parameters' own.
+
+    Args:
+        trainer: A trainer that `check_rates` has accepted.
+        rates: The rates; what they leave out stays as it was set before.
+    """
+    before = rates_of(trainer)
+    if rates.over(before) == before:
+        return
+    optimizer_cls, kwargs = _optimizer_of(trainer)
+    trainer.optimizer_cls_and_kwargs = (OptimizerFactory(trainer, optimizer_cls, rates.over(before)), kwargs)
+
+
+def rates_of(trainer: Any) -> Rates:
+    """The rates that have been set for a trainer's optimizer."""
+    factory = (trainer.optimizer_cls_and_kwargs or (None,))[0]
+    return factory.rates if isinstance(factory, OptimizerFactory) else Rates()
+
+
+def _optimizer_of(trainer: Any) -> tuple[Any, dict[str, Any]]:
+    """Class and arguments of the optimizer that a trainer is to make."""
+    optimizer_cls, kwargs = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(
+        trainer.args, trainer.model
+    )
+    return (optimizer_cls.optimizer_cls if isinstance(optimizer_cls, OptimizerFactory) else optimizer_cls), kwargs
 
 
 def _deepspeed_config(args: Any) -> dict[str, Any]:

@@ -7,12 +7,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..layers import RoutedLayer
+from ..messages import shown
+from .checks import is_count, is_number
+from .training_run import RestoringCallback
 
 
-class CoefficientSchedule(TrainerCallback):
+class CoefficientSchedule(RestoringCallback):
     """Multiplies the configured coefficient of a router loss by a factor that is piecewise linear in the step.
 
     The factor depends on the step alone, so a resumed run continues where it was.
@@ -22,14 +25,16 @@ class CoefficientSchedule(TrainerCallback):
         points: Optimizer step -> factor; constant before the first and after the last.
 
     Raises:
-        ValueError: There is no point, or a step or factor is negative.
+        ValueError: There is no point, a step is no whole number or negative, or a factor negative or not finite.
     """
 
     def __init__(self, loss: str, points: Mapping[int, float]) -> None:
-        if not points or any(step < 0 or factor < 0 for step, factor in points.items()):
+        if not isinstance(loss, str) or not loss:
+            raise ValueError(f"CoefficientSchedule: loss={shown(loss)} must be a loss's name, as 'load_balancing'.")
+        if not _maps_steps_to_factors(points):
             raise ValueError(
-                f"CoefficientSchedule: points={dict(points)!r} must map optimizer steps to factors, neither negative, "
-                "as {0: 1.0, 1000: 0.1}."
+                f"CoefficientSchedule: points={shown(points)} must map optimizer steps to factors, whole numbers to "
+                "finite ones, neither negative, as {0: 1.0, 1000: 0.1}."
             )
         self.loss = loss
         self.points = sorted((int(step), float(factor)) for step, factor in points.items())
@@ -53,7 +58,7 @@ class CoefficientSchedule(TrainerCallback):
         Raises:
             ValueError: No adapter of the model has the loss.
         """
-        self._restore()
+        self.restore()
         objectives = list(_coefficients(kwargs["model"]))
         self._configured = [(own, own[self.loss]) for own in objectives if self.loss in own]
         if not self._configured:
@@ -70,13 +75,8 @@ class CoefficientSchedule(TrainerCallback):
         for coefficients, configured in self._configured:
             coefficients[self.loss] = configured * self.factor(state.global_step)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def restore(self) -> None:
         """Restore the configured coefficients."""
-        self._restore()
-
-    def _restore(self) -> None:
         for coefficients, configured in self._configured:
             coefficients[self.loss] = configured
         self._configured = []
@@ -89,3 +89,9 @@ def _coefficients(model: nn.Module) -> Iterator[dict[str, float]]:
             for objective in module.objectives.values():
                 if objective is not None:
                     yield objective.coefficients
+
+
+def _maps_steps_to_factors(points: Any) -> bool:
+    if not isinstance(points, Mapping) or not points:
+        return False
+    return all(is_count(step) and is_number(factor) and factor >= 0 for step, factor in points.items())

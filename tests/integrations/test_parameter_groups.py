@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 from torch import nn
 from torch.optim import SGD
 from transformers import Trainer, TrainingArguments
 
+from moe_peft import MovConfig, RoutedConfig
 from moe_peft.integrations import attach
 from tests.integrations.test_callback import adapted, rows
+from tests.tiny import tiny_llama
 
 LR, ROUTER_LR, RATIO = 1e-3, 5e-4, 16.0
 
@@ -86,16 +91,35 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
         assert torch.equal(parameter, expected[name]), name
 
 
-def test_attaching_again_replaces_the_rates(tmp_path):
+def test_attaching_again_replaces_the_rates_that_are_given(tmp_path):
     trainer = attach(trainer_of(tmp_path), router_lr=1.0)
     attach(trainer, router_lr=ROUTER_LR, lora_plus_ratio=RATIO).create_optimizer()
     assert all(rate == pytest.approx(expected_rate(name)) for name, rate in rates_of(trainer).items())
 
 
+def test_attaching_again_keeps_the_rates_that_are_not_given(tmp_path):
+    trainer = attach(trainer_of(tmp_path), router_lr=ROUTER_LR)
+    attach(attach(trainer, lora_plus_ratio=RATIO)).create_optimizer()
+    assert all(rate == pytest.approx(expected_rate(name)) for name, rate in rates_of(trainer).items())
+    attach(trainer, router_lr=ROUTER_LR, lora_plus_ratio=RATIO)
+    with pytest.raises(ValueError, match="the trainer has its optimizer already"):
+        attach(trainer, router_lr=1.0)
+
+
+@pytest.mark.parametrize("rates", [{"router_lr": 1e-3}, {"router_lr": 1e-3, "lora_plus_ratio": 2.0}])
+def test_a_rate_without_a_part_to_train_with_it_is_refused(rates, tmp_path):
+    model = get_peft_model(tiny_llama(), RoutedConfig(router="constant", num_experts=4, router_aux_loss_coef=0.0))
+    with pytest.raises(ValueError, match=r"router_lr=0.001 fits no parameter: the adapter has no router that learns"):
+        attach(trainer_of(tmp_path, model), **rates)
+    vectors = get_peft_model(tiny_llama(), MovConfig(num_experts=4))
+    with pytest.raises(ValueError, match=r"lora_plus_ratio=2.0 fits no parameter: the adapter has no low-rank"):
+        attach(trainer_of(tmp_path, vectors), router_lr=1e-3, lora_plus_ratio=2.0)
+
+
 @pytest.mark.parametrize("name", ["router_lr", "lora_plus_ratio"])
-@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), "1e-4"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), "1e-4", True, float("inf"), [1.0]])
 def test_values_that_are_not_positive_are_refused(name, value, tmp_path):
-    with pytest.raises(ValueError, match=f"{name}={value!r} must be a positive number"):
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} must be a positive number")):
         attach(trainer_of(tmp_path), **{name: value})
 
 

@@ -1,0 +1,52 @@
+"""Values in messages are shown whatever they are, and cut; warnings point at the user's own line."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from moe_peft import LoraMoeConfig, RoutedConfig
+from moe_peft.messages import LIMIT, shown
+
+
+class Broken:
+    def __repr__(self):
+        raise RuntimeError("no text")
+
+
+def nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+VALUES = ["x" * 10**6, b"x" * 10**6, 10**5000, -(10**400), nested(100_000), Broken(), torch.randn(50, 50), ["y"] * 999]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
+def test_every_value_is_shown_on_one_line_within_the_limit(value):
+    text = shown(value)
+    assert 0 < len(text) <= LIMIT and "\n" not in text
+
+
+def test_short_values_are_shown_as_they_are():
+    assert [shown(value) for value in ("a", 5, None, [1], "x" * 100)] == ["'a'", "5", "None", "[1]", repr("x" * 100)]
+    assert shown(10**5000) == f"<an integer of {(10**5000).bit_length()} bits>"
+    assert shown(Broken()) == "<a Broken that cannot be shown>"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: RoutedConfig(top_k=1, norm_topk_prob=True),
+        lambda: LoraMoeConfig(localized_balancing_delta=0.3),
+    ],
+)
+def test_a_warning_points_at_the_line_that_makes_the_configuration(make):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make()
+    assert [warning.filename for warning in caught] == [__file__]

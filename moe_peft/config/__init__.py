@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .config import MoeConfig
+from .fields import RoutedMoeConfig
 from .parts import RoutedParts
 
-__all__ = ["MoeConfig", "RoutedParts"]
+__all__ = ["MoeConfig", "RoutedMoeConfig", "RoutedParts"]

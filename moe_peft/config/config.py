@@ -1,10 +1,8 @@
-"""Fields that all routed adapter types share, their validation, and the parts a configuration builds."""
+"""What every adapter type's configuration is: checked values, parts that it builds, a file, and a part of a card."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -13,142 +11,93 @@ import torch
 from peft.config import PeftConfig
 from torch import nn
 
-from ..forward.joined_losses import SCOPES
-from ..ops import IMPLEMENTATIONS
-from ..routers import ROUTERS
-from ..types import MoeLayer, MoePeftWarning, Place
+from ..messages import LIMIT, shown
+from ..types import MoeLayer, Place
+from .absent import TARGET_PARAMETERS, Absent
 from .adapter_files import check_adapter_files
 from .card_section import SETTINGS, AdapterFacts, write_section
 from .field_types import wrong_types
+from .meaning import NOT_MEANING, meaning_of
 from .parts import AROUND_WEIGHTS, RoutedParts
 
 SCHEMA_VERSION = 1
 # Name of the router of adapters whose experts follow the backbone's own routing.
 BACKBONE = "backbone"
 PEFT_FIELDS = frozenset(own.name for own in dataclasses.fields(PeftConfig))
-ROUTER_FIELDS = frozenset(name for router in ROUTERS.values() for name in router.fields)
 
 
 @dataclass
 class MoeConfig(PeftConfig):
-    """Fields shared by the routed adapter types; use one of its subclasses.
+    """Base of the configurations of all adapter types; use one of its subclasses.
 
-    A subclass overrides defaults with its paper's values, names its `method` and its `equation`, implements `build`,
-    and says which kind of module it wraps (`placement`) where that is not a linear layer.
+    A subclass is composed from the groups of fields that mean something for it (see `fields`), overrides defaults with
+    its paper's values, names its `method` and its `equation`, implements `build`, and says which kind of module it
+    wraps (`placement`) where that is not a linear layer.
+
+    Attributes:
+        method: Name of the method.
+        equation: What it computes, in plain text.
+        source: Its paper.
+        adapter_type: peft's name of the type, in capitals.
+        default_targets: Which linear layers are adapted where nothing is said.
+        fixed_fields: Field name -> why its default is the only value.
+        absent_fields: Field name -> value and reason, see `accepts_absent`.
+        weight_fields: Fields that say what the saved tensors belong to.
     """
 
     method: ClassVar[str] = ""
     equation: ClassVar[str] = ""
     source: ClassVar[str] = ""
+    adapter_type: ClassVar[str] = ""
     default_targets: ClassVar[Literal["ffn", "attention", "all"]] = "ffn"
     fixed_fields: ClassVar[dict[str, str]] = {}
-    weight_fields: ClassVar[tuple[str, ...]] = ()  # which say what the saved tensors belong to
-    adapter_type: ClassVar[str] = ""
-    init_choices: ClassVar[tuple[bool | str, ...]] = (True, False, "gaussian")
+    absent_fields: ClassVar[Absent] = TARGET_PARAMETERS
+    weight_fields: ClassVar[tuple[str, ...]] = ()
+    target_parameters: ClassVar[None] = None  # peft asks for it
 
-    r: int = field(default=4, metadata={"help": "Rank of one expert."})
-    lora_alpha: float = field(
-        default=8, metadata={"help": "Scale of the experts: the routed sum is times lora_alpha / r."}
-    )
-    lora_dropout: float = field(
-        default=0.0, metadata={"help": "Probability of dropping an element of the experts' input in training."}
-    )
-    use_rslora: bool = field(
-        default=False, metadata={"help": "Scale by lora_alpha / sqrt(r) instead of lora_alpha / r."}
-    )
-    init_weights: bool | str = field(
-        default=True,
-        metadata={
-            "help": "True: A uniform as in nn.Linear, B zero. 'gaussian': A normal with standard deviation 0.02, B "
-            "zero. False: both random, so the adapter is not the identity at the start (for tests)."
-        },
-    )
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={
             "help": "Names (or a regex) of the linear layers to adapt, or 'all-linear' for every linear layer that is "
-            "neither a router nor the output head. None picks the paper's places from the model's structure."
+            "neither a router nor the output head. None picks the paper's places from the model's structure.",
+            **NOT_MEANING,
         },
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names (or a regex) of modules to leave out."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the decoder layers to adapt; None adapts all."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the module list that layers_to_transform counts in."}
-    )
-    target_parameters: list[str] | None = field(
-        default=None, metadata={"help": "Not supported: experts are adapted as modules. Leave it None."}
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules to train in full and to save with the adapter."}
+        default=None, metadata={"help": "Further modules to train in full and save with the adapter.", **NOT_MEANING}
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Token ids whose embeddings are trained, or ids by embedding layer name."}
-    )
-    num_experts: int = field(default=8, metadata={"help": "Experts at each adapted layer."})
-    top_k: int | None = field(default=None, metadata={"help": "Experts a token uses; None uses all."})
-    router: str = field(default="dense", metadata={"help": "Name of the router: dense, top_k or capacity."})
-    router_aux_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the balance loss, per layer."})
-    router_z_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the router z-loss, per layer."})
-    load_balancing_scope: str = field(
-        default="global_batch",
-        metadata={
-            "help": "What the router losses are measured on: 'micro_batch' (the batch of one process), 'global_batch' "
-            "(of all processes), or 'accumulation_window' (and the micro-batches before it, in a trainer)."
-        },
-    )
-    router_jitter_noise: float = field(
-        default=0.0, metadata={"help": "Half-width of multiplicative noise on the router's input in training."}
-    )
-    norm_topk_prob: bool = field(
-        default=False, metadata={"help": "Rescale the weights of the kept experts to sum to one."}
-    )
-    routed_scaling_factor: float = field(default=1.0, metadata={"help": "Factor of all combine weights."})
-    expert_dropout: float = field(
-        default=0.0,
-        metadata={"help": "Probability of dropping an expert's gate in training; survivors are divided by 1-p."},
-    )
-    capacity_factor: float | None = field(
         default=None,
-        metadata={
-            "help": "Places of an expert over its even share of a sequence's requests, in training; None: no limit."
-        },
+        metadata={"help": "Token ids whose embeddings are trained, or ids by embedding layer name.", **NOT_MEANING},
     )
-    capacity_order: str = field(
-        default="position",
-        metadata={
-            "help": "Who is served first: 'position' (tokens in order) or 'choice' (first choices first; not causal)."
-        },
+    schema_version: int = field(
+        default=SCHEMA_VERSION, metadata={"help": "Version of this file's layout.", **NOT_MEANING}
     )
-    allow_non_causal: bool = field(
-        default=False, metadata={"help": "Permit parts with which a later token changes an earlier one's output."}
-    )
-    experts_implementation: str = field(
-        default="dense", metadata={"help": "How the routed sum is computed: 'dense' (two GEMMs) or 'eager' (a loop)."}
-    )
-    schema_version: int = field(default=SCHEMA_VERSION, metadata={"help": "Version of this file's layout."})
 
     def __post_init__(self) -> None:
+        self._check_types()
+        hint = "one of peft's task types, as 'CAUSAL_LM', or None"
+        self._check(self.task_type is None or len(self.task_type) <= LIMIT, "task_type", hint)
         super().__post_init__()
         if self.peft_type is not None and str(getattr(self.peft_type, "value", self.peft_type)) != self.adapter_type:
             raise ValueError(
-                f"peft_type={self.peft_type!r} does not belong to {type(self).__name__}, which is of type "
+                f"peft_type={shown(self.peft_type)} does not belong to {type(self).__name__}, which is of type "
                 f"{self.adapter_type!r}. Leave peft_type out, or load the file with peft.PeftConfig.from_pretrained, "
                 "which picks the right class."
             )
-        for name, hint in wrong_types(self, PEFT_FIELDS):
-            self._check(False, name, hint)
         self._fill_in()
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), (list, tuple)):
-                setattr(self, name, set(getattr(self, name)))
+        self._make_sets()
         self.validate()
+        self.advise()
 
     def _fill_in(self) -> None:
         """Replace None where a field's default follows from other fields."""
+
+    def _make_sets(self, *names: str) -> None:
+        """Keep names of modules as sets, as peft does."""
+        for name in ("target_modules", *names):
+            if isinstance(getattr(self, name), (list, tuple)):
+                setattr(self, name, set(getattr(self, name)))
 
     @property
     def placement(self) -> str:
@@ -156,9 +105,9 @@ class MoeConfig(PeftConfig):
         return "linear"
 
     @property
-    def scaling(self) -> float:
-        """s, the factor of the routed sum of experts."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+    def layer_selection(self) -> tuple[list[int] | int | None, list[str] | str | None]:
+        """Indices of the layers that are adapted, and the module list they count in; None where nothing is said."""
+        return None, None
 
     @property
     def mergeable(self) -> bool:
@@ -188,58 +137,41 @@ class MoeConfig(PeftConfig):
         Raises:
             ValueError: A value cannot work; the message names the value and what to write instead.
         """
-        self._check(
-            self.schema_version <= SCHEMA_VERSION, "schema_version", f"at most {SCHEMA_VERSION}; upgrade peft-moe"
-        )
-        self._check(self.r >= 1, "r", "a rank of at least 1")
-        self._check(self.num_experts is None or self.num_experts >= 1, "num_experts", "at least 1")
-        self._check(self.lora_alpha > 0, "lora_alpha", "a positive number")
-        for name in ("lora_dropout", "expert_dropout", "router_jitter_noise"):
-            self._check(0 <= getattr(self, name) < 1, name, "a number from 0 up to, but not including, 1")
-        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
-            self._check(getattr(self, name) >= 0, name, "zero or a positive number")
-        self._check(self.routed_scaling_factor > 0, "routed_scaling_factor", "a positive number")
-        positive = "a positive number or None"
-        self._check(self.capacity_factor is None or self.capacity_factor > 0, "capacity_factor", positive)
-        self._check_choice("capacity_order", ("position", "choice"))
-        self._check_choice("load_balancing_scope", SCOPES)
-        self._check_choice("experts_implementation", tuple(IMPLEMENTATIONS))
-        self._check_choice("init_weights", self.init_choices)
-        if self.top_k is not None:
-            hint = f"between 1 and num_experts={self.num_experts}"
-            self._check(1 <= self.top_k <= self.num_experts, "top_k", hint)
-        by_module = "None: experts are adapted as modules; name the modules in target_modules"
-        self._check(not self.target_parameters, "target_parameters", by_module)
-        self._check_choice("router", (*ROUTERS, BACKBONE))
-        self._check(
-            self.router != BACKBONE or self.placement in ("experts", "slices"),
-            "router",
-            f"one of {', '.join(map(repr, ROUTERS))}: only adapters around the backbone's experts follow its routing",
-        )
+        hint = f"at most {SCHEMA_VERSION}; upgrade peft-moe"
+        self._check(self.schema_version <= SCHEMA_VERSION, "schema_version", hint)
         for name, reason in self.fixed_fields.items():
             self._check_left_alone(name, reason)
-        taken = ROUTERS[self.router].fields if self.router in ROUTERS else ()
-        for name in sorted(ROUTER_FIELDS - set(taken)):
-            self._check_left_alone(name, f"the {self.router!r} router does not use it", of=MoeConfig)
-        self._check("top_k" not in taken or self.top_k is not None, "top_k", f"set for the {self.router!r} router")
-        if self.norm_topk_prob and self.top_k == 1 and self.num_experts > 1:
-            warnings.warn(
-                f"{type(self).__name__}: with top_k=1, norm_topk_prob=True makes every weight one, whatever the "
-                "router says, so that it gets no gradient from the task. Write norm_topk_prob=False, or top_k=2.",
-                MoePeftWarning,
-                stacklevel=5,
-            )
-        if self.capacity_order == "choice" and self.task_type == "CAUSAL_LM":
-            self._check(
-                self.allow_non_causal,
-                "capacity_order",
-                "'position' for a causal language model: with 'choice' a later token takes an earlier token's place. "
-                "To train with it all the same, set allow_non_causal=True",
-            )
+
+    def advise(self) -> None:
+        """Warn, when a configuration is made, of settings that work and are unlikely to be meant."""
+
+    def recheck(self) -> None:
+        """Check every field again, as it may have been changed since the configuration was made.
+
+        Raises:
+            ValueError: A value is of another type, or cannot work.
+        """
+        self._check_types()
+        self.validate()
+
+    def meaning(self) -> dict[str, Any]:
+        """What gives the adapter's saved tensors their meaning, beside their names and shapes.
+
+        The adapter type, and every field that changes what the same tensors compute: all but peft's own, and those
+        whose metadata says `"meaning": False` (the start of training, its losses and noise, speed, places).
+
+        Returns:
+            Field name -> value of JSON's types; equal for configurations under which tensors may be exchanged.
+        """
+        return meaning_of(self, skipped=PEFT_FIELDS)
+
+    def _check_types(self) -> None:
+        for name, hint in wrong_types(self):
+            self._check(False, name, hint)
 
     def _check(self, condition: bool, name: str, expected: str) -> None:
         if not condition:
-            raise ValueError(f"{type(self).__name__}: {name}={getattr(self, name)!r} must be {expected}.")
+            raise ValueError(f"{type(self).__name__}: {name}={shown(getattr(self, name))} must be {expected}.")
 
     def _check_left_alone(self, name: str, reason: str, of: type[MoeConfig] | None = None) -> None:
         default = next(f for f in dataclasses.fields(of or type(self)) if f.name == name).default
@@ -254,8 +186,8 @@ class MoeConfig(PeftConfig):
         found = kwargs.get("peft_type")
         if cls.adapter_type and found is not None and str(found) != cls.adapter_type:
             raise ValueError(
-                f"This adapter_config.json has peft_type={found!r}, but {cls.__name__} loads {cls.adapter_type!r}. "
-                "Use peft.PeftConfig.from_pretrained, which picks the class by the file."
+                f"This adapter_config.json has peft_type={shown(found)}, but {cls.__name__} loads "
+                f"{cls.adapter_type!r}. Use peft.PeftConfig.from_pretrained, which picks the class by the file."
             )
         return super().check_kwargs(**kwargs)
 
@@ -286,12 +218,11 @@ class MoeConfig(PeftConfig):
 
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         """How the shapes of saved tensors begin, by the end of their names."""
-        return {"_experts.A": (self.num_experts, self.r), "_experts.B": (self.num_experts, self.r)}
+        return {}
 
     def summary(self) -> str:
         """Experts and router in a few words, for the dry run."""
-        experts = f"{self.num_experts} experts of rank {self.r}, router {self.router}"
-        return experts if self.top_k is None else f"{experts}, top {self.top_k}"
+        return self.method
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the configuration, and say in the folder's model card how to load the adapter; arguments as in peft."""
@@ -300,7 +231,8 @@ class MoeConfig(PeftConfig):
 
     def card_fields(self) -> list[str]:
         """Fields that a model card shows where they are set."""
-        return list(SETTINGS)
+        known = {own.name for own in dataclasses.fields(self)}
+        return [name for name in SETTINGS if name in known]
 
     def facts(self) -> AdapterFacts:
         """What a model card can say about this adapter without its weights."""

@@ -3,32 +3,54 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
-from collections.abc import Container, Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin
 
-KINDS = {int: "integer", float: "finite number", str: "string"}
+KINDS = {int: "integer", float: "finite number", str: "string", dict: "dict", list: "list"}
+# What tensors and files take for an integer, and longer texts are no misspelt numbers.
+INTEGER_LIMIT = 2**63
+TEXT_LIMIT = 200
 
 
-def wrong_types(config: Any, skipped: Container[str]) -> Iterator[tuple[str, str]]:
+@cache
+def field_types(cls: type) -> dict[str, Any]:
+    """Types of a dataclass's fields, each evaluated in the module that declares it.
+
+    `typing.get_type_hints` evaluates the other annotations of a class too, and on Python 3.10 refuses some of them.
+
+    Args:
+        cls: The dataclass.
+    """
+    names = {own.name for own in dataclasses.fields(cls)}
+    types: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        for name, kind in inspect.get_annotations(base).items():
+            if name in names:
+                known = vars(sys.modules[base.__module__])
+                types[name] = eval(kind, known) if isinstance(kind, str) else kind
+    return types
+
+
+def wrong_types(config: Any) -> Iterator[tuple[str, str]]:
     """Go through the fields of a dataclass whose values are of another type.
 
     Args:
         config: Instance of the dataclass.
-        skipped: Names of fields that are not looked at.
 
     Yields:
         Name of the field, and what its value must be.
     """
-    types = get_type_hints(type(config))
+    types = field_types(type(config))  # type: ignore[arg-type]  # mypy holds classes for unhashable
     for own in dataclasses.fields(config):
-        if own.name not in skipped:
-            kind = types[own.name]
-            hint = expected(own.name, getattr(config, own.name), kind, own.default)
-            if hint is not None:
-                yield own.name, hint
+        hint = expected(own.name, getattr(config, own.name), types[own.name], own.default)
+        if hint is not None:
+            yield own.name, hint
 
 
 def expected(name: str, value: object, kind: Any, default: object) -> str | None:
@@ -37,7 +59,7 @@ def expected(name: str, value: object, kind: Any, default: object) -> str | None
     Args:
         name: Name of the field.
         value: Its value.
-        kind: Its declared type: bool, int, float, str and None, lists and dicts of them, and unions.
+        kind: Its declared type: bool, int, float, str, None and Any, lists and dicts of them, and unions.
         default: Its default, the example where the value tells of none.
 
     Returns:
@@ -48,12 +70,15 @@ def expected(name: str, value: object, kind: Any, default: object) -> str | None
     meant = [candidate for candidate in _readings(value) if fits(candidate, kind)]
     if meant:
         return f"{describe_type(kind)}; write {name}={meant[0]!r}"
+    size = ", below 2**63" if isinstance(value, int) and abs(value) >= INTEGER_LIMIT else ""
     example = "" if default is None or not fits(default, kind) else f", as in {name}={default!r}"
-    return f"{describe_type(kind)}{example}"
+    return f"{describe_type(kind)}{size}{example}"
 
 
 def fits(value: object, kind: Any) -> bool:
     """Whether a value is of a type; an integer is a number too, a bool is neither."""
+    if kind is Any:
+        return True
     if _is_union(kind):
         return any(fits(value, own) for own in get_args(kind))
     if get_origin(kind) is list:
@@ -64,15 +89,21 @@ def fits(value: object, kind: Any) -> bool:
     if kind in (int, float) and isinstance(value, bool):
         return False
     if kind is float:
-        return isinstance(value, (int, float)) and math.isfinite(value)
+        return isinstance(value, (int, float)) and _is_finite(value)
+    if kind is int:
+        return isinstance(value, int) and abs(value) < INTEGER_LIMIT
     return isinstance(value, kind)
 
 
 def describe_type(kind: Any, several: bool = False) -> str:
     """A type in words, in the plural where several values have it."""
+    if kind is Any:
+        return "values" if several else "a value"
     if _is_union(kind):
-        *first, last = [describe_type(own) for own in get_args(kind)]
-        return f"{', '.join(first)} or {last}"
+        # A string enum is a string to who writes one.
+        kinds = [own for own in get_args(kind) if not (issubclass_of_str(own) and str in get_args(kind))]
+        *first, last = [describe_type(own, several) for own in kinds]
+        return f"{', '.join(first)} or {last}" if first else last
     if kind is NoneType:
         return "None"
     if kind is bool:
@@ -81,8 +112,20 @@ def describe_type(kind: Any, several: bool = False) -> str:
         return f"{'lists' if several else 'a list'} of {describe_type(get_args(kind)[0], several=True)}"
     if get_origin(kind) is dict:
         return f"a dict from {' to '.join(describe_type(own, several=True) for own in get_args(kind))}"
-    word = KINDS[kind]
+    word = KINDS.get(kind, getattr(kind, "__name__", str(kind)))
     return f"{word}s" if several else f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+
+
+def issubclass_of_str(kind: Any) -> bool:
+    """Whether a type is a class of strings other than `str` itself."""
+    return isinstance(kind, type) and issubclass(kind, str) and kind is not str
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest number
+        return False
 
 
 def _is_union(kind: Any) -> bool:
@@ -92,9 +135,11 @@ def _is_union(kind: Any) -> bool:
 def _readings(value: object) -> list[Any]:
     """What a value of another type may have been meant as, likeliest first."""
     if isinstance(value, str):
+        if len(value) > TEXT_LIMIT:
+            return []
         try:
             parsed = json.loads(value.lower().replace("none", "null"))
-        except ValueError:
+        except (ValueError, RecursionError):
             return [[value]]
         return [parsed, [parsed], [value]]
     if isinstance(value, float) and value.is_integer():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..config.config import BACKBONE, MoeConfig
+from ..config.config import BACKBONE
+from ..config.fields import MixtureConfig
 from ..config.parts import RoutedParts
 from ..experts import EXPERTS
 from ..forward.objective import Loss, RouterObjective
@@ -13,7 +14,7 @@ from ..types import Place
 
 
 def build_parts(
-    config: MoeConfig,
+    config: MixtureConfig,
     place: Place,
     *,
     losses: Mapping[str, tuple[Loss, float]],
@@ -47,7 +48,7 @@ def build_parts(
         place.in_features,
         num_experts,
         init_std=router_init_std,
-        **{name: getattr(config, name) for name in router_cls.fields},
+        **{name: getattr(config, name) for name in config.router_fields()},
     )
     return RoutedParts(
         router=router, experts=bank, objective=RouterObjective(losses, scope=config.load_balancing_scope)

@@ -20,7 +20,18 @@ from torch.distributed.tensor import DTensor
 
 from ..backbone.expert_tensors import expert_tensors, keeps_slices
 from ..backbone.structure import base_of
-from ..config.config import BACKBONE, MoeConfig
+from ..config.absent import TARGET_PARAMETERS, Absent, absent, accepts_absent
+from ..config.config import BACKBONE
+from ..config.fields import (
+    CapacityConfig,
+    LowRankConfig,
+    MixtureConfig,
+    PlacingConfig,
+    RouterConfig,
+    RouterLossConfig,
+    TopKConfig,
+)
+from ..config.meaning import NOT_MEANING
 from ..config.parts import AROUND_WEIGHTS, RoutedParts
 from ..experts import EXPERTS, ExpertSlices
 from ..places.blocks import experts_names
@@ -30,25 +41,13 @@ from ..types import MoeLayer, Place
 
 PEFT_TYPE = extend_peft_type("ESFT")
 ROUTED_BY_BACKBONE = "the backbone routes; PerftConfig and RoutedConfig have routers of their own"
-ROUTING_FIELDS = (
-    "num_experts",
-    "top_k",
-    "router",
-    "router_aux_loss_coef",
-    "router_z_loss_coef",
-    "norm_topk_prob",
-    "router_jitter_noise",
-    "routed_scaling_factor",
-    "expert_dropout",
-    "capacity_factor",
-    "capacity_order",
-)
-PLACING_FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern")
+ROUTING_GROUPS = (RouterConfig, TopKConfig, CapacityConfig, RouterLossConfig, MixtureConfig)
 LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_weights", "experts_implementation")
 
 
+@accepts_absent
 @dataclass
-class EsftConfig(MoeConfig):
+class EsftConfig(LowRankConfig):
     """Configuration of ESFT."""
 
     method: ClassVar[str] = "ESFT"
@@ -56,12 +55,16 @@ class EsftConfig(MoeConfig):
     source: ClassVar[str] = "arXiv 2407.01906"
     adapter_type: ClassVar[str] = "ESFT"
     weight_fields: ClassVar[tuple[str, ...]] = ("experts",)
-    fixed_fields: ClassVar[dict[str, str]] = {
-        **dict.fromkeys(ROUTING_FIELDS, ROUTED_BY_BACKBONE),
-        **dict.fromkeys(PLACING_FIELDS, "`experts` names the layers"),
+    absent_fields: ClassVar[Absent] = {
+        **TARGET_PARAMETERS,
+        **{
+            name: own
+            for group in ROUTING_GROUPS
+            for name, own in absent(group, ROUTED_BY_BACKBONE, router=BACKBONE).items()
+        },
+        **absent(PlacingConfig, "`experts` names the layers"),
     }
 
-    router: str = field(default=BACKBONE, metadata={"help": "The backbone's own router."})
     experts: dict[str, list[int]] | None = field(
         default=None,
         metadata={
@@ -74,10 +77,12 @@ class EsftConfig(MoeConfig):
         metadata={"help": "'full' trains the selected experts' matrices, 'lora' a low-rank expert beside each."},
     )
     train_shared_experts: bool = field(
-        default=False, metadata={"help": "Also train the experts that every token uses (authors' shared_experts)."}
+        default=False,
+        metadata={"help": "Also train the experts that every token uses (authors' shared_experts).", **NOT_MEANING},
     )
     train_router: bool = field(
-        default=False, metadata={"help": "Also train the backbone's routers of the layers in `experts`."}
+        default=False,
+        metadata={"help": "Also train the backbone's routers of the layers in `experts`.", **NOT_MEANING},
     )
     num_backbone_experts: int | None = field(
         default=None,
@@ -230,10 +235,6 @@ class EsftConfig(MoeConfig):
     def mergeable(self) -> bool:
         """See `MoeConfig.mergeable`; trained matrices take the place of the backbone's, low-rank ones stand beside."""
         return self.placement in AROUND_WEIGHTS and ExpertSlices.mergeable
-
-    def expected_shapes(self) -> dict[str, tuple[int, ...]]:
-        """See `MoeConfig.expected_shapes`; the numbers of experts differ between layers."""
-        return {}
 
     def card_fields(self) -> list[str]:
         """See `MoeConfig.card_fields`."""

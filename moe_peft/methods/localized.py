@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 
-from ..config.config import MoeConfig
+from ..config.fields import RouterConfig
+from ..config.meaning import NOT_MEANING
 from ..losses import LocalizedBalancing
 from ..losses.localized_balancing import MODES
-from ..types import MoePeftWarning
+from ..messages import warn
 
 
 @dataclass
-class LocalizedBalancingConfig(MoeConfig):
+class LocalizedBalancingConfig(RouterConfig):
     """A routed configuration with the fields of localized balancing."""
 
     expert_groups: list[int] | None = field(
         default=None,
         metadata={
             "help": "Group of each expert, one integer per expert, as [1, 1, 1, 0, 0, 0]; every batch must then "
-            "bring the group of each sample. None balances all experts evenly, without groups."
+            "bring the group of each sample. None balances all experts evenly, without groups.",
+            **NOT_MEANING,
         },
     )
     localized_balancing_delta: float = field(
-        default=0.1, metadata={"help": "Strength of the shift towards groups, from 0 to 1 (paper: 0.1)."}
+        default=0.1,
+        metadata={"help": "Strength of the shift towards groups, from 0 to 1 (paper: 0.1).", **NOT_MEANING},
     )
     localized_balancing_mode: str = field(
         default="paper",
         metadata={
             "help": "'paper': a sample's own experts get less of its gate mass, (1-delta)/(1+delta) of the others'. "
-            "'specialize': they get more, (1+delta)/(1-delta) times."
+            "'specialize': they get more, (1+delta)/(1-delta) times.",
+            **NOT_MEANING,
         },
     )
     group_column: str = field(
         default="task_type",
-        metadata={"help": "Batch column with the group of each sample, integers of shape (batch,)."},
+        metadata={"help": "Batch column with the group of each sample, integers of shape (batch,).", **NOT_MEANING},
     )
 
     def validate(self) -> None:
@@ -44,13 +47,6 @@ class LocalizedBalancingConfig(MoeConfig):
         self._check_choice("localized_balancing_mode", MODES)
         self._check(bool(self.group_column), "group_column", "the name of a batch column")
         if self.expert_groups is None:
-            if self.localized_balancing_delta not in (0, 0.1) or self.localized_balancing_mode != "paper":
-                warnings.warn(
-                    f"{type(self).__name__}: localized_balancing_delta and localized_balancing_mode have no effect "
-                    "without expert_groups; give the group of each expert.",
-                    MoePeftWarning,
-                    stacklevel=4,
-                )
             return
         self.expert_groups = list(self.expert_groups)
         self._check(
@@ -66,6 +62,16 @@ class LocalizedBalancingConfig(MoeConfig):
             "of two groups in the mode 'paper', with which a sample's own experts are the ones it avoids; for more "
             "groups set localized_balancing_mode='specialize'",
         )
+
+    def advise(self) -> None:
+        """See `MoeConfig.advise`."""
+        super().advise()
+        idle = self.localized_balancing_delta in (0, 0.1) and self.localized_balancing_mode == "paper"
+        if self.expert_groups is None and not idle:
+            warn(
+                f"{type(self).__name__}: localized_balancing_delta and localized_balancing_mode have no effect "
+                "without expert_groups; give the group of each expert."
+            )
 
     def localized_balancing(self) -> LocalizedBalancing:
         """The loss with this configuration's groups."""

@@ -11,8 +11,10 @@ what they used. One dropout mask serves all experts of a layer.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+from ..config.absent import TARGET_PARAMETERS, Absent, absent, accepts_absent
+from ..config.fields import CapacityConfig, MixtureConfig, TopKConfig
 from ..config.parts import RoutedParts
 from ..forward.objective import Loss
 from ..losses import z_loss
@@ -23,10 +25,12 @@ from .build import build_parts
 from .localized import LocalizedBalancingConfig
 
 PEFT_TYPE = extend_peft_type("LORAMOE")
+ROUTES_DENSELY = "LoRAMoE routes densely; RoutedConfig takes any router"
 
 
+@accepts_absent
 @dataclass
-class LoraMoeConfig(LocalizedBalancingConfig):
+class LoraMoeConfig(LocalizedBalancingConfig, MixtureConfig):
     """Configuration of LoRAMoE; defaults are the paper's.
 
     The paper's constraint needs `expert_groups` and a batch column with the group of each sample; without groups the
@@ -37,8 +41,13 @@ class LoraMoeConfig(LocalizedBalancingConfig):
     equation: ClassVar[str] = "y = W0 x + (alpha / r) sum_e softmax(Wg x)_e B_e A_e x"
     source: ClassVar[str] = "arXiv 2312.09979"
     adapter_type: ClassVar[str] = "LORAMOE"
-    default_targets: ClassVar = "ffn"
-    fixed_fields: ClassVar[dict[str, str]] = {"router": "LoRAMoE routes densely; RoutedConfig takes any router"}
+    default_targets: ClassVar[Literal["ffn", "attention", "all"]] = "ffn"
+    fixed_fields: ClassVar[dict[str, str]] = {"router": ROUTES_DENSELY}
+    absent_fields: ClassVar[Absent] = {
+        **TARGET_PARAMETERS,
+        **absent(TopKConfig, ROUTES_DENSELY),
+        **absent(CapacityConfig, ROUTES_DENSELY),
+    }
 
     r: int = field(default=4, metadata={"help": "Rank of one expert (paper: 4)."})
     lora_alpha: float = field(default=32, metadata={"help": "The routed sum is times lora_alpha / r (paper: 32)."})

@@ -10,9 +10,10 @@ rescaled. There is no router loss. Router and A start normal with standard devia
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from ..config.config import MoeConfig
+from ..config.absent import TARGET_PARAMETERS, Absent, absent, accepts_absent
+from ..config.fields import CapacityConfig, MixtureConfig, TopKConfig
 from ..config.parts import RoutedParts
 from ..forward.objective import Loss
 from ..losses import importance, z_loss
@@ -24,15 +25,20 @@ from .build import build_parts
 PEFT_TYPE = extend_peft_type("MOLORA")
 
 
+@accepts_absent
 @dataclass
-class MoloraConfig(MoeConfig):
+class MoloraConfig(MixtureConfig, TopKConfig):
     """Configuration of MoLORA; defaults are the released recipe's."""
 
     method: ClassVar[str] = "MoLORA"
     equation: ClassVar[str] = "y = W0 x + (alpha / r) sum_e softmax(Wg x)_e B_e A_e x"
     source: ClassVar[str] = "arXiv 2309.05444"
     adapter_type: ClassVar[str] = "MOLORA"
-    default_targets: ClassVar = "all"
+    default_targets: ClassVar[Literal["ffn", "attention", "all"]] = "all"
+    absent_fields: ClassVar[Absent] = {
+        **TARGET_PARAMETERS,
+        **absent(CapacityConfig, "MoLORA's routers have no capacity; SiraConfig and RoutedConfig have"),
+    }
 
     r: int = field(default=4, metadata={"help": "Rank of one expert (released recipe: 4)."})
     lora_alpha: float = field(
@@ -47,10 +53,12 @@ class MoloraConfig(MoeConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.top_k is not None and self.router == "dense":
-            self.router = "top_k"
         super().__post_init__()
         self.peft_type = PEFT_TYPE
+
+    def _fill_in(self) -> None:
+        if self.top_k is not None and self.router == "dense":
+            self.router = "top_k"
 
     def validate(self) -> None:
         """Check every field; see `MoeConfig.validate`."""

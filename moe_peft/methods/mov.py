@@ -18,7 +18,9 @@ from typing import ClassVar
 
 from torch import nn
 
-from ..config.config import MoeConfig
+from ..config.absent import TARGET_PARAMETERS, Absent, absent, accepts_absent
+from ..config.fields import CapacityConfig, LowRankConfig, MixtureConfig, PlacingConfig, RouterLossConfig, TopKConfig
+from ..config.meaning import NOT_MEANING
 from ..config.parts import RoutedParts
 from ..experts import VectorExperts
 from ..forward.objective import Loss, RouterObjective
@@ -35,31 +37,36 @@ NO_MATRICES = "vectors have no rank and no scale"
 INIT_STD = 0.02
 
 
+@accepts_absent
 @dataclass
-class MovConfig(MoeConfig):
+class MovConfig(RouterLossConfig, TopKConfig, PlacingConfig):
     """Configuration of MoV; defaults are the paper's MoV-10."""
 
     method: ClassVar[str] = "MoV"
     equation: ClassVar[str] = "u' = u * (1 + sum_e softmax(Wg u)_e (l_e - 1))"
     source: ClassVar[str] = "arXiv 2309.05444"
     adapter_type: ClassVar[str] = "MOV"
-    fixed_fields: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("r", "lora_alpha", "lora_dropout", "use_rslora", "experts_implementation", "routed_scaling_factor"),
-        NO_MATRICES,
-    )
-
-    init_choices: ClassVar = (True, False)
+    absent_fields: ClassVar[Absent] = {
+        **TARGET_PARAMETERS,
+        **{name: own for name, own in absent(LowRankConfig, NO_MATRICES).items() if name != "init_weights"},
+        **absent(MixtureConfig, NO_MATRICES),
+        **absent(CapacityConfig, "MoV's routers have no capacity"),
+    }
 
     init_weights: bool | str = field(
         default=True,
-        metadata={"help": "True: vectors of ones, the identity. False: normal around one, so it is not (for tests)."},
+        metadata={
+            "help": "True: vectors of ones, the identity. False: normal around one, so it is not (for tests).",
+            **NOT_MEANING,
+        },
     )
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={
             "help": "Names (or a regex) of the linear layers to scale, or 'all-linear' for every linear layer that is "
             "neither a router nor the output head. None picks keys, values and the last layers of FFNs; projections "
-            "that hold queries, keys and values in one matrix are then scaled as a whole."
+            "that hold queries, keys and values in one matrix are then scaled as a whole.",
+            **NOT_MEANING,
         },
     )
     num_experts: int = field(default=10, metadata={"help": "Vectors at each place (paper: 10, 30 or 60)."})
@@ -84,15 +91,18 @@ class MovConfig(MoeConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.top_k is not None and self.router == "dense":
-            self.router = "top_k"
-        if isinstance(self.feedforward_modules, (list, tuple)):
-            self.feedforward_modules = set(self.feedforward_modules)  # type: ignore[assignment]
         # What a model says of itself; see resolve.
         self._head_widths: dict[str, int] = {}
         self._sparse_layers = 0
         super().__post_init__()
         self.peft_type = PEFT_TYPE
+
+    def _fill_in(self) -> None:
+        if self.top_k is not None and self.router == "dense":
+            self.router = "top_k"
+
+    def _make_sets(self, *names: str) -> None:
+        super()._make_sets("feedforward_modules", *names)
 
     @property
     def placement(self) -> str:
@@ -103,9 +113,11 @@ class MovConfig(MoeConfig):
         """Check every field; see `MoeConfig.validate`."""
         self._check_choice("router", ("dense", "top_k"))
         super().validate()
+        self._check_choice("init_weights", (True, False))
         self._check_choice("router_input", ("activation", "hidden"))
         self._check_choice("router_granularity", ("head", "token"))
-        self._check(self.head_dim is None or self.head_dim >= 1, "head_dim", "a positive number or None")
+        hint = "a positive number or None, at most 65536"
+        self._check(self.head_dim is None or 1 <= self.head_dim <= 65536, "head_dim", hint)
 
     def resolve(self, model: nn.Module, layers: Sequence[MoeLayer]) -> None:
         """Choose the places, and take the widths of heads from a model; see `MoeConfig.resolve`.
@@ -171,7 +183,7 @@ class MovConfig(MoeConfig):
             place.in_features if hidden else width // heads,
             self.num_experts,
             init_std=INIT_STD,
-            **{name: getattr(self, name) for name in router_cls.fields},
+            **{name: getattr(self, name) for name in self.router_fields()},
         )
         losses: dict[str, tuple[Loss, float]] = {
             "importance": (importance, self.router_aux_loss_coef),

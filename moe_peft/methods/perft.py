@@ -20,7 +20,9 @@ from typing import ClassVar, cast
 
 from torch import nn
 
-from ..config.config import BACKBONE, MoeConfig
+from ..config.absent import accepts_absent
+from ..config.config import BACKBONE
+from ..config.fields import RoutedMoeConfig
 from ..config.parts import RoutedParts
 from ..experts import EXPERTS, LowRankExperts
 from ..experts.bottleneck import ACTIVATIONS
@@ -41,8 +43,9 @@ FIXED: dict[str, dict[str, object]] = {
 }
 
 
+@accepts_absent
 @dataclass
-class PerftConfig(MoeConfig):
+class PerftConfig(RoutedMoeConfig):
     """Configuration of PERFT.
 
     On a dense model, R, D and S wrap the MLP of every layer: a parallel mixture of adapters.
@@ -54,7 +57,7 @@ class PerftConfig(MoeConfig):
     )
     source: ClassVar[str] = "arXiv 2508.02587"
     adapter_type: ClassVar[str] = "PERFT"
-    init_choices: ClassVar = (True, False, "gaussian", "perft")
+    init_choices: ClassVar[tuple[bool | str, ...]] = (True, False, "gaussian", "perft")
 
     variant: str = field(
         default="R",

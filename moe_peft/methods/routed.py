@@ -9,9 +9,12 @@ LoRAMoE, `RoutedConfig(router="capacity", top_k=4, ...)` is SiRA.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+from ..config.absent import accepts_absent
 from ..config.config import BACKBONE
+from ..config.fields import IN_RANGE, RoutedMoeConfig, is_coefficient
+from ..config.meaning import NOT_MEANING
 from ..config.parts import RoutedParts
 from ..experts import EXPERTS
 from ..experts.bottleneck import ACTIVATIONS
@@ -28,15 +31,16 @@ PEFT_TYPE = extend_peft_type("ROUTED")
 NEEDS_SPARSE = ("load_balancing", "gshard_load_balancing")
 
 
+@accepts_absent
 @dataclass
-class RoutedConfig(LocalizedBalancingConfig):
+class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
     """Configuration of the general routed adapter."""
 
     method: ClassVar[str] = "Routed experts"
     equation: ClassVar[str] = "y = W0 x + sum_e router(x)_e expert_e(x)"
     source: ClassVar[str] = "docs of peft-moe"
     adapter_type: ClassVar[str] = "ROUTED"
-    default_targets: ClassVar = "ffn"
+    default_targets: ClassVar[Literal["ffn", "attention", "all"]] = "ffn"
 
     router: str = field(default="top_k", metadata={"help": "Name of the router, see moe_peft.routers.ROUTERS."})
     top_k: int | None = field(
@@ -63,7 +67,10 @@ class RoutedConfig(LocalizedBalancingConfig):
     )
     losses: dict[str, float] | None = field(
         default=None,
-        metadata={"help": "Further router losses, name -> weight per layer, see moe_peft.losses.LOSSES."},
+        metadata={
+            "help": "Further router losses, name -> weight per layer, see moe_peft.losses.LOSSES.",
+            **NOT_MEANING,
+        },
     )
 
     def __post_init__(self) -> None:
@@ -102,7 +109,8 @@ class RoutedConfig(LocalizedBalancingConfig):
             self._check_left_alone("router_z_loss_coef", f"the {self.router!r} router learns nothing")
         for name, coef in (self.losses or {}).items():
             self._check(name in LOSSES, "losses", f"a dict with names out of {', '.join(map(repr, LOSSES))}")
-            self._check(coef >= 0, "losses", "a dict with weights that are zero or positive")
+            hint = f"a dict with weights that are zero or positive numbers {IN_RANGE}"
+            self._check(is_coefficient(coef), "losses", hint)
             self._check(
                 name not in NEEDS_SPARSE or self.router != "dense",
                 "losses",

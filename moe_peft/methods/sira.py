@@ -11,9 +11,10 @@ that no later token changes an earlier one; dropout and capacity apply in traini
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from ..config.config import MoeConfig
+from ..config.absent import accepts_absent
+from ..config.fields import RoutedMoeConfig
 from ..config.parts import RoutedParts
 from ..forward.objective import Loss
 from ..losses import gshard_load_balancing, z_loss
@@ -25,8 +26,9 @@ from .build import build_parts
 PEFT_TYPE = extend_peft_type("SIRA")
 
 
+@accepts_absent
 @dataclass
-class SiraConfig(MoeConfig):
+class SiraConfig(RoutedMoeConfig):
     """Configuration of SiRA. There is no public code to check against; the defaults are ours, in the paper's range."""
 
     method: ClassVar[str] = "SiRA"
@@ -35,7 +37,7 @@ class SiraConfig(MoeConfig):
     )
     source: ClassVar[str] = "arXiv 2311.09179"
     adapter_type: ClassVar[str] = "SIRA"
-    default_targets: ClassVar = "attention"
+    default_targets: ClassVar[Literal["ffn", "attention", "all"]] = "attention"
     fixed_fields: ClassVar[dict[str, str]] = {
         "router": "SiRA routes with a capacity (capacity_factor=None switches it off); RoutedConfig takes any router"
     }

@@ -43,6 +43,7 @@ def resolve_targets(model: nn.Module, config: MoeConfig) -> None:
         ValueError: It is None, and the model has no structure to choose by; or `layers_to_transform` and
             `layers_pattern` would have no effect.
     """
+    config.recheck()
     _check_layer_selection(config)
     layers = find_moe_layers(model)
     config.resolve(model, layers)
@@ -65,7 +66,7 @@ def resolve_targets(model: nn.Module, config: MoeConfig) -> None:
 
 def _check_layer_selection(config: MoeConfig) -> None:
     """Refuse a choice of layers that peft would not look at."""
-    targets, layers, pattern = config.target_modules, config.layers_to_transform, config.layers_pattern
+    targets, (layers, pattern) = config.target_modules, config.layer_selection
     kind = type(config).__name__
     if layers is None and pattern:
         raise ValueError(f"{kind}: layers_pattern={pattern!r} has no effect without layers_to_transform; set both.")
@@ -192,8 +193,9 @@ def _no_match(model: nn.Module, config: MoeConfig) -> str:
     near = {match for name in wanted for match in difflib.get_close_matches(name.rpartition(".")[2], leaves)}
     hint = f"Nearest names: {sorted(near)}. " if near - set(wanted) else ""
     layers, default = "", " Leave target_modules None to take them all." if config.placement in NAMES else ""
-    if config.layers_to_transform is not None:
-        layers = f" in the layers {config.layers_to_transform} (layers_pattern names the list that is counted)"
+    indices, _ = config.layer_selection
+    if indices is not None:
+        layers = f" in the layers {indices} (layers_pattern names the list that is counted)"
     return (
         f"Target modules {targets} not found in the base model{layers}. {hint}"
         f"{kind} of {type(model).__name__} are called {leaves}.{default}"

@@ -28,8 +28,6 @@ CONFIGS = [LoraMoeConfig, MoloraConfig, SiraConfig, RoutedConfig]
         ("router_aux_loss_coef", -0.1, "router_aux_loss_coef=-0.1 must be zero or a positive number"),
         ("router_z_loss_coef", -1, "router_z_loss_coef=-1 must be zero or a positive number"),
         ("routed_scaling_factor", 0, "routed_scaling_factor=0 must be a positive number"),
-        ("capacity_factor", 0.0, "capacity_factor=0.0 must be a positive number or None"),
-        ("capacity_order", "random", "capacity_order='random' must be one of 'position', 'choice'"),
         ("experts_implementation", "fast", "experts_implementation='fast' must be one of 'eager', 'dense'"),
         ("init_weights", "zero", "init_weights='zero' must be one of True, False, 'gaussian'"),
         ("target_parameters", ["w"], "experts are adapted as modules; name the modules in target_modules"),
@@ -42,7 +40,21 @@ def test_wrong_value_is_refused_with_the_value_and_the_fix(config, field, value,
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("config", [LoraMoeConfig, SiraConfig, RoutedConfig, MoloraConfig])
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("capacity_factor", 0.0, "capacity_factor=0.0 must be a positive number or None"),
+        ("capacity_factor", 1e300, "capacity_factor=1e[+]300 must be a positive number or None, at most 1e[+]06"),
+        ("capacity_order", "random", "capacity_order='random' must be one of 'position', 'choice'"),
+    ],
+)
+def test_wrong_capacity_is_refused(field, value, message):
+    for config in (SiraConfig(), RoutedConfig(router="capacity")):
+        with pytest.raises(ValueError, match=message):
+            type(config)(router="capacity", **{field: value})
+
+
+@pytest.mark.parametrize("config", [RoutedConfig, MoloraConfig])
 def test_unknown_router_is_refused(config):
     with pytest.raises(ValueError, match="router='hash' must be one of 'dense', 'top_k'"):
         config(router="hash")

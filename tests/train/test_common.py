@@ -19,7 +19,7 @@ from tests.tiny import tiny_llama, tiny_mixtral
 ROOT = Path(__file__).parents[2]
 # Fields that have no flag: fixed by the scripts, by peft, or not supported.
 WITHOUT_FLAG = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
-WITHOUT_FLAG |= {"inference_mode", "schema_version", "target_parameters", "losses"}
+WITHOUT_FLAG |= {"inference_mode", "schema_version", "losses"}
 # Filled in from the model.
 WITHOUT_FLAG |= {"num_backbone_experts"}
 

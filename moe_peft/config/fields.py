@@ -1,0 +1,271 @@
+"""Groups of fields that adapter types share; a configuration is composed from those that mean something for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ..forward.joined_losses import SCOPES
+from ..messages import warn
+from ..ops import IMPLEMENTATIONS
+from ..routers import ROUTERS
+from .config import BACKBONE, MoeConfig
+from .meaning import NOT_MEANING
+
+# Sizes beyond these are slips of the pen.
+MAX_RANK, MAX_EXPERTS = 2**16, 2**20
+# Factors outside of these leave the range of float32, if not at once then in an optimizer's squares.
+SMALLEST, LARGEST = 1e-30, 1e6
+IN_RANGE = f"from {SMALLEST:g} to {LARGEST:g}"
+
+
+@dataclass
+class PlacingConfig(MoeConfig):
+    """Fields that choose among the modules of a model by their names and layers."""
+
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names (or a regex) of modules to leave out.", **NOT_MEANING}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the decoder layers to adapt; None adapts all.", **NOT_MEANING}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Name of the module list that layers_to_transform counts in.", **NOT_MEANING},
+    )
+
+    def _make_sets(self, *names: str) -> None:
+        super()._make_sets("exclude_modules", *names)
+
+    @property
+    def layer_selection(self) -> tuple[list[int] | int | None, list[str] | str | None]:
+        """See `MoeConfig.layer_selection`."""
+        return self.layers_to_transform, self.layers_pattern
+
+
+@dataclass
+class LowRankConfig(MoeConfig):
+    """Fields of experts that are pairs of matrices."""
+
+    init_choices: ClassVar[tuple[bool | str, ...]] = (True, False, "gaussian")
+
+    r: int = field(default=4, metadata={"help": "Rank of one expert."})
+    lora_alpha: float = field(
+        default=8, metadata={"help": "Scale of the experts: the routed sum is times lora_alpha / r."}
+    )
+    lora_dropout: float = field(
+        default=0.0,
+        metadata={"help": "Probability of dropping an element of the experts' input in training.", **NOT_MEANING},
+    )
+    use_rslora: bool = field(
+        default=False, metadata={"help": "Scale by lora_alpha / sqrt(r) instead of lora_alpha / r."}
+    )
+    init_weights: bool | str = field(
+        default=True,
+        metadata={
+            "help": "True: A uniform as in nn.Linear, B zero. 'gaussian': A normal with standard deviation 0.02, B "
+            "zero. False: both random, so the adapter is not the identity at the start (for tests).",
+            **NOT_MEANING,
+        },
+    )
+    experts_implementation: str = field(
+        default="dense",
+        metadata={"help": "How the routed sum is computed: 'dense' (two GEMMs) or 'eager' (a loop).", **NOT_MEANING},
+    )
+
+    @property
+    def scaling(self) -> float:
+        """s, the factor of the routed sum of experts."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def validate(self) -> None:
+        """Check every field; see `MoeConfig.validate`."""
+        super().validate()
+        self._check(1 <= self.r <= MAX_RANK, "r", f"a rank of at least 1 and at most {MAX_RANK}")
+        self._check(self.lora_alpha > 0, "lora_alpha", "a positive number")
+        hint = f"a positive number with a factor lora_alpha / r {IN_RANGE}, which for r={self.r} it has not"
+        self._check(SMALLEST <= self.scaling <= LARGEST, "lora_alpha", hint)
+        self._check(0 <= self.lora_dropout < 1, "lora_dropout", "a number from 0 up to, but not including, 1")
+        self._check_choice("experts_implementation", tuple(IMPLEMENTATIONS))
+        self._check_choice("init_weights", self.init_choices)
+
+
+@dataclass
+class RouterConfig(MoeConfig):
+    """Fields of a router that scores the experts of the adapter."""
+
+    num_experts: int = field(default=8, metadata={"help": "Experts at each adapted layer."})
+    router: str = field(default="dense", metadata={"help": "Name of the router: dense, top_k or capacity."})
+    router_jitter_noise: float = field(
+        default=0.0,
+        metadata={"help": "Half-width of multiplicative noise on the router's input in training.", **NOT_MEANING},
+    )
+    expert_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Probability of dropping an expert's gate in training; survivors are divided by 1-p.",
+            **NOT_MEANING,
+        },
+    )
+
+    def validate(self) -> None:
+        """Check every field; see `MoeConfig.validate`."""
+        super().validate()
+        hint = f"at least 1 and at most {MAX_EXPERTS}"
+        self._check(self.num_experts is None or 1 <= self.num_experts <= MAX_EXPERTS, "num_experts", hint)
+        for name in ("expert_dropout", "router_jitter_noise"):
+            self._check(0 <= getattr(self, name) < 1, name, "a number from 0 up to, but not including, 1")
+        self._check_choice("router", (*ROUTERS, BACKBONE))
+        self._check(
+            self.router != BACKBONE or self.placement in ("experts", "slices"),
+            "router",
+            f"one of {', '.join(map(repr, ROUTERS))}: only adapters around the backbone's experts follow its routing",
+        )
+        for name in sorted(self._idle_fields()):
+            self._check_left_alone(name, f"the {self.router!r} router does not use it", of=RoutedMoeConfig)
+
+    def router_summary(self) -> str:
+        """The router in a few words."""
+        return f"router {self.router}"
+
+    def router_fields(self) -> tuple[str, ...]:
+        """Names of this configuration's fields that the chosen router takes."""
+        own = {entry.name for entry in dataclasses.fields(self)}
+        taken = ROUTERS[self.router].fields if self.router in ROUTERS else ()
+        return tuple(name for name in taken if name in own)
+
+    def _idle_fields(self) -> set[str]:
+        """Names of this configuration's fields that other routers take, and the chosen one does not."""
+        own = {entry.name for entry in dataclasses.fields(self)}
+        return own & {name for router in ROUTERS.values() for name in router.fields} - set(self.router_fields())
+
+
+@dataclass
+class TopKConfig(RouterConfig):
+    """Fields of a router that keeps some experts of each token."""
+
+    top_k: int | None = field(default=None, metadata={"help": "Experts a token uses; None uses all."})
+    norm_topk_prob: bool = field(
+        default=False, metadata={"help": "Rescale the weights of the kept experts to sum to one."}
+    )
+
+    def validate(self) -> None:
+        """Check every field; see `MoeConfig.validate`."""
+        super().validate()
+        if self.top_k is not None:
+            hint = f"between 1 and num_experts={self.num_experts}"
+            self._check(1 <= self.top_k <= self.num_experts, "top_k", hint)
+        needed = "top_k" in self.router_fields()
+        self._check(not needed or self.top_k is not None, "top_k", f"set for the {self.router!r} router")
+
+    def advise(self) -> None:
+        """See `MoeConfig.advise`."""
+        super().advise()
+        if self.norm_topk_prob and self.top_k == 1 and self.num_experts > 1:
+            warn(
+                f"{type(self).__name__}: with top_k=1, norm_topk_prob=True makes every weight one, whatever the "
+                "router says, so that it gets no gradient from the task. Write norm_topk_prob=False, or top_k=2."
+            )
+
+    def router_summary(self) -> str:
+        """See `RouterConfig.router_summary`."""
+        text = super().router_summary()
+        return text if self.top_k is None else f"{text}, top {self.top_k}"
+
+
+@dataclass
+class CapacityConfig(TopKConfig):
+    """Fields of a router whose experts take a limited number of tokens in training."""
+
+    capacity_factor: float | None = field(
+        default=None,
+        metadata={
+            "help": "Places of an expert over its even share of a sequence's requests, in training; None: no limit."
+        },
+    )
+    capacity_order: str = field(
+        default="position",
+        metadata={
+            "help": "Who is served first: 'position' (tokens in order) or 'choice' (first choices first; not causal)."
+        },
+    )
+    allow_non_causal: bool = field(
+        default=False,
+        metadata={"help": "Permit parts with which a later token changes an earlier one's output.", **NOT_MEANING},
+    )
+
+    def validate(self) -> None:
+        """Check every field; see `MoeConfig.validate`."""
+        super().validate()
+        hint = f"a positive number or None, at most {LARGEST:g}"
+        self._check(self.capacity_factor is None or 0 < self.capacity_factor <= LARGEST, "capacity_factor", hint)
+        self._check_choice("capacity_order", ("position", "choice"))
+        if self.capacity_order == "choice" and self.task_type == "CAUSAL_LM":
+            self._check(
+                self.allow_non_causal,
+                "capacity_order",
+                "'position' for a causal language model: with 'choice' a later token takes an earlier token's place. "
+                "To train with it all the same, set allow_non_causal=True",
+            )
+
+
+@dataclass
+class RouterLossConfig(MoeConfig):
+    """Fields of the losses that a router's decisions cost."""
+
+    router_aux_loss_coef: float = field(
+        default=0.0, metadata={"help": "Weight of the balance loss, per layer.", **NOT_MEANING}
+    )
+    router_z_loss_coef: float = field(
+        default=0.0, metadata={"help": "Weight of the router z-loss, per layer.", **NOT_MEANING}
+    )
+    load_balancing_scope: str = field(
+        default="global_batch",
+        metadata={
+            "help": "What the router losses are measured on: 'micro_batch' (the batch of one process), 'global_batch' "
+            "(of all processes), or 'accumulation_window' (and the micro-batches before it, in a trainer).",
+            **NOT_MEANING,
+        },
+    )
+
+    def validate(self) -> None:
+        """Check every field; see `MoeConfig.validate`."""
+        super().validate()
+        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+            self._check(is_coefficient(getattr(self, name)), name, f"zero or a positive number {IN_RANGE}")
+        self._check_choice("load_balancing_scope", SCOPES)
+
+
+@dataclass
+class MixtureConfig(RouterLossConfig, RouterConfig, LowRankConfig, PlacingConfig):
+    """Fields of a routed sum of low-rank experts."""
+
+    routed_scaling_factor: float = field(default=1.0, metadata={"help": "Factor of all combine weights."})
+
+    def validate(self) -> None:
+        """Check every field; see `MoeConfig.validate`."""
+        super().validate()
+        self._check(self.routed_scaling_factor > 0, "routed_scaling_factor", "a positive number")
+        product = self.routed_scaling_factor * self.scaling
+        hint = f"a positive number whose product with lora_alpha / r = {self.scaling:g} is {IN_RANGE}"
+        self._check(SMALLEST <= product <= LARGEST, "routed_scaling_factor", hint)
+
+    def expected_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `MoeConfig.expected_shapes`."""
+        return {"_experts.A": (self.num_experts, self.r), "_experts.B": (self.num_experts, self.r)}
+
+    def summary(self) -> str:
+        """See `MoeConfig.summary`."""
+        return f"{self.num_experts} experts of rank {self.r}, {self.router_summary()}"
+
+
+@dataclass
+class RoutedMoeConfig(MixtureConfig, CapacityConfig):
+    """All shared fields, for adapter types that take several routers."""
+
+
+def is_coefficient(value: float) -> bool:
+    """Whether a number can be the weight of a loss: zero, or one that float32 keeps through a training step."""
+    return value == 0 or SMALLEST <= value <= LARGEST

@@ -1,22 +1,24 @@
 """Adds up what the routers of a model decide in training, and reads it once per logging interval.
 
-Every routing costs a few sums on its own device; a reading costs one all-reduce and one copy to the host, whatever
-the number of layers.
+The routings of a micro-batch are summed in one pass over all places; a reading costs one all-reduce and one copy to
+the host, whatever the number of layers.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..forward.processes import num_processes, sum_over_processes
 from ..forward.tracker import ForwardTracker
 from ..types import Routing
+from .stacked import add, as_sums, in_groups, stacked_statistics
 from .statistics import RoutingStatistics
 
 Key = tuple[str, str]
+MAX_WAITING = 2**20  # elements of probabilities
 
 
 @dataclass(frozen=True)
@@ -33,39 +35,78 @@ class Reading:
 
 
 class RoutingMeter:
-    """Observer of a model's training passes."""
+    """Observer of a model's training passes.
+
+    Decisions wait until the micro-batch ends, so that those of all places are summed in one pass; no more of them wait
+    than `MAX_WAITING` elements.
+    """
 
     def __init__(self) -> None:
-        self.sums: dict[Key, torch.Tensor] = {}
+        self.sums: dict[tuple[Key, ...], list[torch.Tensor]] = {}
         self.losses: dict[str, torch.Tensor] = {}
         self.micro_batches = 0
+        self._waiting: list[tuple[Key, Routing]] = []
+        self._elements = 0
 
     def observe(self, place: str, adapter: str, routing: Routing) -> None:
         """Add a routing; those of evaluation and generation do not count."""
         if not routing.context.training:
             return
-        sums, key = RoutingStatistics.of(routing).flat(), (place, adapter)
-        self.sums[key] = self.sums[key] + sums if key in self.sums else sums
+        probs = routing.probs.detach()
+        self._waiting.append(
+            ((place, adapter), replace(routing, weights=routing.weights.detach(), logits=probs, probs=probs))
+        )
+        self._elements += probs.numel()
+        if self._elements > MAX_WAITING:
+            self._add_waiting()
 
-    def add_losses(self, tracker: ForwardTracker) -> None:
-        """Add the router losses of the latest training forward."""
-        if tracker.latest is None:
-            return
-        for name, value in tracker.latest.mean_values().items():
+    def add_losses(self, *trackers: ForwardTracker) -> None:
+        """Add the router losses of the latest training forward, and sum what its places have decided.
+
+        Args:
+            *trackers: Those of all adapted models that the forward ran.
+        """
+        self._add_waiting()
+        values: dict[str, list[torch.Tensor]] = {}
+        for tracker in trackers:
+            for name, value in tracker.latest.mean_values().items() if tracker.latest is not None else ():
+                values.setdefault(name, []).append(value)
+        for name, parts in values.items():
+            value = torch.stack([part.to(parts[0]) for part in parts]).mean()
             self.losses[name] = self.losses[name] + value if name in self.losses else value
-        self.micro_batches += 1
+        self.micro_batches += any(tracker.latest is not None for tracker in trackers)
 
     def read(self) -> Reading:
         """Join what all processes measured, and start anew; every process must call it."""
-        keys, names = sorted(self.sums), sorted(self.losses)
-        joined = sum_over_processes([self.sums[key] for key in keys] + [self.losses[name][None] for name in names])
+        self._add_waiting()
+        sums = self._by_place()
+        keys, names = sorted(sums), sorted(self.losses)
+        joined = sum_over_processes(
+            [part.reshape(-1) for key in keys for part in sums[key]] + [self.losses[name][None] for name in names]
+        )
         flat = torch.cat([part.to(joined[0]) for part in joined]).cpu() if joined else torch.zeros(0)
-        parts = flat.split([part.numel() for part in joined])
-        places = {key: RoutingStatistics.from_flat(part) for key, part in zip(keys, parts, strict=False)}
+        parts = iter(flat.split([part.numel() for part in joined]))
+        places = {key: RoutingStatistics(*(next(parts).view_as(own) for own in sums[key])) for key in keys}
         count = max(self.micro_batches, 1) * num_processes()
-        losses = {name: float(part) / count for name, part in zip(names, parts[len(keys) :], strict=True)}
+        losses = {name: float(next(parts)) / count for name in names}
         self.sums, self.losses, self.micro_batches = {}, {}, 0
         return Reading(places, losses)
+
+    def _add_waiting(self) -> None:
+        """Sum the decisions that wait, of all places in one pass."""
+        keys, routings = [key for key, _ in self._waiting], [routing for _, routing in self._waiting]
+        self._waiting, self._elements = [], 0
+        for group, members in in_groups(keys, routings):
+            own, before = as_sums(stacked_statistics(members)), self.sums.get(group)
+            self.sums[group] = own if before is None else add(before, own)
+
+    def _by_place(self) -> dict[Key, list[torch.Tensor]]:
+        """The sums of each place; those of several groups, as of batches of other sizes, added up."""
+        found: dict[Key, list[torch.Tensor]] = {}
+        for group, stacked in self.sums.items():
+            for key, *own in zip(group, *(part.unbind() for part in stacked), strict=True):
+                found[key] = add(found[key], own) if key in found else own
+        return found
 
 
 def metrics_of(reading: Reading, layer_groups: int) -> dict[str, float]:

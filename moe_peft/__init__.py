@@ -20,7 +20,9 @@ from .describe import describe
 from .forward import router_loss
 from .hub import push_adapter
 from .integrations import CoefficientSchedule, FreezeCallback, MoeCallback, attach
+from .layers.accelerated_lora import accelerate_expert_lora
 from .methods import EsftConfig, LoraMoeConfig, MoloraConfig, MovConfig, PerftConfig, RoutedConfig, SiraConfig
+from .places.expert_parameters import expert_parameters
 from .selection import (
     ExpertScores,
     ExpertSelection,
@@ -55,8 +57,10 @@ __all__ = [
     "PerftConfig",
     "RoutedConfig",
     "SiraConfig",
+    "accelerate_expert_lora",
     "attach",
     "describe",
+    "expert_parameters",
     "experts",
     "losses",
     "overlap_table",

@@ -214,10 +214,10 @@ def _is_experts(leaf: str, module: nn.Module) -> bool:
         return False
     fused = all(any(len(shape) == 3 for shape in _shapes(module, names)) for names in (FIRST_MATRICES, ("down_proj",)))
     counted = leaf == "experts" and isinstance(getattr(module, "num_experts", None), int)
-    return (fused or (counted and _named_width(module) is not None)) and _takes_routing(module)
+    return (fused or (counted and _named_width(module) is not None)) and takes_routing(module)
 
 
-def _takes_routing(module: nn.Module) -> bool:
+def takes_routing(module: nn.Module) -> bool:
     """Whether a module is called with hidden states, indices and weights."""
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -1,0 +1,94 @@
+"""Runs another computation in the place of an experts module's forward, for the duration of one call.
+
+The module itself is called, so that its hooks fire and offloaded or sharded weights arrive; nothing of it changes
+between calls. Threads that call the module at the same time see their own computation.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+_lock = threading.Lock()
+
+
+class _Replacement:
+    """Stands at a module's forward while calls with another computation are under way.
+
+    Attributes:
+        own: The module's own forward.
+        instance: Whether that is an attribute of the module itself, not of its class.
+        by_thread: Thread -> (owner, computation) of its calls, the innermost last.
+    """
+
+    def __init__(self, module: nn.Module, slot: str) -> None:
+        self.own: Callable = getattr(module, slot)
+        self.instance = slot in module.__dict__
+        self.by_thread: dict[int, list[tuple[object, Callable]]] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        calls = self.by_thread.get(threading.get_ident())
+        return (calls[-1][1] if calls else self.own)(*args, **kwargs)
+
+
+@contextmanager
+def replaced_forward(experts: nn.Module, owner: object, compute: Callable) -> Iterator[None]:
+    """Let calls of a module by this thread run another computation.
+
+    Args:
+        experts: The module.
+        owner: Who asks for it, see `owner_of_pass`.
+        compute: Called with the module's arguments.
+    """
+    slot = _slot(experts)
+    thread = threading.get_ident()
+    with _lock:
+        replacement = experts.__dict__.get(slot)
+        if not isinstance(replacement, _Replacement):
+            replacement = _Replacement(experts, slot)
+            experts.__dict__[slot] = replacement
+        replacement.by_thread.setdefault(thread, []).append((owner, compute))
+    try:
+        yield
+    finally:
+        with _lock:
+            replacement.by_thread[thread].pop()
+            if not replacement.by_thread[thread]:
+                del replacement.by_thread[thread]
+            if not replacement.by_thread:
+                if replacement.instance:
+                    experts.__dict__[slot] = replacement.own
+                else:
+                    del experts.__dict__[slot]
+
+
+def owner_of_pass(experts: nn.Module) -> object | None:
+    """Who has set the computation that a call of a module by this thread would run; None for the module itself.
+
+    Args:
+        experts: The module.
+    """
+    replacement = experts.__dict__.get(_slot(experts))
+    if not isinstance(replacement, _Replacement):
+        return None
+    calls = replacement.by_thread.get(threading.get_ident())
+    return calls[-1][0] if calls else None
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether something happens when a module is called beside its forward: hooks, or weights that arrive.
+
+    Args:
+        module: Any module.
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "_old_forward" in module.__dict__
+
+
+def _slot(module: nn.Module) -> str:
+    # accelerate's hooks keep the forward that they call under this name.
+    return "_old_forward" if "_old_forward" in module.__dict__ else "forward"

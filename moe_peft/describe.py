@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
+from .backbone.probe import called_modules
 from .backbone.sizes import num_base_weights
 from .config.config import MoeConfig
+from .messages import shown
 from .places.choose import find_places, resolve_targets
 from .types import Place
 
@@ -24,12 +28,15 @@ class Description:
         places: The layers it matches, in the model's order.
         parameters: Trainable parameters at each of them.
         base_parameters: Parameters of the model without adapters.
+        uncalled: Places that a forward pass on the given inputs did not call, where an adapter learns nothing from
+            them; None where no inputs were given.
     """
 
     config: MoeConfig
     places: list[Place]
     parameters: list[int]
     base_parameters: int
+    uncalled: list[str] | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -52,15 +59,19 @@ class Description:
             f"{config.method}: {config.summary()}; {len(self.places)} places, {self.num_parameters:,} trainable "
             f"parameters ({share:.2f}% of the base model's {self.base_parameters:,})"
         )
+        if self.uncalled:
+            lines.append(f"not called by the given inputs: {', '.join(self.uncalled)}")
         return "\n".join(lines)
 
 
-def describe(model: nn.Module, config: MoeConfig) -> Description:
+def describe(model: nn.Module, config: MoeConfig, inputs: Mapping[str, Any] | None = None) -> Description:
     """Tell what a configuration would do to a model, without changing either.
 
     Args:
         model: The base model; quantized and meta-device models too.
         config: A routed configuration.
+        inputs: Keyword arguments of the model, as `tokenizer(text, return_tensors="pt")`, to run it once on and see
+            which places are called; None runs nothing.
 
     Returns:
         A table when printed, and its numbers as attributes.
@@ -78,6 +89,11 @@ def describe(model: nn.Module, config: MoeConfig) -> Description:
             f"describe: {config!r} is no configuration of moe_peft. Give an instance of one, as "
             "moe_peft.LoraMoeConfig()."
         )
+    if inputs is not None and not isinstance(inputs, Mapping):
+        raise ValueError(
+            f"describe: inputs={shown(inputs)} are no keyword arguments. Give a dict of tensors, as a tokenizer "
+            "returns."
+        )
     config = copy.deepcopy(config)
     resolve_targets(model, config)
     places = find_places(model, config, **get_quantization_kwargs(model))
@@ -87,4 +103,8 @@ def describe(model: nn.Module, config: MoeConfig) -> Description:
             parts = config.build(place)
         modules = [module for module in (parts.router, parts.experts) if module is not None]
         parameters.append(sum(p.numel() for module in modules for p in module.parameters()))
-    return Description(config, places, parameters, num_base_weights(model))
+    uncalled = None
+    if inputs is not None:
+        called = called_modules(model, [place.name for place in places], inputs)
+        uncalled = [place.name for place in places if place.name not in called]
+    return Description(config, places, parameters, num_base_weights(model), uncalled)

@@ -35,7 +35,8 @@ class Place:
         out_features: O.
         kind: Class name of the module.
         num_experts: Experts of the backbone there; None where it has none.
-        layer_index: Index of the decoder layer, for a place with experts of the backbone.
+        layer_index: Index of the layer it belongs to, in its stack; None for a place outside of numbered layers.
+        num_layers: Number of layers of that stack.
         base: The module itself, for adapters that start from its weights.
         rows: What the rows of its input are.
     """
@@ -46,6 +47,7 @@ class Place:
     kind: str = "Linear"
     num_experts: int | None = None
     layer_index: int | None = None
+    num_layers: int | None = None
     base: nn.Module | None = field(default=None, repr=False, compare=False)
     rows: Rows = "tokens"
 

@@ -7,6 +7,7 @@
     R5  widths and number of experts: those of the experts' weights
     R6  linear adapters stay out of routers
     R7  experts of an encoder of images or sound are not those of the language model
+    R8  attention: a module called so, or one that owns projections of queries, keys and values
 
 No rule asks for the name of a class, as quantization replaces classes.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -31,6 +32,9 @@ from .encoders import encoder_names
 ROUTER_NAMES = ("router", "router_gate")
 ROUTER_NAMES_BESIDE_EXPERTS = ("gate", "shared_expert_gate", *ROUTER_NAMES)
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+# What projections of queries, keys and values are called, and ones that hold all three.
+PROJECTION = re.compile(r"(?:to_?|w_?|c_?)?(q|k|v|query|key|value)(?:_?(?:proj|lin|linear|layer|project\w*))?", re.I)
+FUSED_PROJECTION = re.compile(r"c_attn|w?_?qkv(?:_?(?:proj|lin|linear))?|query_key_value", re.I)
 # The first matrix of fused experts, and what modules without fused matrices call the width of their input.
 FIRST_MATRICES = ("gate_up_proj", "up_proj")
 WIDTHS = ("hidden_size", "hidden_dim", "d_model")
@@ -104,6 +108,54 @@ def experts_call(args: tuple, kwargs: dict[str, Any]) -> ExpertsCall:
     return ExpertsCall(floating[0], integer[0], floating[1])
 
 
+def attention_names(model: nn.Module) -> set[str]:
+    """Names of the attention modules of a model.
+
+    A module is one by its name, or where it projects queries, keys and values, whatever it is called, as `mixer`.
+
+    Args:
+        model: Any model, with or without adapters.
+
+    Returns:
+        Full module names; what lies below them belongs to the attention too.
+    """
+    names: set[str] = set()
+    for name, module in model.named_modules():
+        if ATTENTION.search(name.rpartition(".")[2]) or projects_queries_keys_values(module):
+            names.add(name)
+    return names
+
+
+def projects_queries_keys_values(module: nn.Module) -> bool:
+    """Whether a module owns projections of queries, keys and values, apart or in one matrix.
+
+    Args:
+        module: Any module; only the names of its children are looked at.
+    """
+    children = [name for name, _ in module.named_children()]
+    kinds = {match.group(1)[0] for name in children if (match := PROJECTION.fullmatch(name))}
+    return len(kinds) == 3 or any(FUSED_PROJECTION.fullmatch(name) for name in children)
+
+
+def layer_of(name: str, modules: Mapping[str, nn.Module]) -> tuple[int, int] | None:
+    """The layer that a module belongs to, which is the first number in its name, and how many its stack has.
+
+    Args:
+        name: Full module name.
+        modules: All modules of the model by their names.
+
+    Returns:
+        Index and number of layers; None outside of numbered layers.
+    """
+    parts = name.split(".")
+    at = next((position for position, part in enumerate(parts) if part.isdecimal()), None)
+    if at is None:
+        return None
+    stack = modules.get(".".join(parts[:at]))
+    siblings = [] if stack is None else [child for child, _ in stack.named_children() if child.isdecimal()]
+    return int(parts[at]), max(len(siblings), int(parts[at]) + 1)
+
+
 def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
     """The sparse layers of a language model whose experts an adapter can follow, in order; empty for a dense one.
 
@@ -111,7 +163,7 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
         model: Any model, with or without adapters.
     """
     found: list[MoeLayer] = []
-    others = _adapter_parts(model) | encoder_names(model)
+    others, attention = _adapter_parts(model) | encoder_names(model), attention_names(model)
     for name, module in model.named_modules():
         parent_name, _, leaf = name.rpartition(".")
         if leaf == "base_layer" or leaf.startswith("shared") or is_below(name, others):
@@ -127,7 +179,9 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
             MoeLayer(
                 index=numbers[0] if numbers else len(found),
                 experts=name,
-                block=None if any(ATTENTION.search(child) for child in children) else _outermost(parent_name),
+                block=None
+                if any(f"{parent_name}.{child}" in attention for child in children)
+                else _outermost(parent_name),
                 router=f"{parent_name}.{router}" if router else None,
                 shared_experts=tuple(f"{parent_name}.{child}" for child in shared),
                 num_experts=num_experts,
@@ -150,13 +204,11 @@ def opaque_blocks(model: nn.Module) -> dict[str, str]:
         Full name of the block -> why, in the model's order.
     """
     followed = {layer.experts.rpartition(".")[0] for layer in find_moe_layers(model)}
-    routers, encoders = router_names(model), encoder_names(model)
+    routers, others = router_names(model), encoder_names(model) | attention_names(model)
     blocks: dict[str, str] = {}
     for parent_name, parent in model.named_modules():
         routes = any(f"{parent_name}.{child}" in routers for child, _ in parent.named_children())
-        if not parent_name or not routes or parent_name in followed or ATTENTION.search(parent_name):
-            continue
-        if is_below(parent_name, encoders):
+        if not parent_name or not routes or parent_name in followed or is_below(parent_name, others):
             continue
         name, experts = _outermost(parent_name), dict(parent.named_children()).get("experts")
         if experts is None:

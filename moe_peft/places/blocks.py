@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..backbone.encoders import encoder_names
-from ..backbone.structure import ATTENTION, base_of, block_width, is_below, opaque_blocks, unsupported_reason
+from ..backbone.structure import attention_names, base_of, block_width, is_below, opaque_blocks, unsupported_reason
 from ..types import MoeLayer, Place
 
 
@@ -33,7 +33,8 @@ def block_names(model: nn.Module, layers: list[MoeLayer], linears: list[str]) ->
     sparse = {*(layer.block or layer.experts for layer in layers), *opaque_blocks(model)}
     if sparse:
         return [name for name in modules if name in sparse]
-    parents = {name.rpartition(".")[0] for name in linears if not ATTENTION.search(name)}
+    attention = attention_names(model)
+    parents = {name.rpartition(".")[0] for name in linears if not is_below(name, attention)}
     # The linear layers of a block that another adapter wraps cannot be seen.
     wrapped = (name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
     encoders = encoder_names(model)

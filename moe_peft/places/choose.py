@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, NoMatchingPeftModuleError
 from torch import nn
 
 from ..backbone.encoders import encoder_names
-from ..backbone.structure import find_moe_layers, is_below, router_names
+from ..backbone.read_weights import read_weights
+from ..backbone.structure import find_moe_layers, is_below, layer_of, router_names
 from ..types import MoeLayer, MoePeftWarning, Place, Rows
 from .blocks import block_names, block_place, experts_names, experts_place
 from .linear import (
@@ -89,16 +90,17 @@ def find_places(model: nn.Module, config: MoeConfig, **quantization: Any) -> lis
         **quantization: What `peft.utils.quantization_utils.get_quantization_kwargs` says of the model.
 
     Raises:
-        ValueError: Nothing matches, or a match is a router or cannot be adapted; nearest valid names are given.
+        NoMatchingPeftModuleError: Nothing matches, a ValueError of peft's.
+        ValueError: A match is a router or cannot be adapted; nearest valid names are given.
     """
     if config.target_modules in (DUMMY_TARGETS, {DUMMY_TARGETS}):
         return []
     routers, modules, layers = router_names(model), dict(model.named_modules()), find_moe_layers(model)
-    encoders = encoder_names(model)
+    encoders, read = encoder_names(model), read_weights(model)
     places: list[Place] = []
     inside: set[str] = set()
     taken: set[str] = set()
-    excluded = False
+    excluded = unmatched = False
     for name, module in modules.items():
         if not name or is_below(name.rpartition(".")[0], inside):
             continue
@@ -106,24 +108,22 @@ def find_places(model: nn.Module, config: MoeConfig, **quantization: Any) -> lis
             inside.add(name)
         match = check_target_module_exists(config, name)
         if not match:
-            excluded = excluded or (match is not None and match is not False)
+            left_out = match is not None and match is not False
+            excluded, unmatched = excluded or left_out, unmatched or not left_out
             continue
         _refuse_router(name, routers)
         if is_below(name, taken):
             raise ValueError(f"target_modules matches {name}, which lies inside another match; name only one of both.")
-        if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
-            raise ValueError(
-                f"Target module {name} belongs to torch.nn.MultiheadAttention, which reads its weight without calling "
-                "it, so an adapter there would have no effect. Remove it from target_modules."
-            )
+        _refuse_read(name, read)
         if config.placement == "block":
             _refuse_adapted_parts(name, module)
         _refuse_trained_parts(name, module, config.modules_to_save or [])
         place = PLACES[config.placement](name, module, layers, quantization)
-        places.append(replace(place, rows=_rows(name, encoders)))
+        index, num_layers = layer_of(name, modules) or (place.layer_index, None)
+        places.append(replace(place, rows=_rows(name, encoders), layer_index=index, num_layers=num_layers))
         taken.add(name)
-    if not places and not excluded:
-        raise ValueError(_no_match(model, config))
+    if not places:
+        raise NoMatchingPeftModuleError(_all_excluded(unmatched) if excluded else _no_match(model, config))
     _warn_of_unknown(config, modules)
     return places
 
@@ -156,6 +156,15 @@ def _refuse_router(name: str, routers: set[str]) -> None:
         )
 
 
+def _refuse_read(name: str, read: Mapping[str, str]) -> None:
+    if name in read:
+        raise ValueError(
+            f"target_modules matches {name}, whose weight {read[name]} reads without calling it, in every pass or in "
+            "some (fused kernels, caches), so that an adapter there would have no effect. Name other modules, or add "
+            "it to exclude_modules."
+        )
+
+
 def _refuse_adapted_parts(name: str, block: nn.Module) -> None:
     parts = [part for part, module in block.named_modules() if part and isinstance(module, BaseTunerLayer)]
     if parts:
@@ -173,6 +182,17 @@ def _refuse_trained_parts(name: str, module: nn.Module, modules_to_save: list[st
                 "adapter wraps the whole module and peft keeps no trained copy of a part. Name modules outside, or "
                 "take a configuration that wraps the experts alone, which leaves a block's router outside."
             )
+
+
+def _all_excluded(unmatched: bool) -> str:
+    """In peft's words, as its users look for them."""
+    fields = "`target_modules`, `exclude_modules` and `modules_to_save` configuration"
+    if not unmatched:
+        return f"All modules were excluded. This is likely unintended. Check your {fields}."
+    return (
+        "No modules were targeted for adaptation. This might be caused by a combination of mismatched target modules "
+        f"and excluded modules. Please check your {fields}."
+    )
 
 
 def _no_match(model: nn.Module, config: MoeConfig) -> str:

@@ -10,8 +10,8 @@ import re
 from torch import nn
 
 from ..backbone.encoders import encoder_names
-from ..backbone.structure import is_below
-from .linear import ATTENTION, linear_features, linear_names, text_linear_names
+from ..backbone.structure import attention_names, is_below
+from .linear import linear_features, linear_names, text_linear_names
 
 KEY_VALUE_NAMES = ("k_proj", "v_proj", "k", "v", "key", "value", "key_proj", "value_proj", "k_lin", "v_lin")
 # Projections that hold queries, keys and values (or keys and values) in one matrix.
@@ -30,8 +30,8 @@ def key_value_names(model: nn.Module) -> list[str]:
     Raises:
         ValueError: It has neither.
     """
-    linears = text_linear_names(model)
-    inside = [name for name in linears if ATTENTION.search(name)]
+    linears, attention = text_linear_names(model), attention_names(model)
+    inside = [name for name in linears if is_below(name, attention)]
     for wanted in (KEY_VALUE_NAMES, FUSED_NAMES):
         names = [name for name in inside if _leaf(name) in wanted]
         if names:
@@ -51,10 +51,10 @@ def ffn_output_names(model: nn.Module) -> list[str]:
     Args:
         model: Any model.
     """
-    modules = dict(model.named_modules())
+    modules, attention = dict(model.named_modules()), attention_names(model)
     siblings: dict[str, list[str]] = {}
     for name in linear_names(model):
-        if re.search(r"\.\d+\.", name) and not ATTENTION.search(name):
+        if re.search(r"\.\d+\.", name) and not is_below(name, attention):
             siblings.setdefault(name.rpartition(".")[0], []).append(name)
     groups: dict[str, list[str]] = {}
     for parent, names in siblings.items():
@@ -84,10 +84,11 @@ def head_widths(model: nn.Module, head_dim: int | None = None) -> dict[str, int]
     Raises:
         ValueError: Heads of `head_dim` do not fill a projection.
     """
-    modules, widths, encoders = dict(model.named_modules()), {}, encoder_names(model)
+    modules, widths = dict(model.named_modules()), {}
+    encoders, attention = encoder_names(model), attention_names(model)
     for name, module in modules.items():
         features = linear_features(module)
-        if features is None or _leaf(name) not in KEY_VALUE_NAMES or not ATTENTION.search(name):
+        if features is None or _leaf(name) not in KEY_VALUE_NAMES or not is_below(name, attention):
             continue
         given = None if is_below(name, encoders) else head_dim
         width = given or _own_width(modules[name.rpartition(".")[0]], _leaf(name))

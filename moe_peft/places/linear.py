@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..backbone.encoders import encoder_names
-from ..backbone.structure import base_of, find_moe_layers, is_below, router_names
+from ..backbone.read_weights import read_weights
+from ..backbone.structure import attention_names, base_of, find_moe_layers, is_below, router_names
 from ..types import MoeLayer, Place
 
 # Second projections of gated FFNs: they scale what the first one lets through, and the kind "all" leaves them out.
 UNGATED_NAMES = ("up_proj", "wi_1")
-ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 CROSS_ATTENTION = re.compile(r"encdecattention|encoder_attn|cross_?attn|crossattention", re.IGNORECASE)
 # Parts of sparse attention that choose the tokens to attend to: no gradient passes their choice.
 INDEXER = re.compile(r"(^|\.)index(er|_\w+)(\.|$)")
@@ -48,20 +48,21 @@ def linear_features(module: nn.Module, **quantization: Any) -> tuple[int, int] |
 def linear_names(model: nn.Module) -> list[str]:
     """Names of the linear layers an adapter may wrap.
 
-    None below a router or a tuner layer, nor the output head, nor those that choose the tokens of sparse attention.
+    None below a router or a tuner layer, nor an output head, nor those that choose the tokens of sparse attention, nor
+    those whose weight is read where they are not called.
     """
     heads = _output_heads(model)
-    routers = router_names(model)
+    others = router_names(model) | set(read_weights(model))
     names: list[str] = []
     inside: set[str] = set()
     for name, module in model.named_modules():
         if not name or is_below(name, inside):
             continue
-        if isinstance(module, (BaseTunerLayer, nn.MultiheadAttention)):
-            inside.add(name)
         base = base_of(module)
-        decides = is_below(name, routers) or INDEXER.search(name)
-        if linear_features(module) is not None and base not in heads and not decides:
+        if isinstance(module, BaseTunerLayer) or base in heads:
+            inside.add(name)
+        left_out = base in heads or is_below(name, others) or INDEXER.search(name)
+        if linear_features(module) is not None and not left_out:
             names.append(name)
     return names
 
@@ -73,13 +74,20 @@ def text_linear_names(model: nn.Module) -> list[str]:
 
 
 def _output_heads(model: nn.Module) -> list[nn.Module]:
-    """The layer that predicts tokens, or that classifies or scores a sequence."""
+    """The layers that predict tokens, or that classify or score a sequence, a token or a span.
+
+    Beside a backbone these are the output embeddings, linear layers of the model itself, and what is called like a
+    classifier, with all its layers.
+    """
     # A multi-modal model may leave the head to its language model.
     parts = [model, *(part for part in model.modules() if isinstance(part, PreTrainedModel))]
     heads = [cast(Any, part).get_output_embeddings() for part in parts if hasattr(part, "get_output_embeddings")]
-    if not any(isinstance(head, nn.Module) for head in heads):
-        heads = [getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES]
-    return [head for head in heads if isinstance(head, nn.Module)]
+    for part in parts:
+        backbone = getattr(part, "base_model", None)
+        if isinstance(backbone, nn.Module) and backbone is not part:
+            heads.extend(child for child in part.children() if linear_features(child) is not None)
+    heads.extend(getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES)
+    return [base_of(head) for head in heads if isinstance(head, nn.Module)]
 
 
 def default_target_modules(model: nn.Module, kind: str) -> list[str]:
@@ -97,7 +105,8 @@ def default_target_modules(model: nn.Module, kind: str) -> list[str]:
         ValueError: The model has no such layer, as an FFN of fused experts.
     """
     linears = [name for name in text_linear_names(model) if re.search(r"\.\d+\.", name)]
-    attention = {name for name in linears if ATTENTION.search(name)}
+    inside = attention_names(model)
+    attention = {name for name in linears if is_below(name, inside)}
     if kind == "attention":
         chosen = attention
     elif kind == "ffn":

@@ -11,18 +11,21 @@ from torch import nn
 
 from moe_peft import PerftConfig, describe
 from moe_peft.backbone.structure import (
+    attention_names,
     block_width,
     experts_call,
     find_moe_layers,
     is_below,
+    layer_of,
     opaque_blocks,
+    projects_queries_keys_values,
     router_names,
     unsupported_reason,
 )
 from moe_peft.places.linear import linear_names
 from tests.backbones.models import EXPERTS, FOLLOWED, OPAQUE, TYPES, known, tiny_model
 from tests.contract.cases import tiny_olmoe
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_llama, tiny_t5
 
 
 class Experts(nn.Module):
@@ -188,3 +191,34 @@ def test_inputs_of_experts_are_told_apart_by_their_types():
         experts_call((hidden,), {})
     with pytest.raises(ValueError, match="router of its own"):
         experts_call((hidden, index, weights[:, :1]), {})
+
+
+@pytest.mark.parametrize(
+    ("children", "expected"),
+    [
+        (("q_proj", "k_proj", "v_proj", "o_proj"), True),
+        (("q", "k", "v", "o"), True),
+        (("query", "key", "value"), True),
+        (("q_lin", "k_lin", "v_lin", "out_lin"), True),
+        (("to_q", "to_k", "to_v"), True),
+        (("wq", "wk", "wv", "wo"), True),
+        (("qkv_proj", "o_proj"), True),
+        (("query_key_value", "dense"), True),
+        (("Wqkv", "Wo"), True),
+        (("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj"), False),
+        (("key", "value", "receptance"), False),
+        (("gate_proj", "up_proj", "down_proj"), False),
+    ],
+)
+def test_attention_is_what_projects_queries_keys_and_values(children, expected):
+    mixer = nn.ModuleDict({name: nn.Linear(4, 4) for name in children})
+    assert projects_queries_keys_values(mixer) is expected
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mixer": mixer})])})
+    assert attention_names(model) == ({"layers.0.mixer"} if expected else set())
+
+
+def test_layers_are_counted_in_their_own_stack():
+    modules = dict(tiny_t5().named_modules())
+    assert layer_of("encoder.block.1.layer.0.SelfAttention.q", modules) == (1, 2)
+    assert layer_of("decoder.block.0.layer.2.DenseReluDense.wo", modules) == (0, 2)
+    assert layer_of("lm_head", modules) is None

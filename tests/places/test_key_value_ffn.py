@@ -232,7 +232,7 @@ def test_mixers_and_bottlenecks_are_no_ffn():
 
 def test_models_without_keys_and_values_are_refused():
     model = build("mamba", SHARED)
-    with pytest.raises(ValueError, match=r"no key and value projections. Please specify .*'dt_proj'"):
+    with pytest.raises(ValueError, match=r"no key and value projections. Please specify .*'in_proj'"):
         key_value_names(model)
     with pytest.raises(ValueError, match="no key and value projections"):
         describe(model, MovConfig())

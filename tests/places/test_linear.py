@@ -7,7 +7,20 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaForSequenceClassification,
+    RobertaForTokenClassification,
+)
 
 from moe_peft import LoraMoeConfig, MoloraConfig, RoutedConfig, SiraConfig, describe
 from moe_peft.layers import RoutedLayer
@@ -110,6 +123,38 @@ def test_all_linear_leaves_out_the_head_that_scores_a_sequence():
         assert names == [name for name, module in model.named_modules() if isinstance(module, RoutedLayer)]
         assert names and not {"score", "classifier"} & set(names)
         assert [n for n, p in adapted.named_parameters() if p.requires_grad and "modules_to_save" in n]
+
+
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+}
+HEADED = [
+    (RobertaForSequenceClassification, RobertaConfig, ["classifier.dense", "classifier.out_proj"]),
+    (RobertaForTokenClassification, RobertaConfig, ["classifier"]),
+    (RobertaForMaskedLM, RobertaConfig, ["lm_head.decoder"]),
+    (BertForQuestionAnswering, BertConfig, ["qa_outputs"]),
+    (BertForMultipleChoice, BertConfig, ["classifier"]),
+    (LlamaForCausalLM, LlamaConfig, ["lm_head"]),
+]
+
+
+@pytest.mark.parametrize(("model_cls", "config_cls", "heads"), HEADED)
+def test_all_linear_leaves_out_every_head_and_naming_one_adapts_it(model_cls, config_cls, heads):
+    model = model_cls(config_cls(**TINY))
+    names = {place.name for place in describe(model, RoutedConfig(target_modules="all-linear")).places}
+    assert names and not names & set(heads)
+    assert {n for n in names if not any(part.isdecimal() for part in n.split("."))} <= {
+        "bert.pooler.dense",
+        "lm_head.dense",
+    }
+    for head in heads:
+        places = describe(model, RoutedConfig(target_modules=[head])).places
+        assert [(place.name, place.layer_index, place.num_layers) for place in places] == [(head, None, None)]
 
 
 @pytest.mark.parametrize("model_type", ["deepseek_v32", "glm_moe_dsa"])

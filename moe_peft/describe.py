@@ -82,11 +82,12 @@ def describe(model: nn.Module, config: MoeConfig, inputs: Mapping[str, Any] | No
     """
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"describe: model={model!r} is no model. Load it first, as in AutoModelForCausalLM.from_pretrained(name)."
+            f"describe: model={shown(model)} is no model. Load it first, as in "
+            "AutoModelForCausalLM.from_pretrained(name)."
         )
     if not isinstance(config, MoeConfig):
         raise ValueError(
-            f"describe: {config!r} is no configuration of moe_peft. Give an instance of one, as "
+            f"describe: config={shown(config)} is no configuration of moe_peft. Give an instance of one, as "
             "moe_peft.LoraMoeConfig()."
         )
     if inputs is not None and not isinstance(inputs, Mapping):

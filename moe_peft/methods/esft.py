@@ -35,6 +35,7 @@ from ..config.meaning import NOT_MEANING
 from ..config.parts import AROUND_WEIGHTS, RoutedParts
 from ..experts import EXPERTS, ExpertSlices
 from ..places.blocks import experts_names
+from ..selection.files import wrong_experts
 from ..tuner.registration import extend_peft_type, register
 from ..tuner.tuner import RoutedTuner
 from ..types import MoeLayer, Place
@@ -103,20 +104,9 @@ class EsftConfig(LowRankConfig):
             "a dict from layer index to expert ids: `selection.experts`, where the selection is what "
             "moe_peft.select_experts returns, or moe_peft.ExpertSelection.load(path) of a file",
         )
-        layers = [str(layer) for layer in experts]
-        wrong = next((layer for layer in layers if not layer.isdecimal()), None)
-        hint = f"{wrong!r} is no layer; of a file of the authors' take the entry 'experts'"
-        self._check(wrong is None, "experts", f"a dict from layer index to expert ids: {hint}")
-        self._check(
-            len({int(layer) for layer in layers}) == len(layers), "experts", "a dict that names no layer twice"
-        )
-        for layer, ids in experts.items():
-            fits = isinstance(ids, (list, tuple, set, range)) and all(type(e) is int and e >= 0 for e in ids)
-            self._check(
-                fits and len(set(ids)) == len(ids),
-                "experts",
-                f"a dict from layer index to a list of different expert ids, which {layer!r}: {ids!r} is not",
-            )
+        reason = wrong_experts(experts)
+        hint = f"a dict from layer index to expert ids, as the entry 'experts' of a selection's file: {reason}"
+        self._check(reason is None, "experts", hint)
         return {str(int(layer)): sorted(ids) for layer, ids in experts.items()}
 
     @property

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
+from ..messages import shown
 from .scores import ExpertScores
 from .select import ExpertSelection, select_experts
 
@@ -26,7 +28,15 @@ def selection_table(selection: ExpertSelection, scores: ExpertScores | None = No
 
     Returns:
         Text.
+
+    Raises:
+        ValueError: The arguments are of other types, or the scores do not hold the layers of the selection.
     """
+    if not isinstance(selection, ExpertSelection) or not isinstance(scores, (ExpertScores, NoneType)):
+        raise ValueError(
+            f"selection={shown(selection)} and scores={shown(scores)} must be an ExpertSelection, and ExpertScores or "
+            "None."
+        )
     header, columns = ["layer", "selected"], [list(selection.experts), _counts(selection)]
     if scores is not None and selection.rule is not None:
         rule = selection.rule
@@ -87,7 +97,9 @@ def plot_selection(selections: Mapping[str, ExpertSelection], path: str | Path) 
     """
     _check_named(selections)
     if not any(selection.experts for selection in selections.values()):
-        raise ValueError(f"selections={selections!r} has no layer to draw. Give at least one selection with layers.")
+        raise ValueError(
+            f"selections={shown(selections)} has no layer to draw. Give at least one selection with layers."
+        )
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -111,9 +123,10 @@ def plot_selection(selections: Mapping[str, ExpertSelection], path: str | Path) 
 
 
 def _check_named(selections: Any) -> None:
-    if not isinstance(selections, Mapping):
+    named = isinstance(selections, Mapping) and all(isinstance(task, str) for task in selections)
+    if not named or not all(isinstance(own, ExpertSelection) for own in selections.values()):
         raise ValueError(
-            f"selections={selections!r} must be a dict from the name of a task to its selection: write "
+            f"selections={shown(selections)} must be a dict from the name of a task to its selection: write "
             "{'my task': selection}."
         )
 

@@ -17,6 +17,9 @@ from typing import Any
 
 import torch
 
+from ..messages import shown
+from .files import layer_index, read_object
+
 CRITERIA = ("token", "gate")
 AGGREGATES = ("token", "sample")
 # Keys of the file; the first two are the authors', the others are ours.
@@ -26,6 +29,11 @@ KEYS = {
     ("token", "sample"): "sample_token_scores",
     ("gate", "sample"): "sample_gate_scores",
 }
+
+
+FORM = (
+    "Expert scores are {'token_scores': {'1': {'0': 0.01, ...}}, 'gate_scores': ...}, as ExpertScores.save writes them"
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,9 @@ class ExpertScores:
     model_parameters: int | None = None
 
     def __post_init__(self) -> None:
+        known = isinstance(self.by_layer, dict) and all(isinstance(own, LayerScores) for own in self.by_layer.values())
+        if not known or any(layer_index(layer) != layer for layer in self.by_layer):
+            raise ValueError(f"by_layer={shown(self.by_layer)} must be a dict from layer indices to LayerScores.")
         if not self.by_layer:
             raise ValueError("Expert scores of no layer: there is nothing to select from.")
         kinds = set.union(*(set(own.values) for own in self.by_layer.values()))
@@ -108,11 +119,11 @@ class ExpertScores:
             ValueError: There is no such layer or score.
         """
         if criterion not in CRITERIA:
-            raise ValueError(f"criterion={criterion!r} must be one of {CRITERIA}.")
+            raise ValueError(f"criterion={shown(criterion)} must be one of {CRITERIA}.")
         if aggregate not in AGGREGATES:
-            raise ValueError(f"aggregate={aggregate!r} must be one of {AGGREGATES}.")
-        if layer not in self.by_layer:
-            raise ValueError(f"layer={layer} has no experts; the layers with scores are {self.layers}.")
+            raise ValueError(f"aggregate={shown(aggregate)} must be one of {AGGREGATES}.")
+        if layer_index(layer) != layer or layer not in self.by_layer:
+            raise ValueError(f"layer={shown(layer)} has no experts; the layers with scores are {self.layers}.")
         values = self.by_layer[layer].values
         if (criterion, aggregate) not in values:
             raise ValueError(
@@ -148,36 +159,55 @@ class ExpertScores:
         Raises:
             ValueError: The file has another form.
         """
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        needed = ("token_scores", "gate_scores")
-        missing = [key for key in needed if not isinstance(content, dict) or not content.get(key)]
+        content = read_object(path, f"file of expert scores; {FORM}")
+        missing = [key for key in ("token_scores", "gate_scores") if not content.get(key)]
         if missing:
-            raise ValueError(
-                f"{path} has no {missing}. Expert scores are {{'token_scores': {{'1': {{'0': 0.01, ...}}}}, "
-                "'gate_scores': ...}, as ExpertScores.save writes them."
-            )
+            raise ValueError(f"{path} has no {missing}. {FORM}.")
+        numbers = {key: _by_layer(content[key], f"{path}, {key}") for key in KEYS.values() if key in content}
+        facts = {key: _by_layer(content.get(key) or {}, f"{path}, {key}") for key in ("top_k", "expert_parameters")}
+        layers = sorted({layer for own in numbers.values() for layer in own})
         by_layer = {
             layer: LayerScores(
                 {
-                    kind: _vector(content[key][str(layer)], f"{path}, {key}, layer {layer}")
+                    kind: _vector(numbers[key][layer], f"{path}, {key}, layer {layer}")
                     for kind, key in KEYS.items()
-                    if str(layer) in content.get(key, {})
+                    if layer in numbers.get(key, {})
                 },
-                content.get("top_k", {}).get(str(layer)),
-                content.get("expert_parameters", {}).get(str(layer)),
+                *(_count(own.get(layer), f"{path}, {key}, layer {layer}") for key, own in facts.items()),
             )
-            for layer in sorted(int(name) for name in content["token_scores"])
+            for layer in layers
         }
-        facts = {name: content.get(name) for name in ("num_tokens", "num_samples", "model_parameters")}
-        return cls(by_layer, **facts)
+        totals = ("num_tokens", "num_samples", "model_parameters")
+        return cls(by_layer, **{name: _count(content.get(name), f"{path}, {name}") for name in totals})
 
 
 def _numbered(scores_E: torch.Tensor) -> dict[str, float]:
     return {str(expert): score for expert, score in enumerate(scores_E.tolist())}
 
 
-def _vector(scores: dict[str, float], where: str) -> torch.Tensor:
-    numbers = isinstance(scores, dict) and all(type(score) in (int, float) for score in scores.values())
-    if not numbers or sorted(map(int, scores)) != list(range(len(scores))):
-        raise ValueError(f"{where}: the experts must be numbered from 0 to {len(scores) - 1}, each with a score.")
-    return torch.tensor([scores[str(expert)] for expert in range(len(scores))], dtype=torch.float64)
+def _by_layer(entries: object, where: str) -> dict[int, Any]:
+    """Entries of a file by layer index."""
+    layers = [layer_index(key) for key in entries] if isinstance(entries, dict) else [None]
+    if not isinstance(entries, dict) or None in layers or len(set(layers)) < len(layers):
+        raise ValueError(f"{where}: {shown(entries)} must be an object with the index of a layer as every key.")
+    return dict(zip(layers, entries.values(), strict=True))  # type: ignore[arg-type]
+
+
+def _vector(scores: object, where: str) -> torch.Tensor:
+    """(E,) float64 scores of an object from expert to score."""
+    experts = [layer_index(key) for key in scores] if isinstance(scores, dict) else [None]
+    if not isinstance(scores, dict) or None in experts or set(experts) != set(range(len(scores))):
+        size = len(scores) if isinstance(scores, dict) else 2
+        raise ValueError(f"{where}: the experts must be numbered from 0 to {size - 1}, each with a score.")
+    for score in scores.values():
+        if type(score) not in (int, float) or abs(score) > 1e300:
+            raise ValueError(f"{where}: {shown(score)} is no score; a score is zero or a positive number.")
+    numbered = dict(zip(experts, scores.values(), strict=True))
+    return torch.tensor([float(numbered[expert]) for expert in range(len(scores))], dtype=torch.float64)
+
+
+def _count(value: object, where: str) -> int | None:
+    """A whole number of a file, or None where it does not tell."""
+    if value is None or (type(value) is int and 0 < value < 2**63):
+        return value
+    raise ValueError(f"{where}: {shown(value)} must be a positive whole number, or null.")

@@ -1,7 +1,7 @@
 """Scores a backbone's experts on samples of a task, in forward passes alone (ESFT, arXiv 2407.01906, section 3).
 
 The scores come from what the experts modules are called with, the experts and weights that the backbone really uses;
-`expert_scores.py` has the formulas.
+`scores.py` has the formulas.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..backbone.expert_tensors import expert_tensors
 from ..backbone.sizes import num_base_weights
 from ..backbone.structure import base_of, experts_call, find_moe_layers, unsupported_reason
 from ..forward.processes import num_processes
+from ..messages import shown
 from ..types import MoeLayer
 from .scores import ExpertScores
 from .tally import MASKS, ExpertTally, scored_tokens
@@ -64,10 +65,7 @@ def score_experts(
         ValueError: The model has no experts or keeps them in a form that is not supported, a batch does not tell what
             was asked for, or there is no token to score.
     """
-    if score_mask not in MASKS:
-        raise ValueError(f"score_mask={score_mask!r} must be one of {MASKS}.")
-    if max_tokens is not None and max_tokens < num_processes():
-        raise ValueError(f"max_tokens={max_tokens} must be at least 1 for each process, or None for all tokens.")
+    _check_arguments(model, dataloader, score_mask, max_tokens, show_progress)
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     layers = sparse_layers(model)
     device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
@@ -103,6 +101,27 @@ def score_experts(
         )
     by_layer = {layer.index: tally.scores(layer.index, expert_size(model, layer)) for layer in layers}
     return ExpertScores(by_layer, tally.num_tokens, tally.num_samples, num_base_weights(model))
+
+
+def _check_arguments(model: Any, dataloader: Any, score_mask: Any, max_tokens: Any, show_progress: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model={shown(model)} is no model. Load it first, as in AutoModelForCausalLM.from_pretrained(name)."
+        )
+    if isinstance(dataloader, (Mapping, str)) or not isinstance(dataloader, Iterable):
+        raise ValueError(
+            f"dataloader={shown(dataloader)} must be a DataLoader or a list of batches; write [batch] for a "
+            "single one."
+        )
+    if score_mask not in MASKS:
+        raise ValueError(f"score_mask={shown(score_mask)} must be one of {MASKS}.")
+    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < num_processes()):
+        raise ValueError(
+            f"max_tokens={shown(max_tokens)} must be a whole number of at least 1 for each process, or None for all "
+            "tokens."
+        )
+    if not isinstance(show_progress, bool):
+        raise ValueError(f"show_progress={shown(show_progress)} must be True or False.")
 
 
 def sparse_layers(model: nn.Module) -> list[MoeLayer]:

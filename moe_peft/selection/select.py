@@ -12,19 +12,29 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ..messages import shown
+from .files import is_whole, layer_index, read_object, wrong_experts
 from .scores import AGGREGATES, CRITERIA, ExpertScores
 
 DEFAULT_P = {"token": 0.2, "gate": 0.1}
 # Scores that differ by less are the same number in another order of summation.
 DECIMALS = 12
 TOLERANCE = 1e-9
+MAX_P = 1e30
 NON_EXPERT_MODULES = (
     "non_expert_modules=True trains everything besides the experts as well (attention, norms, embeddings, routers), "
     "which an adapter of selected experts does not. Write false there, and name what to train beside the experts in "
     "the configuration: EsftConfig(experts=..., modules_to_save=['q_proj', 'v_proj'], train_router=True)."
+)
+
+
+FORM = (
+    "it must hold {'experts': {'1': [8, 26], ...}, 'shared_experts': false, 'non_expert_modules': false}, with layer "
+    "indices as keys and lists of different expert ids"
 )
 
 
@@ -72,6 +82,19 @@ class ExpertSelection:
     rule: SelectionRule | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.experts, dict) or not all(isinstance(layer, str) for layer in self.experts):
+            raise ValueError(f"experts={shown(self.experts)} must be a dict from layers as strings to expert ids.")
+        for name in ("num_experts", "expert_parameters"):
+            counts = getattr(self, name)
+            least = 1 if name == "num_experts" else 0
+            if not isinstance(counts, dict) or not all(_counts(*entry, least) for entry in counts.items()):
+                raise ValueError(f"{name}={shown(counts)} must be a dict from layers as strings to whole numbers.")
+        reason = wrong_experts(self.experts, self.num_experts)
+        if reason is not None:
+            raise ValueError(f"experts={shown(self.experts)} is no selection: {reason}.")
+        for name in ("shared_experts", "non_expert_modules"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={shown(getattr(self, name))} must be True or False.")
         if self.non_expert_modules:
             raise ValueError(NON_EXPERT_MODULES)
 
@@ -105,7 +128,12 @@ class ExpertSelection:
 
         Returns:
             Layer -> 0 (disjoint) to 1 (the same, or both empty).
+
+        Raises:
+            ValueError: `other` is no selection.
         """
+        if not isinstance(other, ExpertSelection):
+            raise ValueError(f"other={shown(other)} must be an ExpertSelection, as select_experts returns it.")
         layers = sorted(self.experts.keys() | other.experts.keys(), key=int)
         pairs = {layer: (set(self.experts.get(layer, ())), set(other.experts.get(layer, ()))) for layer in layers}
         return {layer: len(a & b) / len(a | b) if a | b else 1.0 for layer, (a, b) in pairs.items()}
@@ -131,23 +159,20 @@ class ExpertSelection:
         Raises:
             ValueError: The file has another form, or asks for more than experts.
         """
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        experts = content.get("experts") if isinstance(content, dict) else None
-        if not isinstance(experts, dict) or not all(_is_layer(name, ids) for name, ids in experts.items()):
-            raise ValueError(
-                f"{path} is no selection of experts: it must hold {{'experts': {{'1': [8, 26], ...}}, "
-                "'shared_experts': false, 'non_expert_modules': false}, with layer indices as keys and lists of "
-                "different expert ids."
-            )
-        if content.get("non_expert_modules"):
-            raise ValueError(f"{path}: {NON_EXPERT_MODULES}")
-        ordered = {layer: experts[layer] for layer in sorted(experts, key=int)}
-        sizes = content.get("num_experts")
-        return cls(
-            ordered,
-            shared_experts=bool(content.get("shared_experts")),
-            num_experts=sizes if isinstance(sizes, dict) else {},
-        )
+        content = read_object(path, f"selection of experts: {FORM}")
+        experts = content.get("experts")
+        reason = wrong_experts(experts) if isinstance(experts, dict) else "it has no 'experts'"
+        if experts is None or reason is not None:
+            raise ValueError(f"{path} is no selection of experts: {FORM}; {reason}.")
+        fields: dict[str, Any] = {
+            name: content[name] for name in ("shared_experts", "non_expert_modules") if name in content
+        }
+        if isinstance(content.get("num_experts"), dict):
+            fields["num_experts"] = content["num_experts"]
+        try:
+            return cls({layer: experts[layer] for layer in sorted(experts, key=int)}, **fields)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def select_experts(
@@ -182,17 +207,26 @@ def select_experts(
     Raises:
         ValueError: An argument is outside its range.
     """
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion={criterion!r} must be one of {CRITERIA}.")
-    if aggregate not in AGGREGATES:
-        raise ValueError(f"aggregate={aggregate!r} must be one of {AGGREGATES}.")
-    p = DEFAULT_P[criterion] if p is None else p
-    if not isinstance(p, (int, float)) or not p >= 0:
+    if not isinstance(scores, ExpertScores):
         raise ValueError(
-            f"p={p!r} must be 0 or more, as in p=0.2: the score that the selected experts of a layer reach together."
+            f"scores={shown(scores)} must be what moe_peft.score_experts returns, or "
+            "moe_peft.ExpertScores.load(path) of a file."
         )
-    if not 0 <= min_experts <= min(scores.num_experts.values()):
-        raise ValueError(f"min_experts={min_experts} must be between 0 and {min(scores.num_experts.values())}.")
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion={shown(criterion)} must be one of {CRITERIA}.")
+    if aggregate not in AGGREGATES:
+        raise ValueError(f"aggregate={shown(aggregate)} must be one of {AGGREGATES}.")
+    p = DEFAULT_P[criterion] if p is None else p
+    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= MAX_P:
+        raise ValueError(
+            f"p={shown(p)} must be 0 or more, as in p=0.2: the score that the selected experts of a layer reach "
+            "together."
+        )
+    fewest = min(scores.num_experts.values())
+    if not is_whole(min_experts) or min_experts > fewest:
+        raise ValueError(f"min_experts={shown(min_experts)} must be between 0 and {fewest}, a whole number.")
+    if not isinstance(normalize_scores, bool):
+        raise ValueError(f"normalize_scores={shown(normalize_scores)} must be True or False.")
     rule = SelectionRule(p, criterion, aggregate, min_experts, normalize_scores)
     return ExpertSelection(
         {str(layer): _prefix(scores.of(layer, criterion, aggregate), rule) for layer in scores.layers},
@@ -226,11 +260,6 @@ def _prefix(scores_E: torch.Tensor, rule: SelectionRule) -> list[int]:
     return order_E[: max(count, rule.min_experts)].tolist()
 
 
-def _is_layer(name: str, ids: object) -> bool:
-    """Whether an entry of a file names a layer and different experts."""
-    return (
-        name.isdigit()
-        and isinstance(ids, list)
-        and all(type(expert) is int and expert >= 0 for expert in ids)
-        and len(set(ids)) == len(ids)
-    )
+def _counts(layer: object, count: object, least: int) -> bool:
+    """Whether an entry says how many of something a layer has."""
+    return isinstance(layer, str) and layer_index(layer) is not None and type(count) is int and count >= least

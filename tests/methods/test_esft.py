@@ -158,8 +158,8 @@ def test_layers_may_be_numbers_and_ids_in_any_order(experts, expected):
             "`selection.experts`, where the selection is what moe_peft.select_experts",
         ),
         ({"-1": [2]}, "'-1' is no layer"),
-        ({"experts": {"1": [2]}, "shared_experts": False}, "take the entry 'experts'"),
-        ({"1": [2], 1: [3]}, "no layer twice"),
+        ({"experts": {"1": [2]}, "shared_experts": False}, "as the entry 'experts' of a selection's file"),
+        ({"1": [2], 1: [3]}, "a layer is named twice"),
     ],
 )
 def test_a_selection_that_is_none_is_refused_where_it_is_written(experts, message):

@@ -97,3 +97,15 @@ def test_the_package_is_imported_without_plots_data_or_trainers():
     code = "import sys, moe_peft; print([n for n in ('matplotlib', 'datasets', 'trl', 'triton') if n in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("wrong", [None, [1], {"a": 1}, {1: ExpertSelection({"1": [0]})}, "x" * 1000])
+def test_what_is_no_dict_of_selections_is_refused(wrong, tmp_path):
+    for use in (overlap_table, lambda selections: plot_selection(selections, tmp_path / "plot.png")):
+        with pytest.raises(ValueError, match="must be a dict from the name of a task to its selection") as error:
+            use(wrong)
+        assert len(str(error.value)) < 500
+    with pytest.raises(ValueError, match="must be an ExpertSelection"):
+        selection_table(wrong)
+    with pytest.raises(ValueError, match=r"other=.* must be an ExpertSelection"):
+        ExpertSelection({"1": [0]}).overlap(wrong)

@@ -275,8 +275,20 @@ def test_what_cannot_be_scored_is_refused_with_a_way_out(model, rows):
         score(tiny_llama(), [batch])
     with pytest.raises(ValueError, match="score_mask='prompt' must be one of"):
         score(model, [batch], score_mask="prompt")
-    with pytest.raises(ValueError, match="max_tokens=0 must be at least 1"):
+    with pytest.raises(ValueError, match="max_tokens=0 must be a whole number of at least 1"):
         score(model, [batch], max_tokens=0)
+    for arguments, message in (
+        ({"max_tokens": 1.5}, "max_tokens=1.5 must be a whole number"),
+        ({"max_tokens": True}, "max_tokens=True must be a whole number"),
+        ({"score_mask": ["all"]}, r"score_mask=\['all'\] must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            score(model, [batch], **arguments)
+    for wrong in (batch, "data", None):
+        with pytest.raises(ValueError, match=r"dataloader=.* must be a DataLoader or a list of batches"):
+            score(model, wrong)
+    with pytest.raises(ValueError, match=r"model='org/name' is no model. Load it first"):
+        score_experts("org/name", [batch])
     with pytest.raises(ValueError, match="There is no token to score"):
         score(model, [])
     with pytest.raises(ValueError, match="There is no token to score"):

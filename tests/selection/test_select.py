@@ -175,6 +175,12 @@ def test_a_minimum_takes_the_next_experts_in_order():
         ({"criterion": "load"}, "criterion='load' must be one of"),
         ({"aggregate": "layer"}, "aggregate='layer' must be one of"),
         ({"min_experts": 3}, "min_experts=3 must be between 0 and 2"),
+        ({"min_experts": 1.0}, "min_experts=1.0 must be between 0 and 2, a whole number"),
+        ({"min_experts": True}, "min_experts=True must be between 0 and 2"),
+        ({"p": 10**400}, "p=<an integer of 1329 bits> must be 0 or more"),
+        ({"p": True}, "p=True must be 0 or more"),
+        ({"criterion": ["token"]}, r"criterion=\['token'\] must be one of"),
+        ({"normalize_scores": "false"}, "normalize_scores='false' must be True or False"),
     ],
 )
 def test_arguments_outside_their_range_are_refused(arguments, message):
@@ -232,3 +238,9 @@ def test_a_file_of_another_form_is_refused(content, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="is no selection of experts: it must hold"):
         ExpertSelection.load(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("scores", ["summary.json", None, {"token_scores": {}}])
+def test_what_is_no_scores_says_where_they_come_from(scores):
+    with pytest.raises(ValueError, match=r"scores=.* must be what moe_peft.score_experts returns, or moe_peft.Exp"):
+        select_experts(scores)

@@ -10,11 +10,14 @@ Shape suffixes of local tensors:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
+
+from .part import Part
 
 # What the rows of a layer's input are: tokens of the text, encoder states that cross-attention reads, or patches of
 # images and frames of sound.
@@ -124,10 +127,12 @@ class Routing:
         weights: (T, K) combine weight of each selected expert, or (T, E) of every expert when dense. Zero where a slot
             is dropped.
         experts: (T, K) int64 index of each selected expert; E marks a slot without an expert. None when dense.
-        logits: (T, E) float32 scores before the gate function.
+        logits: (T, E) float32 scores before the gate function, and the selector's further columns.
         probs: (T, E) float32 gate probabilities, after expert dropout.
         dropped: (T, K) bool, True where an expert was chosen but had no capacity left; None without a capacity.
         context: What was known about the tokens.
+        num_experts: E; left out, the number of columns of `probs`.
+        extras: Further (T, ...) float32 tensors of the decision by name, with their graph, for losses that need them.
     """
 
     weights: torch.Tensor
@@ -136,16 +141,17 @@ class Routing:
     probs: torch.Tensor
     dropped: torch.Tensor | None = None
     context: TokenContext = field(default_factory=TokenContext)
+    num_experts: int = 0
+    extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.num_experts:
+            object.__setattr__(self, "num_experts", self.probs.shape[-1])
 
     @property
     def valid(self) -> torch.Tensor | None:
         """(T,) bool, False at padding; None when every token counts."""
         return self.context.valid
-
-    @property
-    def num_experts(self) -> int:
-        """E, the number of experts."""
-        return self.probs.shape[-1]
 
     def gate_matrix(self) -> torch.Tensor:
         """Combine weights as one column per expert.
@@ -163,21 +169,27 @@ class Routing:
         """Which experts each valid token asked for, before any capacity.
 
         Returns:
-            (T, E) float32 of zeros and ones; rows of padding are zero.
+            (T, E) float32 of zeros and ones; rows of padding are zero. A dense decision asks for the experts to which
+            it gives a weight.
         """
         if self.experts is None:
-            requests_TE = torch.ones_like(self.probs)
+            requests_TE = (self.weights.detach() != 0).to(self.probs.dtype)
         else:
             requests_TE = self.probs.new_zeros(self.probs.shape[0], self.num_experts + 1)
             requests_TE = requests_TE.scatter_(1, self.experts, 1.0)[:, :-1]
         return requests_TE if self.valid is None else requests_TE * self.valid[:, None]
 
 
-class RouterLoss:
+class RouterLoss(Part):
     """A loss on a routing that is a function of sums, so that batches which no process sees whole can be joined.
 
     loss(A and B together) = value(sums(A) + sums(B))
+
+    Attributes:
+        config_fields: Keyword of the constructor -> field of the configuration that gives it its value.
     """
+
+    config_fields: ClassVar[Mapping[str, str]] = {}
 
     def sums(self, routing: Routing) -> torch.Tensor:
         """Sum what the loss needs over the valid tokens, or over the sequences.

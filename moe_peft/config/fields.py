@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..forward.joined_losses import SCOPES
 from ..messages import warn
 from ..ops import IMPLEMENTATIONS
-from ..routers import ROUTERS
+from ..routers import router_fields, router_names
 from .config import BACKBONE, MoeConfig
 from .meaning import NOT_MEANING
 
@@ -47,8 +47,13 @@ class PlacingConfig(MoeConfig):
 
 @dataclass
 class LowRankConfig(MoeConfig):
-    """Fields of experts that are pairs of matrices."""
+    """Fields of experts that are pairs of matrices.
 
+    Attributes:
+        experts_args: Options of the expert kind by name.
+    """
+
+    experts_args: ClassVar[dict[str, Any] | None] = None
     init_choices: ClassVar[tuple[bool | str, ...]] = (True, False, "gaussian")
 
     r: int = field(default=4, metadata={"help": "Rank of one expert."})
@@ -94,7 +99,17 @@ class LowRankConfig(MoeConfig):
 
 @dataclass
 class RouterConfig(MoeConfig):
-    """Fields of a router that scores the experts of the adapter."""
+    """Fields of a router that scores the experts of the adapter.
+
+    Attributes:
+        scorer: Name of what scores the experts, see `routers.SCORERS`.
+        gate: Name of the gate function of the scores, see `routers.GATES`.
+        router_args: Options of the router's parts by name.
+    """
+
+    scorer: ClassVar[str] = "linear"
+    gate: ClassVar[str] = "softmax"
+    router_args: ClassVar[dict[str, Any] | None] = None
 
     num_experts: int = field(default=8, metadata={"help": "Experts at each adapted layer."})
     router: str = field(default="dense", metadata={"help": "Name of the router: dense, top_k or capacity."})
@@ -117,11 +132,12 @@ class RouterConfig(MoeConfig):
         self._check(self.num_experts is None or 1 <= self.num_experts <= MAX_EXPERTS, "num_experts", hint)
         for name in ("expert_dropout", "router_jitter_noise"):
             self._check(0 <= getattr(self, name) < 1, name, "a number from 0 up to, but not including, 1")
-        self._check_choice("router", (*ROUTERS, BACKBONE))
+        known = router_names()
+        self._check_choice("router", (*known, BACKBONE))
         self._check(
             self.router != BACKBONE or self.placement in ("experts", "slices"),
             "router",
-            f"one of {', '.join(map(repr, ROUTERS))}: only adapters around the backbone's experts follow its routing",
+            f"one of {', '.join(map(repr, known))}: only adapters around the backbone's experts follow its routing",
         )
         for name in sorted(self._idle_fields()):
             self._check_left_alone(name, f"the {self.router!r} router does not use it", of=RoutedMoeConfig)
@@ -133,13 +149,13 @@ class RouterConfig(MoeConfig):
     def router_fields(self) -> tuple[str, ...]:
         """Names of this configuration's fields that the chosen router takes."""
         own = {entry.name for entry in dataclasses.fields(self)}
-        taken = ROUTERS[self.router].fields if self.router in ROUTERS else ()
+        taken = () if self.router == BACKBONE else router_fields(self.router, self.scorer, self.gate)
         return tuple(name for name in taken if name in own)
 
     def _idle_fields(self) -> set[str]:
         """Names of this configuration's fields that other routers take, and the chosen one does not."""
         own = {entry.name for entry in dataclasses.fields(self)}
-        return own & {name for router in ROUTERS.values() for name in router.fields} - set(self.router_fields())
+        return own & {name for router in router_names() for name in router_fields(router)} - set(self.router_fields())
 
 
 @dataclass

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from .bottleneck import BottleneckExperts
+from .experts import Experts, PendingRouting
 from .low_rank import LowRankExperts
 from .slices import ExpertSlices
 from .vector import VectorExperts
 
-EXPERTS: dict[str, type[LowRankExperts]] = {"low_rank": LowRankExperts, "bottleneck": BottleneckExperts}
+EXPERTS: dict[str, type[Experts]] = {"low_rank": LowRankExperts, "bottleneck": BottleneckExperts}
 
-__all__ = ["EXPERTS", "BottleneckExperts", "ExpertSlices", "LowRankExperts", "VectorExperts"]
+__all__ = [
+    "EXPERTS",
+    "BottleneckExperts",
+    "ExpertSlices",
+    "Experts",
+    "LowRankExperts",
+    "PendingRouting",
+    "VectorExperts",
+]

@@ -10,8 +10,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from ..ops import IMPLEMENTATIONS
-from ..types import Routing
+from ..types import TokenContext
 from .low_rank import LowRankExperts
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
@@ -59,14 +58,10 @@ class BottleneckExperts(LowRankExperts):
         )
         self.act = ACTIVATIONS[activation]
 
-    def forward(
-        self, x_TD: torch.Tensor, base_out_TO: torch.Tensor, routing: Routing, *, in_place: bool = False
-    ) -> torch.Tensor:
-        """Add the routed sum of the experts to the base output; arguments as in `LowRankExperts.forward`."""
-        dropping = routing.context.training
+    def drop(self, x_TD: torch.Tensor, context: TokenContext) -> torch.Tensor:
+        """Leave the input as it is: dropout acts in the bottleneck."""
+        return x_TD
 
-        def act(h: torch.Tensor) -> torch.Tensor:
-            return self.act(F.dropout(h, self.lora_dropout, dropping))
-
-        op = IMPLEMENTATIONS[self.experts_implementation]
-        return op(x_TD, base_out_TO, self.A, self.B, routing, scaling=self.scaling, act=act, in_place=in_place)
+    def activation(self, context: TokenContext) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The nonlinearity, after dropout in training passes."""
+        return (lambda h: self.act(self.lora_dropout(h))) if self.drops(context) else self.act

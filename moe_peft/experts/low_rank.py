@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from ..ops import IMPLEMENTATIONS, combine_experts, project
 from ..types import Routing, TokenContext
+from .experts import Experts, PendingRouting
 
 
-class LowRankExperts(nn.Module):
+class LowRankExperts(Experts):
     """A bank of low-rank pairs.
 
     Args:
@@ -28,15 +28,16 @@ class LowRankExperts(nn.Module):
         experts_implementation: Name of the op that computes the sum, see `moe_peft.ops.IMPLEMENTATIONS`.
 
     Attributes:
-        fields: Names of the config's fields and properties that the constructor takes by keyword, beside the sizes.
         A: (E, r, D) down matrices.
         B: (E, r, O) up matrices, stored transposed so that both GEMMs read them without a copy.
-        mergeable: Whether the experts are linear in x.
+        lora_dropout: Dropout on the experts' input, in training passes.
         act: Elementwise function between the two matrices; None for the identity.
     """
 
     fields: tuple[str, ...] = ("scaling", "lora_dropout", "init_weights", "experts_implementation")
-    mergeable: bool = True
+    gives = frozenset({"activations"})
+    up = ("B",)
+    mergeable = True
     act: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __init__(
@@ -53,8 +54,9 @@ class LowRankExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.scaling = scaling
-        self.lora_dropout = lora_dropout
+        self.lora_dropout = nn.Dropout(lora_dropout)
         self.experts_implementation = experts_implementation
+        self.num_choices = num_experts
         self.A = nn.Parameter(torch.empty(num_experts, r, in_features))
         self.B = nn.Parameter(torch.zeros(num_experts, r, out_features))
         self.reset_parameters(init_weights)
@@ -73,52 +75,60 @@ class LowRankExperts(nn.Module):
         else:
             nn.init.zeros_(self.B)
 
-    def forward(
-        self, x_TD: torch.Tensor, base_out_TO: torch.Tensor, routing: Routing, *, in_place: bool = False
-    ) -> torch.Tensor:
-        """Add the routed sum of the experts to the base output.
+    @classmethod
+    def shapes(cls, num_experts: int, r: int) -> dict[str, tuple[int, ...]]:
+        """See `Experts.shapes`."""
+        return {"A": (num_experts, r), "B": (num_experts, r)}
 
-        Args:
-            x_TD: (T, D) input in the compute dtype.
-            base_out_TO: (T, O) output of the frozen layer.
-            routing: Decision for the T tokens.
-            in_place: Whether `base_out_TO` may be overwritten.
+    def prepare(self, x_TD: torch.Tensor, context: TokenContext) -> torch.Tensor:
+        """(T, E * r) down projections of all experts; arguments as in `Experts.prepare`."""
+        return project(self.drop(x_TD, context), self.A.reshape(-1, self.A.shape[-1]))
 
-        Returns:
-            (T, O) in the dtype of `base_out_TO`.
-        """
-        x_TD = self.drop(x_TD, routing.context)
-        op = IMPLEMENTATIONS[self.experts_implementation]
-        return op(x_TD, base_out_TO, self.A, self.B, routing, scaling=self.scaling, act=self.act, in_place=in_place)
-
-    def drop(self, x_TD: torch.Tensor, context: TokenContext) -> torch.Tensor:
-        """Apply `lora_dropout` in training passes."""
-        if self.lora_dropout == 0 or not context.training:
-            return x_TD
-        return F.dropout(x_TD, self.lora_dropout)
-
-    def project_with(self, x_TD: torch.Tensor, router_weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the down projections and the router's scores in one GEMM.
-
-        Args:
-            x_TD: (T, D) input in the dtype of the router's weight.
-            router_weight: (E, D).
-
-        Returns:
-            (T, E * r) down projections and (T, E) router logits.
-        """
-        out = project(x_TD, self.A.reshape(-1, self.A.shape[-1]), router_weight)
-        h_TR, logits_TE = out.split([out.shape[-1] - router_weight.shape[0], router_weight.shape[0]], dim=-1)
-        return h_TR, logits_TE
+    def activations(self, h: torch.Tensor) -> torch.Tensor:
+        """(T, E, r) of (T, E * r) down projections."""
+        return h.view(h.shape[0], *self.A.shape[:2])
 
     def combine(
-        self, h_TR: torch.Tensor, base_out_TO: torch.Tensor, routing: Routing, *, in_place: bool = False
+        self, h: torch.Tensor, base_out_TO: torch.Tensor, routing: Routing, *, in_place: bool = False
     ) -> torch.Tensor:
-        """Add the routed sum to the base output, given the down projections of `project_with`."""
-        gates_TE = routing.gate_matrix()
-        return combine_experts(
-            h_TR, base_out_TO, self.B, gates_TE, scaling=self.scaling, act=self.act, in_place=in_place
-        )
+        """Add the routed sum to the base output; arguments as in `Experts.combine`."""
+        gates_TE, act = routing.gate_matrix(), self.activation(routing.context)
+        return combine_experts(h, base_out_TO, self.B, gates_TE, scaling=self.scaling, act=act, in_place=in_place)
+
+    def forward(
+        self,
+        x_TD: torch.Tensor,
+        base_out_TO: torch.Tensor,
+        routing: Routing | PendingRouting,
+        *,
+        in_place: bool = False,
+    ) -> torch.Tensor:
+        """Add the routed sum of the experts to the base output; arguments as in `Experts.forward`."""
+        if isinstance(routing, PendingRouting):
+            return super().forward(x_TD, base_out_TO, routing, in_place=in_place)
+        x_TD, act = self.drop(x_TD, routing.context), self.activation(routing.context)
+        op = IMPLEMENTATIONS[self.experts_implementation]
+        return op(x_TD, base_out_TO, self.A, self.B, routing, scaling=self.scaling, act=act, in_place=in_place)
+
+    def drop(self, x_TD: torch.Tensor, context: TokenContext) -> torch.Tensor:
+        """Apply `lora_dropout` to the input in training passes."""
+        return self.lora_dropout(x_TD) if self.drops(context) else x_TD
+
+    def drops(self, context: TokenContext) -> bool:
+        """Whether `lora_dropout` acts in this pass."""
+        return context.training and self.lora_dropout.p > 0
+
+    def activation(self, context: TokenContext) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """Elementwise function between the two matrices in this pass; None for the identity."""
+        return self.act
+
+    def shared_rows(self, context: TokenContext) -> torch.Tensor | None:
+        """(E * r, D) down matrices, where two GEMMs compute the sum and the input is not dropped; see `Experts`."""
+        own = type(self)
+        plain = own.prepare is LowRankExperts.prepare and own.forward is LowRankExperts.forward
+        if not plain or self.experts_implementation != "dense" or self.drops(context):
+            return None
+        return self.A.reshape(-1, self.A.shape[-1])
 
     def delta_weight(self, weights_E: torch.Tensor) -> torch.Tensor:
         """The matrix that the experts add to the base weight under a constant routing.

@@ -6,17 +6,16 @@ The residual form starts as the identity under any weights, also where only the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..ops import without_rounding
-from ..types import Routing
+from ..types import Routing, TokenContext
+from .experts import Experts
 
 
-class VectorExperts(nn.Module):
+class VectorExperts(Experts):
     """A bank of vectors that multiply what they are given.
 
     Args:
@@ -34,6 +33,7 @@ class VectorExperts(nn.Module):
     """
 
     fields: tuple[str, ...] = ("init_weights",)
+    keeps_float32 = True
     mergeable = True
 
     def __init__(
@@ -48,6 +48,7 @@ class VectorExperts(nn.Module):
         init_weights: bool | str = True,
     ) -> None:
         super().__init__()
+        self.num_choices = num_experts
         self.num_heads = num_heads
         self.scales_input = scales_input
         self.router_reads_hidden = router_reads_hidden
@@ -55,13 +56,22 @@ class VectorExperts(nn.Module):
         if init_weights is False:
             nn.init.normal_(self.vectors, mean=1.0, std=0.5)
 
-    def forward(
-        self, x_TD: torch.Tensor | None, base_out_TO: torch.Tensor, routing: Routing, *, in_place: bool = False
+    @classmethod
+    def shapes(cls, num_experts: int, r: int) -> dict[str, tuple[int, ...]]:
+        """See `Experts.shapes`."""
+        return {"vectors": (num_experts,)}
+
+    def prepare(self, x_TD: torch.Tensor, context: TokenContext) -> torch.Tensor:
+        """The input as it is, of which vectors make nothing; arguments as in `Experts.prepare`."""
+        return x_TD
+
+    def combine(
+        self, h: torch.Tensor, base_out_TO: torch.Tensor, routing: Routing, *, in_place: bool = False
     ) -> torch.Tensor:
         """Scale the base output.
 
         Args:
-            x_TD: Not used; taken for the signature that kinds of experts share.
+            h: Not used.
             base_out_TO: (T, O) what is scaled.
             routing: Decision for the T tokens, or for their T * num_heads heads, the heads of a token together.
             in_place: Not used, as the gradient needs what is scaled.
@@ -77,11 +87,6 @@ class VectorExperts(nn.Module):
         offsets = (self.vectors - 1).to(dtype).view(num_experts, *by_head)
         scaled: torch.Tensor = _Scale.apply(base_out_TO.view(num_tokens, *by_head), gates, offsets)
         return scaled.reshape(num_tokens, width)
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> VectorExperts:
-        """Follow a change of device, but never one to a 16-bit dtype."""
-        super()._apply(lambda t: without_rounding(t, fn(t)), recurse)
-        return self
 
 
 class _Scale(torch.autograd.Function):

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..experts import LowRankExperts
+from ..experts import Experts
 from ..messages import shown
-from ..routers import LinearRouter
+from ..routers import Router
 from .checks import is_number
 
 
@@ -97,15 +97,15 @@ class OptimizerFactory:
 def routers_of(model: nn.Module) -> Iterator[nn.Parameter]:
     """Parameters of all routers that learn."""
     for module in model.modules():
-        if isinstance(module, LinearRouter):
+        if isinstance(module, Router) and module.learns:
             yield from module.parameters()
 
 
 def up_matrices_of(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The matrices B of all low-rank experts."""
+    """The parameters of all experts that carry their result out."""
     for module in model.modules():
-        if isinstance(module, LowRankExperts):
-            yield module.B
+        if isinstance(module, Experts):
+            yield from (getattr(module, name) for name in module.up)
 
 
 PARTS = {

@@ -8,9 +8,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
-from ..experts import VectorExperts
 from ..layers import SlicedExperts
-from ..routers import LinearRouter
+from ..part import ModulePart
 from .checks import has_four_bit_experts
 
 
@@ -31,7 +30,7 @@ def restore_precision(model: nn.Module) -> int:
     Returns:
         Number of parameters that were cast.
     """
-    modules = [module for module in model.modules() if isinstance(module, (LinearRouter, VectorExperts))]
+    modules = [module for module in model.modules() if isinstance(module, ModulePart) and module.keeps_float32]
     for layer in (module for module in model.modules() if isinstance(module, SlicedExperts)):
         if has_four_bit_experts(layer.get_base_layer()):
             modules.extend(layer.experts.values())

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from ..config.parts import RoutedParts
-from ..ops import cast_to_compute_dtype
 from ..types import Routing, TokenContext
 from .routed_layer import RoutedLayer
 
@@ -69,14 +68,13 @@ class RoutedBlock(RoutedLayer):
         args: tuple,
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
-        x_TD = cast_to_compute_dtype(x.reshape(-1, x.shape[-1]))
-        routing = self._decide(name, x_TD, context, args, kwargs)
-        return self.experts[name](x_TD, out.reshape(-1, self.out_features), routing).reshape(out.shape)
+        routing = self._decided(name, context, args, kwargs)
+        x_TD, out_TO = x.reshape(-1, x.shape[-1]), out.reshape(-1, self.out_features)
+        return self.add(name, x_TD, out_TO, context, routing=routing).reshape(out.shape)
 
-    def _decide(
-        self, name: str, x_TD: torch.Tensor, context: TokenContext, args: tuple, kwargs: dict[str, Any]
-    ) -> Routing:
-        return self.route(name, x_TD, context)
+    def _decided(self, name: str, context: TokenContext, args: tuple, kwargs: dict[str, Any]) -> Routing | None:
+        """The decision that the block's arguments bring along; None where the adapter's router decides."""
+        return None
 
 
 def _jitters(block: nn.Module) -> bool:

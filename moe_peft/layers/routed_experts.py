@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from ..backbone.structure import experts_call
 from ..routers import backbone_routing
 from ..types import Routing, TokenContext
@@ -21,11 +19,9 @@ from .routed_block import RoutedBlock
 class RoutedExperts(RoutedBlock):
     """Wraps an experts module; an adapter without a router of its own follows the backbone's."""
 
-    def _decide(
-        self, name: str, x_TD: torch.Tensor, context: TokenContext, args: tuple, kwargs: dict[str, Any]
-    ) -> Routing:
+    def _decided(self, name: str, context: TokenContext, args: tuple, kwargs: dict[str, Any]) -> Routing | None:
         if name in self.router:
-            return self.route(name, x_TD, context)
+            return None
         call = experts_call(args, kwargs)
         index_TK, num_experts = call.index, self.num_backbone_experts
         if name in self.selections:

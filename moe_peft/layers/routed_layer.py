@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,7 +13,9 @@ from peft.utils.quantization_utils import quantization_extra_repr, resolve_quant
 from torch import nn
 
 from ..config.parts import RoutedParts, parts_merge
+from ..experts import Experts, PendingRouting
 from ..forward.tracker import ForwardTracker
+from ..ops import cast_to_compute_dtype, project
 from ..quantization.four_bit import dtype_when_read
 from ..routers import Router
 from ..types import MoePeftWarning, Place, Routing, TokenContext
@@ -126,12 +129,51 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         self.tracker.record(self.place, adapter_name, routing)
         return routing
 
+    def add(
+        self,
+        adapter_name: str,
+        x_TD: torch.Tensor,
+        out_TO: torch.Tensor,
+        context: TokenContext,
+        *,
+        routing: Routing | None = None,
+        in_place: bool = False,
+    ) -> torch.Tensor:
+        """Let one adapter act: decide, note the decision, and bring its experts into the output.
+
+        Args:
+            adapter_name: Whose parts.
+            x_TD: (T, D) input of the wrapped module.
+            out_TO: (T, O) its output, with the adapters before this one.
+            context: What is known about the tokens.
+            routing: A decision that has been made and noted; None lets the adapter's router decide.
+            in_place: Whether `out_TO` may be overwritten.
+
+        Returns:
+            (T, O) in the dtype of `out_TO`.
+        """
+        bank, read_TD = self.experts[adapter_name], cast_to_compute_dtype(x_TD)
+        if routing is not None:
+            return bank(read_TD, out_TO, routing, in_place=in_place)
+        router = self.router[adapter_name]
+        if router.reads == "activations":
+            decide = partial(self.route, adapter_name, context=context)
+            return bank(read_TD, out_TO, PendingRouting(context, decide), in_place=in_place)
+        rows = _shared_rows(router, bank, read_TD, context)
+        if rows is not None:
+            out = project(read_TD, *rows)
+            h_TR, logits_TE = out.split([rows[0].shape[0], rows[1].shape[0]], dim=-1)
+            routing = self.note(adapter_name, router.decide(logits_TE, context))
+            return bank.combine(h_TR, out_TO, routing, in_place=in_place)
+        # A router reads the input as it comes: autocast's rounding would change which experts are selected.
+        return bank(read_TD, out_TO, self.route(adapter_name, x_TD, context), in_place=in_place)
+
     def route(self, adapter_name: str, x_TD: torch.Tensor, context: TokenContext) -> Routing:
         """Let an adapter's own router decide, and note the decision.
 
         Args:
             adapter_name: Whose router.
-            x_TD: (T, D) its input.
+            x_TD: What it reads, (T, D) input or (T, E, r) activations.
             context: What is known about the tokens.
         """
         return self.note(adapter_name, self.router[adapter_name](x_TD, context))
@@ -310,3 +352,38 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             if parameter is not None:
                 device, dtype = parameter.device, dtype_when_read(base_layer) or parameter.dtype
         return device, dtype
+
+
+def _shared_rows(
+    router: Router, bank: Experts, x_TD: torch.Tensor, context: TokenContext
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Rows of experts and router that one GEMM on x may compute without calling either module.
+
+    Both read the same input in this pass, in one dtype that holds float32 scores, and nothing of what a call does
+    would be missed: hooks, weights that arrive when their module is called, a forward of somebody else's.
+    """
+    if x_TD.dtype.itemsize < 4 or not (is_plain(router) and is_plain(bank)):
+        return None
+    weight, rows = router.shared_rows(context), bank.shared_rows(context)
+    if weight is None or rows is None or not x_TD.dtype == weight.dtype == rows.dtype:
+        return None
+    return rows, weight
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling a module runs its class's forward and nothing else, on weights that are there."""
+    own, everywhere = vars(module), torch.nn.modules.module
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    common = (
+        everywhere._global_forward_hooks,
+        everywhere._global_forward_pre_hooks,
+        everywhere._global_backward_hooks,
+        everywhere._global_backward_pre_hooks,
+    )
+    return not (
+        any(hooks)
+        or any(common)
+        or "forward" in own
+        or own.get("_compiled_call_impl") is not None
+        or any(p.is_meta for p in module._parameters.values() if p is not None)
+    )

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..experts import LowRankExperts
-from ..ops import cast_to_compute_dtype
-from ..routers import LinearRouter
 from ..types import TokenContext
 from .constant_weights import check_constant, check_weight, constant_weights
 from .routed_layer import RoutedLayer
@@ -54,31 +51,8 @@ class RoutedLinear(RoutedLayer):
         # A plain layer's fresh output may be added to in place; anything else may keep or share its output.
         in_place = type(self.base_layer) in (nn.Linear, Conv1D) and not self.base_layer._forward_hooks
         for name in names:
-            out_TO = self._add_adapter(name, x_TD, out_TO, context, in_place)
+            out_TO = self.add(name, x_TD, out_TO, context, in_place=in_place)
         return out_TO.view(*x.shape[:-1], out_TO.shape[-1])
-
-    def _add_adapter(
-        self, name: str, x_TD: torch.Tensor, out_TO: torch.Tensor, context: TokenContext, in_place: bool
-    ) -> torch.Tensor:
-        experts, router = self.experts[name], cast(Any, self.router[name])
-        x_TD = cast_to_compute_dtype(x_TD)
-        if self._shares_gemm(name, x_TD, context):
-            h_TR, logits_TE = experts.project_with(x_TD, router.weight)
-            routing = self.note(name, router.decide(logits_TE, context))
-            return experts.combine(h_TR, out_TO, routing, in_place=in_place)
-        return experts(x_TD, out_TO, self.route(name, x_TD, context), in_place=in_place)
-
-    def _shares_gemm(self, name: str, x_TD: torch.Tensor, context: TokenContext) -> bool:
-        """Whether router and experts read the same input in the router's precision, so one GEMM serves both."""
-        experts, router = self.experts[name], self.router[name]
-        return (
-            isinstance(router, LinearRouter)
-            and isinstance(experts, LowRankExperts)
-            and experts.experts_implementation == "dense"
-            and x_TD.dtype == router.weight.dtype == experts.A.dtype
-            and not router.jitters(context)
-            and not (context.training and experts.lora_dropout > 0)
-        )
 
     def _mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
@@ -92,9 +66,7 @@ class RoutedLinear(RoutedLayer):
                 continue
             rows = [row for row, own in enumerate(adapter_names) if own == name]
             part, part_out = x[rows], out[rows]
-            added = self._add_adapter(
-                name, part.reshape(-1, x.shape[-1]), part_out.reshape(-1, out.shape[-1]), context, in_place=False
-            )
+            added = self.add(name, part.reshape(-1, x.shape[-1]), part_out.reshape(-1, out.shape[-1]), context)
             result[rows] = added.view(part_out.shape)
         return result
 

@@ -1,20 +1,30 @@
-"""Router losses by name. Called on a `Routing`, each returns an unscaled 0-d float32 tensor."""
+"""Router losses by name: classes whose instances, called on a `Routing`, return an unscaled 0-d float32 tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from .importance import importance
-from .load_balancing import gshard_load_balancing, load_balancing
+from ..types import RouterLoss
+from .importance import Importance, importance
+from .load_balancing import GShardLoadBalancing, LoadBalancing, gshard_load_balancing, load_balancing
 from .localized_balancing import LocalizedBalancing
-from .z_loss import z_loss
+from .z_loss import ZLoss, z_loss
 
-LOSSES: dict[str, Callable] = {
-    "load_balancing": load_balancing,
-    "gshard_load_balancing": gshard_load_balancing,
-    "importance": importance,
+LOSSES: dict[str, type[RouterLoss]] = {
+    "load_balancing": LoadBalancing,
+    "gshard_load_balancing": GShardLoadBalancing,
+    "importance": Importance,
     "localized_balancing": LocalizedBalancing,
-    "z_loss": z_loss,
+    "z_loss": ZLoss,
 }
 
-__all__ = ["LOSSES", "LocalizedBalancing", "gshard_load_balancing", "importance", "load_balancing", "z_loss"]
+__all__ = [
+    "LOSSES",
+    "GShardLoadBalancing",
+    "Importance",
+    "LoadBalancing",
+    "LocalizedBalancing",
+    "ZLoss",
+    "gshard_load_balancing",
+    "importance",
+    "load_balancing",
+    "z_loss",
+]

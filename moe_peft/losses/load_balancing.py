@@ -22,6 +22,8 @@ class LoadBalancing(RouterLoss):
     1 when balanced, and E when all tokens ask for one expert.
     """
 
+    needs = frozenset({"selection"})
+
     def sums(self, routing: Routing) -> torch.Tensor:
         """(2E + 1,) requests for each expert, its summed probability, and the number of valid tokens."""
         requests_E, probs_E = routing.request_matrix().sum(0), masked_sum(routing.probs, routing)

@@ -12,6 +12,7 @@ others. Mode "specialize" swaps the sign, so that they get (1 + delta) / (1 - de
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 
@@ -29,6 +30,13 @@ class LocalizedBalancing(RouterLoss):
         mode: "paper" or "specialize", see the module.
         group_column: Batch column that carries the sample groups, for the error message.
     """
+
+    config_fields: ClassVar[dict[str, str]] = {
+        "expert_groups": "expert_groups",
+        "delta": "localized_balancing_delta",
+        "mode": "localized_balancing_mode",
+        "group_column": "group_column",
+    }
 
     def __init__(
         self,

@@ -5,12 +5,54 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..config.config import BACKBONE
-from ..config.fields import MixtureConfig
+from ..config.fields import LowRankConfig, MixtureConfig, RouterConfig
 from ..config.parts import RoutedParts
-from ..experts import EXPERTS
+from ..experts import EXPERTS, Experts
 from ..forward.objective import Loss, RouterObjective
-from ..routers import ROUTERS
+from ..options import option_values
+from ..routers import Router, make_router
 from ..types import Place
+
+
+def build_router(config: RouterConfig, in_features: int, num_experts: int, *, init_std: float | None = None) -> Router:
+    """Build the router that a configuration names.
+
+    Args:
+        config: Where names and numbers come from.
+        in_features: Width of what the router reads.
+        num_experts: Experts that it decides among.
+        init_std: Standard deviation of its initialisation; None takes the scorer's own.
+    """
+    return make_router(
+        in_features,
+        num_experts,
+        router=config.router,
+        scorer=config.scorer,
+        gate=config.gate,
+        init_std=init_std,
+        values={name: getattr(config, name) for name in config.router_fields()},
+        args=config.router_args,
+    )
+
+
+def build_experts(config: LowRankConfig, place: Place, num_experts: int, experts: str = "low_rank") -> Experts:
+    """Build a bank of experts.
+
+    Args:
+        config: Where the numbers come from.
+        place: The module that the layer will wrap.
+        num_experts: E.
+        experts: Name of the expert kind.
+    """
+    kind = EXPERTS[experts]
+    return kind(
+        place.in_features,
+        place.out_features,
+        num_experts=num_experts,
+        r=config.r,
+        **{name: getattr(config, name) for name in kind.fields},
+        **option_values(kind, config.experts_args),
+    )
 
 
 def build_parts(
@@ -28,28 +70,15 @@ def build_parts(
         place: The module that the layer will wrap.
         losses: Name -> (loss, coefficient).
         experts: Name of the expert kind.
-        router_init_std: Standard deviation of the router's initialisation; None takes the one of `nn.Linear`.
+        router_init_std: Standard deviation of the router's initialisation; None takes the scorer's own.
     """
     follows = config.router == BACKBONE
     num_experts = place.num_experts if follows else config.num_experts
     assert num_experts is not None
-    experts_cls = EXPERTS[experts]
-    bank = experts_cls(
-        place.in_features,
-        place.out_features,
-        num_experts=num_experts,
-        r=config.r,
-        **{name: getattr(config, name) for name in experts_cls.fields},
-    )
+    bank = build_experts(config, place, num_experts, experts)
     if follows:
         return RoutedParts(experts=bank)
-    router_cls = ROUTERS[config.router]
-    router = router_cls(
-        place.in_features,
-        num_experts,
-        init_std=router_init_std,
-        **{name: getattr(config, name) for name in config.router_fields()},
-    )
+    router = build_router(config, place.in_features, bank.num_choices, init_std=router_init_std)
     return RoutedParts(
         router=router, experts=bank, objective=RouterObjective(losses, scope=config.load_balancing_scope)
     )

@@ -33,12 +33,13 @@ from ..config.fields import (
 )
 from ..config.meaning import NOT_MEANING
 from ..config.parts import AROUND_WEIGHTS, RoutedParts
-from ..experts import EXPERTS, ExpertSlices
+from ..experts import ExpertSlices
 from ..places.blocks import experts_names
 from ..selection.files import wrong_experts
 from ..tuner.registration import extend_peft_type, register
 from ..tuner.tuner import RoutedTuner
 from ..types import MoeLayer, Place
+from .build import build_experts
 
 PEFT_TYPE = extend_peft_type("ESFT")
 ROUTED_BY_BACKBONE = "the backbone routes; PerftConfig and RoutedConfig have routers of their own"
@@ -242,15 +243,7 @@ class EsftConfig(LowRankConfig):
         assert place.base is not None and place.num_experts is not None and self.experts is not None
         ids = tuple(self.experts[str(place.layer_index)])
         if self.expert_adapter == "lora":
-            cls = EXPERTS["low_rank"]
-            bank = cls(
-                place.in_features,
-                place.out_features,
-                num_experts=len(ids),
-                r=self.r,
-                **{name: getattr(self, name) for name in cls.fields},
-            )
-            return RoutedParts(experts=bank, selection=ids)
+            return RoutedParts(experts=build_experts(self, place, len(ids)), selection=ids)
         slices = ExpertSlices(expert_tensors(place.base, place.num_experts), ids)
         return RoutedParts(experts=slices, selection=ids)
 

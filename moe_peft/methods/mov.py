@@ -27,10 +27,10 @@ from ..forward.objective import Loss, RouterObjective
 from ..losses import importance, z_loss
 from ..places.key_value_ffn import ffn_output_names, head_widths, key_value_names
 from ..places.linear import linear_names, shortest_endings, text_linear_names
-from ..routers import ROUTERS
 from ..tuner.registration import extend_peft_type, register
 from ..tuner.tuner import RoutedTuner
 from ..types import MoeLayer, Place
+from .build import build_router
 
 PEFT_TYPE = extend_peft_type("MOV")
 NO_MATRICES = "vectors have no rank and no scale"
@@ -178,13 +178,8 @@ class MovConfig(RouterLossConfig, TopKConfig, PlacingConfig):
             router_reads_hidden=hidden,
             init_weights=self.init_weights,
         )
-        router_cls = ROUTERS[self.router]
-        router = router_cls(
-            place.in_features if hidden else width // heads,
-            self.num_experts,
-            init_std=INIT_STD,
-            **{name: getattr(self, name) for name in self.router_fields()},
-        )
+        read = place.in_features if hidden else width // heads
+        router = build_router(self, read, self.num_experts, init_std=INIT_STD)
         losses: dict[str, tuple[Loss, float]] = {
             "importance": (importance, self.router_aux_loss_coef),
             "z_loss": (z_loss, self.router_z_loss_coef),

@@ -18,17 +18,15 @@ from ..config.meaning import NOT_MEANING
 from ..config.parts import RoutedParts
 from ..experts import EXPERTS
 from ..experts.bottleneck import ACTIVATIONS
-from ..forward.objective import Loss
 from ..losses import LOSSES
-from ..routers import ROUTERS, LinearRouter
+from ..routers import GATES, SCORERS, router_gives, router_learns, router_names
 from ..tuner.registration import extend_peft_type, register
 from ..tuner.tuner import RoutedTuner
-from ..types import Place
+from ..types import Place, RouterLoss
 from .build import build_parts
 from .localized import LocalizedBalancingConfig
 
 PEFT_TYPE = extend_peft_type("ROUTED")
-NEEDS_SPARSE = ("load_balancing", "gshard_load_balancing")
 
 
 @accepts_absent
@@ -42,7 +40,16 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
     adapter_type: ClassVar[str] = "ROUTED"
     default_targets: ClassVar[Literal["ffn", "attention", "all"]] = "ffn"
 
-    router: str = field(default="top_k", metadata={"help": "Name of the router, see moe_peft.routers.ROUTERS."})
+    router: str = field(
+        default="top_k",
+        metadata={"help": "Name of the rule that selects, see moe_peft.routers.SELECTORS, or of a whole router."},
+    )
+    scorer: str = field(  # type: ignore[misc]
+        default="linear", metadata={"help": "Name of what scores the experts, see moe_peft.routers.SCORERS."}
+    )
+    gate: str = field(  # type: ignore[misc]
+        default="softmax", metadata={"help": "Name of the gate function of the scores, see moe_peft.routers.GATES."}
+    )
     top_k: int | None = field(
         default=None,
         metadata={"help": "Experts a token uses; None means 2 with a sparse router, and all with the dense one."},
@@ -78,7 +85,9 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
         self.peft_type = PEFT_TYPE
 
     def _fill_in(self) -> None:
-        if self.top_k is None and "top_k" in getattr(ROUTERS.get(self.router), "fields", ()):
+        names = (SCORERS, self.scorer), (GATES, self.gate)
+        known = self.router in router_names() and all(name in registry for registry, name in names)
+        if self.top_k is None and known and "top_k" in self.router_fields():
             self.top_k = min(2, self.num_experts)
 
     @property
@@ -89,6 +98,8 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
     def validate(self) -> None:
         """Check every field; see `MoeConfig.validate`."""
         self._check_choice("wraps", ("linear", "block", "experts"))
+        self._check_choice("scorer", tuple(SCORERS))
+        self._check_choice("gate", tuple(GATES))
         super().validate()
         self._check_choice("experts", tuple(EXPERTS))
         self._check_choice("activation", tuple(ACTIVATIONS))
@@ -111,11 +122,12 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
             self._check(name in LOSSES, "losses", f"a dict with names out of {', '.join(map(repr, LOSSES))}")
             hint = f"a dict with weights that are zero or positive numbers {IN_RANGE}"
             self._check(is_coefficient(coef), "losses", hint)
+            lacking = LOSSES[name].needs - self._router_gives()
             self._check(
-                name not in NEEDS_SPARSE or self.router != "dense",
+                not lacking,
                 "losses",
-                f"without {name!r} for the dense router, whose experts all take every token, so that it is constant; "
-                "use 'importance'",
+                f"without {name!r} for the {self.router} router, which gives no {', '.join(sorted(lacking))}; use "
+                f"{' or '.join(map(repr, self._losses_that_fit()))}",
             )
             shorthand = {self._balance_name(): "router_aux_loss_coef", "z_loss": "router_z_loss_coef"}.get(name)
             self._check(
@@ -125,10 +137,17 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
             )
 
     def _router_learns(self) -> bool:
-        return self.router in ROUTERS and issubclass(ROUTERS[self.router], LinearRouter)
+        return self.router != BACKBONE and router_learns(self.router, self.scorer, self.gate)
+
+    def _router_gives(self) -> frozenset[str]:
+        return router_gives(self.router, self.scorer, self.gate)
+
+    def _losses_that_fit(self) -> list[str]:
+        return [name for name, loss in LOSSES.items() if loss.needs <= self._router_gives()]
 
     def _balance_name(self) -> str:
-        return "importance" if self.router == "dense" else "load_balancing"
+        """The balance loss of a router: of the requests where it selects, of the gate mass where it does not."""
+        return "load_balancing" if LOSSES["load_balancing"].needs <= self._router_gives() else "importance"
 
     def card_fields(self) -> list[str]:
         """See `MoeConfig.card_fields`."""
@@ -151,8 +170,9 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
         losses = {name: (self._loss(name), coef) for name, coef in coefficients.items()}
         return build_parts(self, place, losses=losses, experts=self.experts)
 
-    def _loss(self, name: str) -> Loss:
-        return self.localized_balancing() if name == "localized_balancing" else LOSSES[name]
+    def _loss(self, name: str) -> RouterLoss:
+        loss = LOSSES[name]
+        return loss(**{keyword: getattr(self, own) for keyword, own in loss.config_fields.items()})
 
 
 class RoutedModel(RoutedTuner):

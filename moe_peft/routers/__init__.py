@@ -3,26 +3,49 @@
 from __future__ import annotations
 
 from .backbone import backbone_routing
-from .capacity import CapacityRouter
+from .capacity import Capacity, CapacityRouter
 from .constant import ConstantRouter
-from .dense import DenseRouter
-from .router import LinearRouter, Router
-from .top_k import TopKRouter
-
-ROUTERS: dict[str, type[Router]] = {
-    "dense": DenseRouter,
-    "top_k": TopKRouter,
-    "capacity": CapacityRouter,
-    "constant": ConstantRouter,
-}
+from .dense import Dense, DenseRouter
+from .gates import Gate, Softmax
+from .linear import LinearRouter
+from .registry import (
+    GATES,
+    ROUTERS,
+    SCORERS,
+    SELECTORS,
+    make_router,
+    router_fields,
+    router_gives,
+    router_learns,
+    router_names,
+    router_parts,
+)
+from .router import Router
+from .selector import Selector
+from .top_k import TopK, TopKRouter
 
 __all__ = [
+    "GATES",
     "ROUTERS",
+    "SCORERS",
+    "SELECTORS",
+    "Capacity",
     "CapacityRouter",
     "ConstantRouter",
+    "Dense",
     "DenseRouter",
+    "Gate",
     "LinearRouter",
     "Router",
+    "Selector",
+    "Softmax",
+    "TopK",
     "TopKRouter",
     "backbone_routing",
+    "make_router",
+    "router_fields",
+    "router_gives",
+    "router_learns",
+    "router_names",
+    "router_parts",
 ]

@@ -10,32 +10,74 @@ packed row count on their own. Outside training passes there is no capacity, so 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from ..types import Routing, TokenContext
-from .top_k import TopKRouter
+from .linear import LinearRouter
+from .top_k import TopK
 
 
-class CapacityRouter(TopKRouter):
-    """`TopKRouter` whose experts have a capacity in training passes.
+class Capacity(TopK):
+    """The k largest, of which experts take only so many in training passes.
 
     Args:
-        in_features: D, width of the input.
-        num_experts: E.
         top_k: K, experts a token uses.
         capacity_factor: Ratio of an expert's places to its even share of the requests; None means no capacity.
         capacity_order: Who is served first. "position": tokens in sequence order, which keeps the router causal.
             "choice": all first choices before all second choices (GShard), with which a later token can take an
             earlier token's place.
-        norm_topk_prob: See `TopKRouter`; weights are rescaled before tokens are dropped.
-        routed_scaling_factor: See `LinearRouter`.
-        router_jitter_noise: See `LinearRouter`.
-        expert_dropout: See `LinearRouter`.
-        init_std: See `LinearRouter`.
+        norm_topk_prob: See `TopK`; weights are rescaled before tokens are dropped.
+        expert_dropout: See `TopK`.
     """
 
-    fields = ("capacity_factor", "capacity_order", *TopKRouter.fields)
+    fields = ("capacity_factor", "capacity_order", *TopK.fields)
+
+    def __init__(
+        self,
+        *,
+        top_k: int,
+        capacity_factor: float | None = None,
+        capacity_order: str = "position",
+        norm_topk_prob: bool = False,
+        expert_dropout: float = 0.0,
+    ) -> None:
+        super().__init__(top_k=top_k, norm_topk_prob=norm_topk_prob, expert_dropout=expert_dropout)
+        self.capacity_factor = capacity_factor
+        self.capacity_order = capacity_order
+        self.causal = capacity_order == "position"
+
+    def __call__(
+        self,
+        logits_TE: torch.Tensor,
+        probs_TE: torch.Tensor,
+        context: TokenContext,
+        num_experts: int,
+        **own: torch.Tensor,
+    ) -> Routing:
+        """Keep the k largest probabilities, then drop what is over capacity; arguments as in `Selector`."""
+        routing = super().__call__(logits_TE, probs_TE, context, num_experts, **own)
+        if self.capacity_factor is None or not context.training:
+            return routing
+        dropped_TK = over_capacity(routing, self.capacity_factor, by_choice=self.capacity_order == "choice")
+        return replace(routing, weights=routing.weights.masked_fill(dropped_TK, 0.0), dropped=dropped_TK)
+
+
+class CapacityRouter(LinearRouter):
+    """Linear scores, softmax, the k largest within the experts' capacity.
+
+    Args:
+        in_features: D, width of the input.
+        num_experts: E.
+        top_k: See `Capacity`.
+        capacity_factor: See `Capacity`.
+        capacity_order: See `Capacity`.
+        norm_topk_prob: See `Capacity`.
+        **settings: Further arguments of `LinearRouter`.
+    """
+
+    fields: tuple[str, ...] = ("capacity_factor", "capacity_order", "top_k", "norm_topk_prob", *LinearRouter.fields)
 
     def __init__(
         self,
@@ -46,32 +88,16 @@ class CapacityRouter(TopKRouter):
         capacity_factor: float | None = None,
         capacity_order: str = "position",
         norm_topk_prob: bool = False,
-        routed_scaling_factor: float = 1.0,
-        router_jitter_noise: float = 0.0,
-        expert_dropout: float = 0.0,
-        init_std: float | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            in_features,
-            num_experts,
+        select = Capacity(
             top_k=top_k,
+            capacity_factor=capacity_factor,
+            capacity_order=capacity_order,
             norm_topk_prob=norm_topk_prob,
-            routed_scaling_factor=routed_scaling_factor,
-            router_jitter_noise=router_jitter_noise,
-            expert_dropout=expert_dropout,
-            init_std=init_std,
+            expert_dropout=settings.get("expert_dropout", 0.0),
         )
-        self.capacity_factor = capacity_factor
-        self.capacity_order = capacity_order
-        self.causal = capacity_order == "position"
-
-    def decide(self, logits_TE: torch.Tensor, context: TokenContext) -> Routing:
-        """Keep the k largest probabilities, then drop what is over capacity; arguments as in `LinearRouter.decide`."""
-        routing = super().decide(logits_TE, context)
-        if self.capacity_factor is None or not context.training:
-            return routing
-        dropped_TK = over_capacity(routing, self.capacity_factor, by_choice=self.capacity_order == "choice")
-        return replace(routing, weights=routing.weights.masked_fill(dropped_TK, 0.0), dropped=dropped_TK)
+        super().__init__(in_features, num_experts, select=select, **settings)
 
 
 def over_capacity(routing: Routing, capacity_factor: float, *, by_choice: bool = False) -> torch.Tensor:

@@ -11,16 +11,20 @@ from .router import Router
 class ConstantRouter(Router):
     """A router without parameters or choice (PERFT-D and PERFT-S, arXiv 2508.02587); arguments as in `Router`."""
 
+    fields: tuple[str, ...] = ("routed_scaling_factor",)
     mergeable = True
 
-    def forward(self, x_TD: torch.Tensor, context: TokenContext) -> Routing:
-        """Give every expert the same weight; arguments as in `Router.forward`."""
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        ones_TE = torch.ones(x_TD.shape[0], self.num_experts, dtype=dtype, device=x_TD.device)
+    def scores(self, x: torch.Tensor, context: TokenContext) -> torch.Tensor:
+        """Score all experts alike; arguments as in `Router.scores`."""
+        return x.new_zeros(x.shape[0], self.num_experts, dtype=torch.promote_types(x.dtype, torch.float32))
+
+    def decide(self, logits_TE: torch.Tensor, context: TokenContext) -> Routing:
+        """Give every expert the same weight; arguments as in `Router.decide`."""
+        ones_TE = torch.ones_like(logits_TE)
         return Routing(
             weights=self.scale(ones_TE),
             experts=None,
-            logits=torch.zeros_like(ones_TE),
+            logits=logits_TE,
             probs=ones_TE / self.num_experts,
             context=context,
         )

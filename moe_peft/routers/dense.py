@@ -1,22 +1,41 @@
-"""Dense (soft) routing: every token uses every expert, weighted by g = softmax(W x)."""
+"""Dense (soft) routing: every token uses every expert, weighted by its probability."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from ..types import Routing, TokenContext
-from .router import LinearRouter, gate_probs
+from .linear import LinearRouter
+from .selector import Selector
+
+
+class Dense(Selector):
+    """All experts (LoRAMoE, arXiv 2312.09979; MoLORA, arXiv 2309.05444)."""
+
+    constant_for_one = True
+
+    def __call__(
+        self,
+        logits_TE: torch.Tensor,
+        probs_TE: torch.Tensor,
+        context: TokenContext,
+        num_experts: int,
+        **own: torch.Tensor,
+    ) -> Routing:
+        """Weigh every expert by its probability; arguments as in `Selector`."""
+        return Routing(weights=probs_TE, experts=None, logits=logits_TE, probs=probs_TE, context=context)
 
 
 class DenseRouter(LinearRouter):
-    """Softmax over all experts (LoRAMoE, arXiv 2312.09979; MoLORA, arXiv 2309.05444)."""
+    """Linear scores, softmax, all experts.
 
-    @property
-    def mergeable(self) -> bool:
-        """The softmax over a single expert is one."""
-        return self.num_experts == 1
+    Args:
+        in_features: D, width of the input.
+        num_experts: E.
+        **settings: Further arguments of `LinearRouter`.
+    """
 
-    def decide(self, logits_TE: torch.Tensor, context: TokenContext) -> Routing:
-        """Weigh every expert by its probability; arguments as in `LinearRouter.decide`."""
-        probs_TE = gate_probs(logits_TE, self.expert_dropout, context)
-        return Routing(weights=self.scale(probs_TE), experts=None, logits=logits_TE, probs=probs_TE, context=context)
+    def __init__(self, in_features: int, num_experts: int, **settings: Any) -> None:
+        super().__init__(in_features, num_experts, select=Dense(), **settings)

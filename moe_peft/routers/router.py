@@ -1,162 +1,158 @@
-"""What routers share: the promises a router makes, and float32 scores z = W x of the linear ones."""
+"""What routers share: scores z of the experts, a gate function p of them, and a rule that selects by both.
+
+    z = scores(x),   p = Dropout(gate(z)),   routing = select(z, p)
+
+A router class is a scorer, the only one of the three with trained parameters; it owns a gate and a selector.
+"""
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from ..ops import without_rounding
+from ..part import ModulePart, Reads
 from ..types import Routing, TokenContext
+from .gates import Gate, Softmax
+from .selector import Selector
 
 
-class Router(nn.Module, ABC):
+class Router(ModulePart, nn.Module):
     """Decides which experts a token uses, and with which weight.
 
     Args:
         in_features: D, width of the input.
         num_experts: E.
+        select: Rule that selects; None where a subclass has a `decide` or a `forward` of its own.
+        gate: Gate function; None takes the softmax.
         routed_scaling_factor: Factor of all weights, after any rescaling.
+        expert_dropout: Probability that a gate is dropped in training passes; survivors are divided by 1 - p.
         init_std: Standard deviation of a normal initialisation of what a router has to initialise, if anything.
 
     Attributes:
-        fields: Names of the config fields that the constructor takes by keyword, beside `in_features`, `num_experts`
-            and `init_std`.
-        causal: No later token changes the decision for an earlier one.
-        batch_invariant: No other row of the batch changes a decision.
-        decode_stateless: Decoding token by token decides as the full forward does.
-        mergeable: Outside training passes the weights are the same for every input, so that the experts can be merged
-            into the base weight; no router is until it says so.
+        reads: What it is given as x: the layer's input, the experts' activations (T, E, r), the decision of the
+            block's first router, or the input again where it decides by what the context holds.
+        learns: Whether it has parameters that the task or a router loss trains.
+        perturbs_training: Whether training passes may decide otherwise than evaluation does: with jitter, dropped
+            gates, a capacity or sampled gates. Trainers that compare two passes of a model set it to False.
+        num_scores: Columns of z: E, and the selector's further ones.
     """
 
-    fields: tuple[str, ...] = ("routed_scaling_factor",)
-    causal: bool = True
-    batch_invariant: bool = True
-    decode_stateless: bool = True
+    fields: tuple[str, ...] = ("routed_scaling_factor", "expert_dropout")
+    reads: Reads = "input"
+    learns: bool = False
+    keeps_float32 = True
+    perturbs_training: bool = True
 
     def __init__(
         self,
         in_features: int,
         num_experts: int,
         *,
+        select: Selector | None = None,
+        gate: Gate | None = None,
         routed_scaling_factor: float = 1.0,
+        expert_dropout: float = 0.0,
         init_std: float | None = None,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.routed_scaling_factor = routed_scaling_factor
+        self.expert_dropout = nn.Dropout(expert_dropout)
+        self.gate = gate or Softmax()
+        self.select = select
+        self.num_scores = num_experts + (0 if select is None else select.extra_scores)
+        own = {} if select is None else select.tensors(num_experts)
+        for name, tensor in own.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self._selector_tensors = tuple(own)
+        self.frozen = (*type(self).frozen, *own)
+        for promise in ("causal", "batch_invariant", "decode_stateless"):
+            members = [part for part in (type(self), self.gate, select) if part is not None]
+            setattr(self, promise, all(getattr(part, promise) for part in members))
+        self.context_needs = frozenset().union(*(part.context_needs for part in members))
+        self.gives = frozenset().union(*(part.gives for part in members))
 
     @property
-    def mergeable(self) -> bool:
-        """See the class; a class or a property of a subclass takes its place."""
-        return False
+    def mergeable(self) -> bool:  # type: ignore[override]
+        """Whether the weights are the same for every token, as those of one expert under a gate that sums to one."""
+        own_decision = type(self).decide is not Router.decide or type(self).forward is not Router.forward
+        return (
+            not own_decision
+            and self.num_experts == 1
+            and self.gate.sums_to_one
+            and self.select is not None
+            and self.select.constant_for_one
+            and not (self.select.gates_extra and self.select.extra_scores)
+        )
 
     def scale(self, weights: torch.Tensor) -> torch.Tensor:
         """Apply `routed_scaling_factor` to combine weights of any shape."""
         return weights if self.routed_scaling_factor == 1.0 else weights * self.routed_scaling_factor
 
-    @abstractmethod
-    def forward(self, x_TD: torch.Tensor, context: TokenContext) -> Routing:
-        """Decide about each token.
+    def deciding(self, context: TokenContext) -> TokenContext:
+        """The context that scores, gate and selector see: that of evaluation where nothing may perturb a decision."""
+        return replace(context, training=False) if context.training and not self.perturbs_training else context
 
-        Args:
-            x_TD: (T, D) input of any floating dtype.
-            context: What is known about the tokens.
-        """
-
-
-class LinearRouter(Router):
-    """Scores the experts by a matrix, then decides.
-
-    The two steps are separate so that the scores can be computed in the experts' own GEMM.
-
-    Args:
-        in_features: D, width of the input.
-        num_experts: E.
-        routed_scaling_factor: Factor of all weights, after any rescaling.
-        router_jitter_noise: Half-width of the uniform multiplicative noise on the input, in training passes.
-        expert_dropout: Probability that a gate is dropped in training passes; survivors are divided by 1 - p.
-        init_std: Standard deviation of a normal initialisation; None takes the uniform one of `nn.Linear`.
-
-    Attributes:
-        weight: (E, D) float32, also in a bfloat16 model: rounding the scores changes which experts are selected.
-    """
-
-    fields: tuple[str, ...] = (*Router.fields, "router_jitter_noise", "expert_dropout")
-
-    def __init__(
-        self,
-        in_features: int,
-        num_experts: int,
-        *,
-        routed_scaling_factor: float = 1.0,
-        router_jitter_noise: float = 0.0,
-        expert_dropout: float = 0.0,
-        init_std: float | None = None,
-    ) -> None:
-        super().__init__(in_features, num_experts, routed_scaling_factor=routed_scaling_factor, init_std=init_std)
-        self.router_jitter_noise = router_jitter_noise
-        self.expert_dropout = expert_dropout
-        self.weight = nn.Parameter(torch.empty(num_experts, in_features, dtype=torch.float32))
-        if init_std is None:
-            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        else:
-            nn.init.normal_(self.weight, std=init_std)
-
-    def scores(self, x_TD: torch.Tensor, context: TokenContext) -> torch.Tensor:
+    def scores(self, x: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """Score the experts for each token.
 
         Args:
-            x_TD: (T, D) input of any floating dtype.
+            x: What the router reads, (T, D) or (T, E, r), of any floating dtype.
             context: What is known about the tokens.
 
         Returns:
-            (T, E) router logits, float32 (float64 for float64 input).
+            (T, num_scores) router logits, float32 (float64 for float64 input), whatever dtype the router's parameters
+            have been given.
         """
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        x_TD = x_TD.to(dtype)
-        if self.jitters(context):
-            x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.router_jitter_noise, 1 + self.router_jitter_noise)
-        with torch.autocast(x_TD.device.type, enabled=False):
-            return F.linear(x_TD, self.weight.to(dtype))
+        raise NotImplementedError(f"{type(self).__name__} has neither scores nor a forward of its own.")
 
-    def jitters(self, context: TokenContext) -> bool:
-        """Whether the scores of this pass are computed from a noisy input."""
-        return context.training and self.router_jitter_noise > 0
+    def shared_rows(self, context: TokenContext) -> torch.Tensor | None:
+        """The matrix whose product with the layer's input is all that `scores` computes in this pass.
 
-    @abstractmethod
+        Args:
+            context: What is known about the tokens.
+
+        Returns:
+            (num_scores, D), which the experts' GEMM may take along; None where the scores are anything else.
+        """
+        return None
+
     def decide(self, logits_TE: torch.Tensor, context: TokenContext) -> Routing:
         """Turn scores into a decision.
 
         Args:
-            logits_TE: (T, E) router logits.
+            logits_TE: (T, num_scores) router logits.
             context: What is known about the tokens.
         """
+        if self.select is None:
+            raise NotImplementedError(f"{type(self).__name__} has neither a selector nor a decision of its own.")
+        seen, columns = self.deciding(context), self.num_scores if self.select.gates_extra else self.num_experts
+        gated_TE = logits_TE if columns == self.num_scores else logits_TE[:, :columns]
+        probs_TE = self.drop(self.gate(gated_TE, seen), seen)
+        own = {name: getattr(self, name) for name in self._selector_tensors}
+        routing = self.select(logits_TE, probs_TE, seen, self.num_experts, **own)
+        if self.routed_scaling_factor != 1.0 or seen is not context:
+            routing = replace(routing, weights=self.scale(routing.weights), context=context)
+        return routing
 
-    def forward(self, x_TD: torch.Tensor, context: TokenContext) -> Routing:
-        """Score the experts for each token and decide."""
-        return self.decide(self.scores(x_TD, context), context)
+    def drop(self, probs_TE: torch.Tensor, context: TokenContext) -> torch.Tensor:
+        """Apply `expert_dropout` in training passes; a dropped gate is exactly zero."""
+        return self.expert_dropout(probs_TE) if context.training and self.expert_dropout.p > 0 else probs_TE
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> LinearRouter:
-        """Follow a change of device, but never one to a 16-bit dtype."""
-        super()._apply(lambda t: without_rounding(t, fn(t)), recurse)
+    def forward(self, x: torch.Tensor, context: TokenContext) -> Routing:
+        """Decide about each token.
+
+        Args:
+            x: What the router reads, (T, D) or (T, E, r), of any floating dtype.
+            context: What is known about the tokens.
+        """
+        return self.decide(self.scores(x, self.deciding(context)), context)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Router:
+        """Follow a change of device, but never one to a 16-bit dtype, where the parameters stay float32."""
+        super()._apply((lambda t: without_rounding(t, fn(t))) if self.keeps_float32 else fn, recurse)
         return self
-
-
-def gate_probs(logits_TE: torch.Tensor, expert_dropout: float, context: TokenContext) -> torch.Tensor:
-    """Softmax over the experts, with inverted dropout of single gates in training passes.
-
-    Args:
-        logits_TE: (T, E) router logits.
-        expert_dropout: p, the probability that a gate is dropped.
-        context: What is known about the tokens.
-
-    Returns:
-        (T, E) probabilities; a dropped gate is exactly zero, a kept one is divided by 1 - p.
-    """
-    probs_TE = logits_TE.softmax(dim=-1)
-    return F.dropout(probs_TE, expert_dropout, training=context.training) if expert_dropout > 0 else probs_TE

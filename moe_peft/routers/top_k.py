@@ -1,66 +1,67 @@
-"""Top-k routing: each token uses the k experts with the largest g = softmax(W x)."""
+"""Top-k routing: each token uses the k experts with the largest probability."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from ..types import Routing, TokenContext
-from .router import LinearRouter, gate_probs
+from .linear import LinearRouter
+from .selector import Selector
+
+
+class TopK(Selector):
+    """The k largest (arXiv 2101.03961; the token-choice router of transformers' sparse models).
+
+    Args:
+        top_k: K, experts a token uses.
+        norm_topk_prob: Whether the kept weights are rescaled to sum to one. With K = 1 the weight is then the constant
+            one and the router gets no gradient from the task.
+        expert_dropout: Probability with which the router drops gates; where it does, a dropped gate is not selected.
+    """
+
+    fields: tuple[str, ...] = ("top_k", "norm_topk_prob", "expert_dropout")
+    gives = frozenset({"selection"})
+    constant_for_one = True
+
+    def __init__(self, *, top_k: int, norm_topk_prob: bool = False, expert_dropout: float = 0.0) -> None:
+        self.top_k = top_k
+        self.norm_topk_prob = norm_topk_prob
+        self.expert_dropout = expert_dropout
+
+    def __call__(
+        self,
+        logits_TE: torch.Tensor,
+        probs_TE: torch.Tensor,
+        context: TokenContext,
+        num_experts: int,
+        **own: torch.Tensor,
+    ) -> Routing:
+        """Keep the k largest probabilities; arguments as in `Selector`."""
+        weights_TK, experts_TK = probs_TE.topk(self.top_k, dim=-1)
+        if self.expert_dropout > 0 and context.training:
+            experts_TK = experts_TK.masked_fill(weights_TK == 0, num_experts)
+        if self.norm_topk_prob:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(torch.finfo(weights_TK.dtype).tiny)
+        return Routing(weights=weights_TK, experts=experts_TK, logits=logits_TE, probs=probs_TE, context=context)
 
 
 class TopKRouter(LinearRouter):
-    """Softmax, then the k largest (arXiv 2101.03961; the token-choice router of transformers' sparse models).
+    """Linear scores, softmax, the k largest.
 
     Args:
         in_features: D, width of the input.
         num_experts: E.
-        top_k: K, experts a token uses.
-        norm_topk_prob: Whether the kept weights are rescaled to sum to one. With K = 1 the weight is then the constant
-            one and the router gets no gradient from the task.
-        routed_scaling_factor: See `LinearRouter`.
-        router_jitter_noise: See `LinearRouter`.
-        expert_dropout: See `LinearRouter`; a dropped gate is not selected.
-        init_std: See `LinearRouter`.
+        top_k: See `TopK`.
+        norm_topk_prob: See `TopK`.
+        **settings: Further arguments of `LinearRouter`.
     """
 
     fields: tuple[str, ...] = ("top_k", "norm_topk_prob", *LinearRouter.fields)
 
     def __init__(
-        self,
-        in_features: int,
-        num_experts: int,
-        *,
-        top_k: int,
-        norm_topk_prob: bool = False,
-        routed_scaling_factor: float = 1.0,
-        router_jitter_noise: float = 0.0,
-        expert_dropout: float = 0.0,
-        init_std: float | None = None,
+        self, in_features: int, num_experts: int, *, top_k: int, norm_topk_prob: bool = False, **settings: Any
     ) -> None:
-        super().__init__(
-            in_features,
-            num_experts,
-            routed_scaling_factor=routed_scaling_factor,
-            router_jitter_noise=router_jitter_noise,
-            expert_dropout=expert_dropout,
-            init_std=init_std,
-        )
-        self.top_k = top_k
-        self.norm_topk_prob = norm_topk_prob
-
-    @property
-    def mergeable(self) -> bool:
-        """The softmax over a single expert is one."""
-        return self.num_experts == 1
-
-    def decide(self, logits_TE: torch.Tensor, context: TokenContext) -> Routing:
-        """Keep the k largest probabilities; arguments as in `LinearRouter.decide`."""
-        probs_TE = gate_probs(logits_TE, self.expert_dropout, context)
-        weights_TK, experts_TK = probs_TE.topk(self.top_k, dim=-1)
-        if self.expert_dropout > 0 and context.training:
-            experts_TK = experts_TK.masked_fill(weights_TK == 0, self.num_experts)
-        if self.norm_topk_prob:
-            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(torch.finfo(weights_TK.dtype).tiny)
-        return Routing(
-            weights=self.scale(weights_TK), experts=experts_TK, logits=logits_TE, probs=probs_TE, context=context
-        )
+        select = TopK(top_k=top_k, norm_topk_prob=norm_topk_prob, expert_dropout=settings.get("expert_dropout", 0.0))
+        super().__init__(in_features, num_experts, select=select, **settings)

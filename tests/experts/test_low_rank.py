@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from moe_peft.experts import LowRankExperts
+from moe_peft.experts import LowRankExperts, PendingRouting
 from moe_peft.types import TokenContext
 from tests import reference
 from tests.compare import assert_same, gates_of, random_routing
@@ -40,16 +41,67 @@ def test_equals_the_formula(implementation, num_tokens, num_experts, top_k):
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_shared_gemm_equals_router_and_experts_apart(in_place):
+def test_prepare_and_combine_equal_the_whole(in_place):
     experts = bank()
     x, W0 = inputs(13)
-    Wg = torch.randn(E, D, dtype=torch.float64, requires_grad=True)
-    h, logits = experts.project_with(x, Wg)
-    torch.testing.assert_close(logits, x @ Wg.T)
     routing = random_routing(13, E, 2)
+    h = experts.prepare(x, routing.context)
+    torch.testing.assert_close(experts.activations(h), torch.einsum("td,erd->ter", x, experts.A))
     actual = experts.combine(h, x @ W0.T, routing, in_place=in_place)
     leaves = [x, experts.A, experts.B, routing.logits]
     assert_same(actual, experts(x, x @ W0.T, routing), leaves, leaves)
+
+
+def test_rows_that_a_shared_gemm_takes_are_those_that_prepare_applies():
+    experts = bank()
+    x, _ = inputs(13)
+    torch.testing.assert_close(x @ experts.shared_rows(TokenContext()).T, experts.prepare(x, TokenContext()))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "dense"])
+def test_a_decision_by_the_activations_is_asked_for_once_with_all_of_them(implementation):
+    experts = bank(experts_implementation=implementation)
+    x, W0 = inputs(13)
+    seen, routing = [], random_routing(13, E, 2)
+
+    def decide(activations):
+        seen.append(activations)
+        return routing
+
+    actual = experts(x, x @ W0.T, PendingRouting(routing.context, decide))
+    (activations,) = seen
+    torch.testing.assert_close(activations, torch.einsum("td,erd->ter", x, experts.A))
+    leaves = [x, experts.A, experts.B, routing.logits]
+    assert_same(actual, experts(x, x @ W0.T, routing), leaves, leaves)
+
+
+def test_dropout_is_a_module_whose_probability_is_what_is_applied():
+    experts = bank(lora_dropout=0.5)
+    x, W0 = inputs(13)
+    training = TokenContext(training=True)
+    assert experts.shared_rows(training) is None and experts.shared_rows(TokenContext()) is not None
+    for module in experts.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    routing = random_routing(13, E, context=training)
+    torch.testing.assert_close(experts(x, x @ W0.T, routing), bank()(x, x @ W0.T, routing))
+    assert set(experts.state_dict()) == {"A", "B"} and experts.shared_rows(training) is not None
+
+
+class Squared(LowRankExperts):
+    def prepare(self, x_TD, context):
+        return super().prepare(x_TD, context).square()
+
+
+def test_a_kind_of_its_own_inherits_neither_the_promise_to_merge_nor_the_shared_gemm():
+    experts = Squared(D, OUT, num_experts=E, r=R, scaling=1.0)
+    assert LowRankExperts.mergeable and not experts.mergeable
+    assert experts.shared_rows(TokenContext()) is None
+
+
+def test_shapes_are_how_those_of_the_parameters_begin():
+    begins = LowRankExperts.shapes(E, R)
+    assert {name: tuple(p.shape[: len(begins[name])]) for name, p in bank().named_parameters()} == begins
 
 
 @pytest.mark.parametrize("init_weights", [True, "gaussian"])

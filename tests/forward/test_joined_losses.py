@@ -22,7 +22,7 @@ GROUPS = [0, 1, 1, 0]
 
 
 def loss_of(name: str) -> RouterLoss:
-    return LocalizedBalancing(expert_groups=GROUPS, delta=0.3) if name == "localized_balancing" else LOSSES[name]
+    return LocalizedBalancing(expert_groups=GROUPS, delta=0.3) if name == "localized_balancing" else LOSSES[name]()
 
 
 def batch(lengths, groups, top_k, seed) -> Routing:
@@ -114,7 +114,7 @@ def test_layers_of_several_kinds_and_sizes_are_differentiated_each_on_its_own():
     routings = [random_routing(7, experts, 2) for experts in (4, 4, 6)]
     layers = []
     for number, routing in enumerate(routings):
-        losses = {"z_loss": LOSSES["z_loss"], "load_balancing": LOSSES["load_balancing"]}
+        losses = {"z_loss": LOSSES["z_loss"](), "load_balancing": LOSSES["load_balancing"]()}
         own = {name: loss.sums(routing).detach() for name, loss in losses.items()}
         layers.append(LayerLosses(losses, {"z_loss": 0.1 + number, "load_balancing": 0.2}, "micro_batch", own))
     finish({("layer", "default", number): layer for number, layer in enumerate(layers)}, None)
@@ -179,7 +179,7 @@ def test_total_and_means_of_a_forward_are_those_of_its_layers():
     expected, by_name = 0.0, {"z_loss": [], "importance": []}
     for place, experts in (("up", 4), ("down", 6), ("gate", 4)):
         routing = random_routing(7, experts, 2)
-        losses = {"importance": LOSSES["importance"], "z_loss": LOSSES["z_loss"]}
+        losses = {"importance": LOSSES["importance"](), "z_loss": LOSSES["z_loss"]()}
         own = {name: loss.sums(routing).detach() for name, loss in losses.items()}
         coefficients = {"importance": 0.1 * experts, "z_loss": 0.2}
         layer = LayerLosses(losses, coefficients, "micro_batch", own)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_peft.losses import LOSSES, LocalizedBalancing
+from moe_peft.losses import LOSSES
 from moe_peft.losses.masking import masked_sum, num_valid
 from moe_peft.types import Routing, TokenContext
 from tests.compare import random_routing
@@ -14,7 +14,7 @@ NAMES = sorted(LOSSES)
 
 
 def loss_of(name):
-    return LocalizedBalancing() if name == "localized_balancing" else LOSSES[name]
+    return LOSSES[name]()
 
 
 def padded(routing: Routing, before: int, after: int, junk: float) -> Routing:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
 
-from moe_peft.routers import ROUTERS, DenseRouter, LinearRouter, TopKRouter
-from moe_peft.routers.router import gate_probs
-from moe_peft.types import TokenContext
+from moe_peft.routers import ROUTERS, Dense, DenseRouter, Gate, LinearRouter, Router, Selector, TopKRouter
+from moe_peft.types import Routing, TokenContext
 from tests import reference
 
 D, E = 7, 4
@@ -79,9 +81,9 @@ def test_jitter_scales_each_input_element_within_its_half_width_in_training_only
 
 def test_kept_gates_are_divided_by_one_minus_p():
     logits = torch.randn(200, E, dtype=torch.float64)
-    plain = logits.softmax(-1)
     torch.manual_seed(0)
-    dropped = gate_probs(logits, 0.4, TRAINING)
+    plain, dropped = make("dense").decide(logits, TRAINING).probs, make("dense", expert_dropout=0.4)
+    dropped = dropped.decide(logits, TRAINING).probs
     kept = dropped != 0
     torch.testing.assert_close(dropped, torch.where(kept, plain / 0.6, 0.0))
     assert 0.5 < kept.double().mean() < 0.7
@@ -89,7 +91,47 @@ def test_kept_gates_are_divided_by_one_minus_p():
 
 def test_gate_dropout_is_silent_outside_training():
     logits = torch.randn(20, E)
-    assert torch.equal(gate_probs(logits, 0.4, TokenContext()), logits.softmax(-1))
+    assert torch.equal(make("dense", expert_dropout=0.4).decide(logits, TokenContext()).probs, logits.softmax(-1))
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_dropouts_are_modules_whose_probability_is_what_is_applied(name):
+    router = make(name, expert_dropout=0.5)
+    x = torch.randn(50, D)
+    assert (router(x, TRAINING).probs == 0).any()
+    for module in router.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    assert torch.equal(router(x, TRAINING).probs, router(x, TokenContext()).probs)
+    assert set(router.state_dict()) == {"weight"}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_router_that_perturbs_nothing_decides_in_training_as_in_evaluation(name):
+    limits = {"capacity_factor": 0.3} if name == "capacity" else {}
+    router = make(name, router_jitter_noise=0.5, expert_dropout=0.5, **limits)
+    x = torch.randn(50, D)
+    expected = router(x, TokenContext())
+    assert not torch.equal(router(x, TRAINING).gate_matrix(), expected.gate_matrix())
+    router.perturbs_training = False
+    found = router(x, TRAINING)
+    assert torch.equal(found.gate_matrix(), expected.gate_matrix()) and torch.equal(found.logits, expected.logits)
+    assert found.context is TRAINING and found.dropped is None
+    assert router.shared_rows(TRAINING) is router.weight
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("input_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", LINEAR)
+def test_decisions_are_those_of_float32_whatever_dtype_the_weight_has_been_given(name, weight_dtype, input_dtype):
+    torch.manual_seed(0)
+    router = ROUTERS[name](64, 8, **({} if name == "dense" else {"top_k": 2}))
+    router.weight.data = router.weight.data.to(weight_dtype)
+    x = torch.randn(6144, 64).to(input_dtype)
+    routing = router(x, TokenContext())
+    expected = x.float() @ router.weight.float().T
+    assert routing.logits.dtype == torch.float32 and torch.equal(routing.logits, expected)
+    assert torch.equal(routing.probs.topk(2).indices, expected.topk(2).indices)
 
 
 @pytest.mark.parametrize("name", LINEAR)
@@ -120,3 +162,70 @@ def test_initialisation_is_uniform_as_in_linear_or_normal_with_the_given_deviati
 
 def test_only_a_router_of_one_expert_is_mergeable():
     assert DenseRouter(D, 1).mergeable and not DenseRouter(D, 2).mergeable
+
+
+class Halves(Gate):
+    def __call__(self, logits_TE, context):
+        return logits_TE.sigmoid()
+
+
+class OwnDecision(DenseRouter):
+    def decide(self, logits_TE, context):
+        return replace(super().decide(logits_TE, context), weights=logits_TE)
+
+
+class Bare(Router):
+    def forward(self, x, context):
+        return Routing(weights=x[:, :1], experts=None, logits=x[:, :1], probs=x[:, :1], context=context)
+
+
+@pytest.mark.parametrize(
+    "router", [LinearRouter(D, 1, select=Dense(), gate=Halves()), OwnDecision(D, 1), Bare(D, 1)], ids=repr
+)
+def test_a_single_expert_is_mergeable_only_where_its_weight_is_constant(router):
+    x = torch.randn(5, D)
+    assert router(x, TokenContext()).weights.unique().numel() > 1 and not router.mergeable
+
+
+class OwnScores(TopKRouter):
+    def scores(self, x, context):
+        return -super().scores(x, context)
+
+
+def test_a_router_with_scores_of_its_own_lends_no_rows():
+    assert OwnScores(D, E, top_k=2).shared_rows(TokenContext()) is None
+    assert Bare(D, E).shared_rows(TokenContext()) is None
+    assert TopKRouter(D, E, top_k=2).shared_rows(TokenContext()) is not None
+
+
+def test_what_is_missing_of_a_router_is_named():
+    with pytest.raises(NotImplementedError, match="Router has neither scores nor a forward"):
+        Router(D, E)(torch.randn(2, D), TokenContext())
+    with pytest.raises(NotImplementedError, match="LinearRouter has neither a selector nor a decision"):
+        LinearRouter(D, E)(torch.randn(2, D), TokenContext())
+
+
+class Follows(Selector):
+    """Takes the first expert, and later ones less: not causal."""
+
+    causal = False
+    gives = frozenset({"order"})
+    context_needs = frozenset({"prompt"})
+    extra_scores = 2
+
+    def tensors(self, num_experts):
+        return {"bias": torch.zeros(num_experts)}
+
+    def __call__(self, logits_TE, probs_TE, context, num_experts, *, bias):
+        assert logits_TE.shape[1] == num_experts + 2 and probs_TE.shape[1] == num_experts
+        return Routing(weights=probs_TE + bias, experts=None, logits=logits_TE, probs=probs_TE, context=context)
+
+
+def test_a_router_makes_the_promises_of_its_parts_and_keeps_their_tensors():
+    router = LinearRouter(D, E, select=Follows())
+    assert not router.causal and router.batch_invariant and router.decode_stateless
+    assert router.gives == {"order"} and router.context_needs == {"prompt"}
+    assert router.frozen == ("bias",) and not router.bias.requires_grad and router.weight.shape == (E + 2, D)
+    assert set(router.state_dict()) == {"weight", "bias"}
+    routing = router(torch.randn(3, D), TokenContext())
+    assert routing.num_experts == E and routing.probs.shape == (3, E)

@@ -1,0 +1,151 @@
+"""What kinds of experts share: a bank of parameters, of which each token uses some.
+
+    h = prepare(x),   out = combine(h, base, routing)
+
+Additive kinds add a routed sum to what the frozen module gave; multiplicative ones scale it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..ops import without_rounding
+from ..part import ModulePart
+from ..types import Routing, TokenContext
+
+
+class PendingRouting(NamedTuple):
+    """A decision that waits for what the experts make of the input.
+
+    Attributes:
+        context: What is known about the tokens.
+        decide: Makes the decision of (T, E, r) activations.
+    """
+
+    context: TokenContext
+    decide: Callable[[torch.Tensor], Routing]
+
+
+class Experts(ModulePart, nn.Module):
+    """A bank of experts at one place.
+
+    The constructor takes in_features (D) and out_features (O), and by keyword num_experts (E), r where the kind has a
+    rank, and the class's `fields` and `options`.
+
+    Attributes:
+        up: Names of the parameters that start at zero and carry the result out, for a learning rate of their own.
+        num_choices: Columns of the decision that the bank expects.
+    """
+
+    up: tuple[str, ...] = ()
+    num_choices: int
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let no class inherit the promise that it can be merged: what it overrides may break it."""
+        super().__init_subclass__(**kwargs)
+        if "mergeable" not in cls.__dict__:
+            cls.mergeable = False
+
+    @classmethod
+    def shapes(cls, num_experts: int, r: int) -> dict[str, tuple[int, ...]]:
+        """How the shapes of saved tensors begin, by parameter name.
+
+        Args:
+            num_experts: E.
+            r: Rank of one expert.
+        """
+        raise NotImplementedError(f"{cls.__name__} does not say which tensors it saves.")
+
+    def prepare(self, x_TD: torch.Tensor, context: TokenContext) -> torch.Tensor:
+        """What the experts make of the input before anything is decided.
+
+        Args:
+            x_TD: (T, D) input in the compute dtype.
+            context: What is known about the tokens.
+
+        Returns:
+            (T, ...) whatever `combine` takes.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how it reads its input.")
+
+    def activations(self, h: torch.Tensor) -> torch.Tensor:
+        """A_e x of each expert apart, for routers that read it; kinds that have it give "activations".
+
+        Args:
+            h: Of `prepare`.
+
+        Returns:
+            (T, E, r).
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps no activations of each expert apart.")
+
+    def combine(
+        self, h: torch.Tensor, base_out_TO: torch.Tensor, routing: Routing, *, in_place: bool = False
+    ) -> torch.Tensor:
+        """Bring the routed experts into the base output.
+
+        Args:
+            h: Of `prepare`.
+            base_out_TO: (T, O) output of the frozen module.
+            routing: Decision for the T tokens.
+            in_place: Whether `base_out_TO` may be overwritten.
+
+        Returns:
+            (T, O) in the dtype of `base_out_TO`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how it combines its experts.")
+
+    def forward(
+        self,
+        x_TD: torch.Tensor,
+        base_out_TO: torch.Tensor,
+        routing: Routing | PendingRouting,
+        *,
+        in_place: bool = False,
+    ) -> torch.Tensor:
+        """Bring the routed experts into the base output.
+
+        Args:
+            x_TD: (T, D) input in the compute dtype.
+            base_out_TO: (T, O) output of the frozen module.
+            routing: Decision for the T tokens, or what makes it of the activations.
+            in_place: Whether `base_out_TO` may be overwritten.
+
+        Returns:
+            (T, O) in the dtype of `base_out_TO`.
+        """
+        h = self.prepare(x_TD, routing.context)
+        if isinstance(routing, PendingRouting):
+            routing = routing.decide(self.activations(h))
+        return self.combine(h, base_out_TO, routing, in_place=in_place)
+
+    def shared_rows(self, context: TokenContext) -> torch.Tensor | None:
+        """The matrix whose product with the layer's input is all that `prepare` computes in this pass.
+
+        Args:
+            context: What is known about the tokens.
+
+        Returns:
+            (R, D), whose GEMM may take a router's rows along; None where `prepare` is anything else.
+        """
+        return None
+
+    def delta_weight(self, weights_E: torch.Tensor) -> torch.Tensor:
+        """The matrix that the experts add to the base weight under a constant routing, of kinds that are mergeable.
+
+        Args:
+            weights_E: (E,) combine weights.
+
+        Returns:
+            (O, D) float32 or wider.
+        """
+        raise NotImplementedError(f"{type(self).__name__} adds no matrix to the base weight.")
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Experts:
+        """Follow a change of device, but never one to a 16-bit dtype, where the parameters stay float32."""
+        super()._apply((lambda t: without_rounding(t, fn(t))) if self.keeps_float32 else fn, recurse)
+        return self

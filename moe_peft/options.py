@@ -1,0 +1,39 @@
+"""Reads the options of parts that a configuration gives: `router_args`, `experts_args` and those of `losses`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .messages import shown
+from .part import Option, Part
+
+
+def all_options(parts: Iterable[type[Part]]) -> dict[str, Option]:
+    """The options of several parts that are configured together, by name."""
+    return {option.name: option for part in parts for option in part.options}
+
+
+def check_options(parts: Sequence[type[Part]], given: Mapping[str, Any] | None, field: str) -> None:
+    """Refuse options that no part has, or values that cannot work.
+
+    Args:
+        parts: The parts that the field configures.
+        given: Option -> value; None for none.
+        field: Name of the configuration's field, for the message.
+
+    Raises:
+        ValueError: A name is unknown or a value does not fit; the message names both and what to write instead.
+    """
+    known = all_options(parts)
+    for name, value in (given or {}).items():
+        if name not in known:
+            words = ", ".join(map(repr, known)) or "none, so leave it None"
+            raise ValueError(f"{field}: {shown(name)} is no option of the chosen parts; they have {words}.")
+        if not known[name].accepts(value):
+            raise ValueError(f"{field}: {name}={shown(value)} must be {known[name].expected}.")
+
+
+def option_values(part: type[Part], given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Values of a part's own options: what is given, and defaults elsewhere; names of other parts are passed over."""
+    return {option.name: (given or {}).get(option.name, option.default) for option in part.options}

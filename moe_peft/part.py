@@ -1,0 +1,82 @@
+"""What a part of an adapter (scorer, gate, selector, expert kind, loss) says of itself: options and promises.
+
+Configurations, tuner, trainers' callbacks and tools ask these attributes of whatever is registered, so that a part is
+one file and one line in a registry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Option:
+    """A number or choice that belongs to one part alone, and is no field of a configuration.
+
+    Attributes:
+        name: Keyword of the part's constructor.
+        default: What is taken where nothing is given.
+        expected: What a value must be, in words that follow "must be".
+        fits: Whether a value can work; a TypeError counts as no.
+        help: One sentence with unit and source.
+    """
+
+    name: str
+    default: Any
+    expected: str
+    fits: Callable[[Any], bool]
+    help: str = ""
+
+    def accepts(self, value: object) -> bool:
+        """Whether a value can work."""
+        try:
+            return bool(self.fits(value))
+        except (TypeError, ValueError):
+            return False
+
+
+class Part:
+    """Base of scorers, gates, selectors, banks of experts and losses.
+
+    A class says what holds for all its instances; an instance may say otherwise where that follows from its numbers.
+
+    Attributes:
+        fields: Names of the configuration's fields that the constructor takes by keyword, beside sizes.
+        options: Further keywords of the constructor, which `router_args`, `experts_args` and `losses` set.
+        gives: What is there for other parts: "selection" (some experts are left out), "activations" (A_e x of each
+            expert apart), or names in `Routing.extras`.
+        needs: What it asks of the other parts of a layer, in the same words.
+        context_needs: Names of what `TokenContext` must hold beyond mask and sequences, in evaluation too.
+        causal: No later token changes what an earlier one gets.
+        batch_invariant: No other row of the batch changes it.
+        decode_stateless: Decoding token by token gives what the full forward gives.
+    """
+
+    fields: tuple[str, ...] = ()
+    options: tuple[Option, ...] = ()
+    gives: frozenset[str] = frozenset()
+    needs: frozenset[str] = frozenset()
+    context_needs: frozenset[str] = frozenset()
+    causal: bool = True
+    batch_invariant: bool = True
+    decode_stateless: bool = True
+
+
+class ModulePart(Part):
+    """What parts with parameters say besides; mixed into `nn.Module`s.
+
+    Attributes:
+        frozen: Names of parameters that are saved but never trained: fixed, or changed by the part itself.
+        keeps_float32: Whether its parameters stay float32 in a 16-bit model.
+        mergeable: Whether it does the same to every token, so that the adapter can become a fixed weight.
+    """
+
+    frozen: tuple[str, ...] = ()
+    keeps_float32: bool = False
+    mergeable: bool = False
+
+
+# What a router is given as x.
+Reads = Literal["input", "activations", "groups", "prompt", "token_ids", "block"]

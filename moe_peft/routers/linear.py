@@ -1,0 +1,82 @@
+"""The linear scorer: z = W x, in float32."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..types import TokenContext
+from .gates import Gate
+from .router import Router
+from .selector import Selector
+
+
+class LinearRouter(Router):
+    """Scores the experts by a matrix.
+
+    Args:
+        in_features: D, width of the input.
+        num_experts: E.
+        select: See `Router`.
+        gate: See `Router`.
+        routed_scaling_factor: See `Router`.
+        router_jitter_noise: Half-width of the uniform multiplicative noise on the input, in training passes.
+        expert_dropout: See `Router`.
+        init_std: Standard deviation of a normal initialisation; None takes the uniform one of `nn.Linear`.
+
+    Attributes:
+        weight: (num_scores, D) float32, also in a bfloat16 model: rounding the scores changes which experts are
+            selected.
+    """
+
+    fields: tuple[str, ...] = (*Router.fields, "router_jitter_noise")
+    learns = True
+
+    def __init__(
+        self,
+        in_features: int,
+        num_experts: int,
+        *,
+        select: Selector | None = None,
+        gate: Gate | None = None,
+        routed_scaling_factor: float = 1.0,
+        router_jitter_noise: float = 0.0,
+        expert_dropout: float = 0.0,
+        init_std: float | None = None,
+    ) -> None:
+        super().__init__(
+            in_features,
+            num_experts,
+            select=select,
+            gate=gate,
+            routed_scaling_factor=routed_scaling_factor,
+            expert_dropout=expert_dropout,
+        )
+        self.router_jitter_noise = router_jitter_noise
+        self.weight = nn.Parameter(torch.empty(self.num_scores, in_features, dtype=torch.float32))
+        if init_std is None:
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        else:
+            nn.init.normal_(self.weight, std=init_std)
+
+    def scores(self, x: torch.Tensor, context: TokenContext) -> torch.Tensor:
+        """Score the experts for each token; arguments as in `Router.scores`."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x = x.to(dtype)
+        if self.jitters(context):
+            x = x * torch.empty_like(x).uniform_(1 - self.router_jitter_noise, 1 + self.router_jitter_noise)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, self.weight.to(dtype))
+
+    def jitters(self, context: TokenContext) -> bool:
+        """Whether the scores of this pass are computed from a noisy input."""
+        return self.deciding(context).training and self.router_jitter_noise > 0
+
+    def shared_rows(self, context: TokenContext) -> torch.Tensor | None:
+        """The weight, unless the input is noisy or a subclass scores or decides in its own way; see `Router`."""
+        own = type(self)
+        plain = own.scores is LinearRouter.scores and own.forward is Router.forward and own.reads == "input"
+        return self.weight if plain and not self.jitters(context) else None

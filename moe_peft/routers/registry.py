@@ -1,0 +1,100 @@
+"""The names of routers' parts, as configurations write them, and the router that a set of names means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..options import option_values
+from ..part import Part
+from .capacity import Capacity, CapacityRouter
+from .constant import ConstantRouter
+from .dense import Dense, DenseRouter
+from .gates import Gate, Softmax
+from .linear import LinearRouter
+from .router import Router
+from .selector import Selector
+from .top_k import TopK, TopKRouter
+
+# z = scorer(x)
+SCORERS: dict[str, type[Router]] = {"linear": LinearRouter}
+# p = gate(z)
+GATES: dict[str, type[Gate]] = {"softmax": Softmax}
+# routing = selector(z, p); the names that a configuration's `router` takes
+SELECTORS: dict[str, type[Selector]] = {"dense": Dense, "top_k": TopK, "capacity": Capacity}
+# Whole routers; those with the name of a selector are its router with linear scores and a softmax.
+ROUTERS: dict[str, type[Router]] = {
+    "dense": DenseRouter,
+    "top_k": TopKRouter,
+    "capacity": CapacityRouter,
+    "constant": ConstantRouter,
+}
+
+
+def router_names() -> tuple[str, ...]:
+    """Every name that a configuration's `router` takes."""
+    return tuple(dict.fromkeys((*ROUTERS, *SELECTORS)))
+
+
+def router_parts(router: str, scorer: str = "linear", gate: str = "softmax") -> tuple[type[Part], ...]:
+    """The classes that a set of names means: scorer, gate and selector, or the one of a whole router."""
+    if router in SELECTORS:
+        return SCORERS[scorer], GATES[gate], SELECTORS[router]
+    return (ROUTERS[router],)
+
+
+def router_fields(router: str, scorer: str = "linear", gate: str = "softmax") -> frozenset[str]:
+    """Names of the configuration's fields that a router takes."""
+    return frozenset(name for part in router_parts(router, scorer, gate) for name in part.fields)
+
+
+def router_gives(router: str, scorer: str = "linear", gate: str = "softmax") -> frozenset[str]:
+    """What a router's decision holds for losses and experts, in the words of `Part.gives`."""
+    return frozenset().union(*(part.gives for part in router_parts(router, scorer, gate)))
+
+
+def router_learns(router: str, scorer: str = "linear", gate: str = "softmax") -> bool:
+    """Whether a router has parameters that training changes."""
+    return any(issubclass(part, Router) and part.learns for part in router_parts(router, scorer, gate))
+
+
+def make_router(
+    in_features: int,
+    num_experts: int,
+    *,
+    router: str,
+    scorer: str = "linear",
+    gate: str = "softmax",
+    init_std: float | None = None,
+    values: Mapping[str, Any] | None = None,
+    args: Mapping[str, Any] | None = None,
+) -> Router:
+    """Make a router by the names of its parts.
+
+    Args:
+        in_features: D, width of what it reads.
+        num_experts: E.
+        router: Name of the selector, or of a whole router.
+        scorer: Name of the scorer; without meaning for a whole router.
+        gate: Name of the gate; without meaning for a whole router.
+        init_std: Standard deviation of the initialisation; None takes the scorer's own.
+        values: The configuration's fields by name; the parts take those that they declare.
+        args: Options by name; the parts take their own, and defaults elsewhere.
+    """
+
+    def settings(part: type[Part]) -> dict[str, Any]:
+        given = {name: (values or {})[name] for name in part.fields if name in (values or {})}
+        return {**given, **option_values(part, args)}
+
+    if router not in SELECTORS:
+        whole = ROUTERS[router]
+        return whole(in_features, num_experts, init_std=init_std, **settings(whole))
+    selector_cls, gate_cls, scorer_cls = SELECTORS[router], GATES[gate], SCORERS[scorer]
+    return scorer_cls(
+        in_features,
+        num_experts,
+        select=selector_cls(**settings(selector_cls)),
+        gate=gate_cls(**settings(gate_cls)),
+        init_std=init_std,
+        **settings(scorer_cls),
+    )

@@ -1,0 +1,54 @@
+"""Selectors: which experts a token uses, and with which weight, given scores and probabilities."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from ..part import Part
+from ..types import Routing, TokenContext
+
+
+class Selector(Part, ABC):
+    """A rule without trained parameters.
+
+    Attributes:
+        extra_scores: Number m of further columns of scores that the rule reads, as for null experts or a threshold.
+        gates_extra: Whether the gate function is over the E + m columns, or over the first E alone.
+        constant_for_one: Whether a single expert of probability one has the same weight for every token.
+    """
+
+    extra_scores: int = 0
+    gates_extra: bool = False
+    constant_for_one: bool = False
+
+    def tensors(self, num_experts: int) -> dict[str, torch.Tensor]:
+        """Tensors by name that the rule reads or changes itself; the router saves them, and nothing trains them.
+
+        Args:
+            num_experts: E.
+        """
+        return {}
+
+    @abstractmethod
+    def __call__(
+        self,
+        logits_TE: torch.Tensor,
+        probs_TE: torch.Tensor,
+        context: TokenContext,
+        num_experts: int,
+        **own: torch.Tensor,
+    ) -> Routing:
+        """Decide about each token.
+
+        Args:
+            logits_TE: (T, E + m) router logits.
+            probs_TE: (T, E) gate probabilities, or (T, E + m) where `gates_extra`.
+            context: What is known about the tokens.
+            num_experts: E.
+            **own: The tensors of `tensors`, by name.
+
+        Returns:
+            The decision, before `routed_scaling_factor`.
+        """

@@ -1,0 +1,49 @@
+"""Options and promises of parts: what is given is checked, by name and value, against what the parts declare."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_peft.options import all_options, check_options, option_values
+from moe_peft.part import Option, Part
+
+
+class Tempered(Part):
+    options = (Option("tau", 1.0, "a positive number", lambda v: v > 0, "Temperature."),)
+
+
+class Counted(Part):
+    options = (Option("count", 4, "a whole number from 1", lambda v: isinstance(v, int) and v >= 1),)
+
+
+def test_what_is_given_goes_to_the_part_that_declares_it_and_defaults_fill_the_rest():
+    given = {"tau": 0.5}
+    check_options((Tempered, Counted), given, "router_args")
+    assert option_values(Tempered, given) == {"tau": 0.5} and option_values(Counted, given) == {"count": 4}
+    assert option_values(Tempered, None) == {"tau": 1.0}
+    assert set(all_options((Tempered, Counted))) == {"tau", "count"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "given", "message"),
+    [
+        (
+            (Tempered, Counted),
+            {"tua": 1},
+            "router_args: 'tua' is no option of the chosen parts; they have 'tau'",
+        ),
+        ((), {"tau": 1}, "they have none, so leave it None"),
+        ((Tempered,), {"tau": -1}, "router_args: tau=-1 must be a positive number"),
+        ((Tempered,), {"tau": "hot"}, "tau='hot' must be a positive number"),
+        ((Counted,), {"count": None}, "count=None must be a whole number from 1"),
+    ],
+)
+def test_unknown_names_and_misfits_are_refused_with_what_to_write(parts, given, message):
+    with pytest.raises(ValueError, match=message):
+        check_options(parts, given, "router_args")
+
+
+def test_values_in_messages_are_cut():
+    with pytest.raises(ValueError) as caught:
+        check_options((Tempered,), {"tau": "x" * 10_000}, "router_args")
+    assert len(str(caught.value)) < 300

@@ -195,6 +195,8 @@ def test_a_failure_in_the_middle_of_a_merge_is_undone():
 class SigmoidRouter(DenseRouter):
     """Weights of a sigmoid, which differ between inputs also where there is one expert."""
 
+    mergeable = True
+
     def decide(self, logits_TE, context):
         routing = super().decide(logits_TE, context)
         return type(routing)(**{**vars(routing), "weights": logits_TE.sigmoid()})

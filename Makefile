@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH ?= torch==2.13.0
 
-.PHONY: quickstart test conformance slow gpu style quality bench clean
+.PHONY: quickstart test conformance fuzz slow gpu style quality bench clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,6 +30,10 @@ gpu: $(STAMP)
 # peft's own test files, fetched from its source distribution, with our adapter types.
 conformance: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m conformance tests/conformance
+
+# Random lives of adapters and random configurations; FUZZ_LIVES=20000 FUZZ_CASES=20000 makes it longer.
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m fuzz tests/fuzz
 
 style: $(STAMP)
 	$(BIN)/ruff check --fix .

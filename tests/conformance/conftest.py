@@ -21,6 +21,8 @@ def pytest_configure(config):
     if _selected(config):
         # peft's tests name models on the Hub in places that none of ours reach.
         os.environ["HF_HUB_OFFLINE"] = "1"
+        for marker in ("bitsandbytes", "skipf"):
+            config.addinivalue_line("markers", f"{marker}: as peft writes it")
         sources.fetch()
 
 

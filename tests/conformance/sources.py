@@ -8,7 +8,7 @@ import tempfile
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -48,13 +48,29 @@ def load(name: str) -> ModuleType:
         package = ModuleType(PACKAGE)
         package.__path__ = [str(fetch())]
         sys.modules[PACKAGE] = package
-    if find_spec("diffusers") is not None:
-        return importlib.import_module(f"{PACKAGE}.{name}")
-    # peft's helpers import one class of diffusers, which no test here uses.
-    stub = ModuleType("diffusers")
-    stub.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})
-    sys.modules["diffusers"] = stub
+    missing = {name: stub for name, stub in STUBS.items() if find_spec(name) is None}
+    for name_of_missing, build in missing.items():
+        sys.modules[name_of_missing] = build()
     try:
         return importlib.import_module(f"{PACKAGE}.{name}")
     finally:
-        del sys.modules["diffusers"]
+        for name_of_missing in missing:
+            del sys.modules[name_of_missing]
+
+
+def _diffusers() -> ModuleType:
+    """peft's tests import one class and ask for the version, which no test here depends on."""
+    stub = ModuleType("diffusers")
+    stub.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})
+    stub.__version__ = "0"
+    return stub
+
+
+def _parameterized() -> ModuleType:
+    """Tests whose rows are written with it are about the targets of stock types; they are left out."""
+    stub = ModuleType("parameterized")
+    stub.parameterized = SimpleNamespace(expand=lambda *_, **__: lambda test: test)
+    return stub
+
+
+STUBS = {"diffusers": _diffusers, "parameterized": _parameterized}

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from .configurations import draw
 from .laws import BrokenLawError, logits, require_close
 from .life import Life
+from .training import randomize
 
 
 def _saved(life: Life, name: str) -> Path:
@@ -44,8 +45,6 @@ def load(life: Life, rng: random.Random) -> None:
         source.model = source.door.add(source.model, drawn.build(), "default")
     except ValueError:
         return  # the architecture has no place for it
-    from .training import randomize
-
     randomize(source, "default", rng)
     source.remember("default", drawn)
     folder, name = _saved(source, "default"), rng.choice([*life.known, "loaded"])
@@ -69,12 +68,15 @@ def load_damaged(life: Life, rng: random.Random) -> None:
     if DAMAGES[damage](folder, rng) is False:
         return
     new = rng.choice((name, "damaged"))
+    missing = OSError if damage in MISSING else ()
     if rng.random() < 0.4:
         life.log.append(f"on a fresh base, load {name!r} with {damage}")
         fresh = Life(life.world_name, life.door_name, life.folder)
-        done = fresh.attempt(f"load {damage}", lambda: fresh.door.load(fresh.model, folder, new))
+        done = fresh.attempt(f"load {damage}", lambda: fresh.door.load(fresh.model, folder, new), errors=missing)
     else:
-        done = life.attempt(f"load {name!r} as {new!r} with {damage}", lambda: life.door.load(life.model, folder, new))
+        done = life.attempt(
+            f"load {name!r} as {new!r} with {damage}", lambda: life.door.load(life.model, folder, new), errors=missing
+        )
     if done:
         raise BrokenLawError(f"a file with {damage} is refused")
 
@@ -122,10 +124,8 @@ def _reshape(tensors: dict[str, torch.Tensor], rng: random.Random) -> None:
 
 
 def _foreign(tensors: dict[str, torch.Tensor], rng: random.Random) -> None:
-    prefix = _own(tensors)[0].split("layers")[0] if "layers" in _own(tensors)[0] else "base_model.model."
-    tensors[
-        prefix + rng.choice(("lm_head.weight", "norm.weight", "unknown.weight", "layers.0.input_layernorm.weight"))
-    ] = torch.zeros(3)
+    prefix = "base_model.model." if any(key.startswith("base_model.") for key in tensors) else ""
+    tensors[prefix + rng.choice(FOREIGN)] = torch.zeros(3)
 
 
 def _truncate(folder: Path, rng: random.Random) -> None:
@@ -159,6 +159,7 @@ def _meaning(folder: Path, rng: random.Random) -> bool | None:
     return None
 
 
+FOREIGN = ("lm_head.weight", "model.norm.weight", "unknown.weight", "model.layers.0.input_layernorm.weight")
 MEANINGS: dict[str, Callable] = {
     "lora_alpha": lambda value: value * 2 if isinstance(value, (int, float)) else None,
     "use_rslora": lambda value: not value,
@@ -166,6 +167,7 @@ MEANINGS: dict[str, Callable] = {
     "norm_topk_prob": lambda value: not value,
     "top_k": lambda value: value - 1 if isinstance(value, int) and value > 1 else None,
 }
+MISSING = ("no weights", "no configuration", "no folder", "weights in a pickle")
 DAMAGES: dict[str, Callable[[Path, random.Random], bool | None]] = {
     "a tensor left out": _edit(_drop),
     "a tensor left out and the metadata kept": _edit_with_metadata(_drop),

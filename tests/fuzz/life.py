@@ -95,13 +95,16 @@ class Life:
         tensors = {key: p.detach().clone() for key, p in adapter_tensors(self.model, name).items()}
         self.known[name] = Known(drawn, tensors)
 
-    def attempt(self, text: str, action: Callable[[], object], *, may_refuse: bool = True) -> bool:
+    def attempt(
+        self, text: str, action: Callable[[], object], *, may_refuse: bool = True, errors: type | tuple = ()
+    ) -> bool:
         """Run an operation that may be refused; then nothing must have changed.
 
         Args:
             text: The operation as a line of a program.
             action: What is run.
             may_refuse: Whether a ValueError or a TypeError is right.
+            errors: Further errors that are.
 
         Returns:
             Whether it was done.
@@ -110,7 +113,7 @@ class Life:
         before = snapshot.take(self.model)
         try:
             action()
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, *(errors if isinstance(errors, tuple) else (errors,))) as error:
             self.log[-1] += f"  # {type(error).__name__}: {str(error)[:200]}"
             self.refused.append(f"{text.split('(')[0]}: {error}")
             changed = snapshot.difference(before, snapshot.take(self.model))
@@ -133,8 +136,7 @@ class Life:
                 "base weights stay", found, base_tensors(self.base, ()), self.tolerance if self.was_merged else 0.0
             )
         for name, known in self.known.items():
-            found = {key: p for key, p in adapter_tensors(self.model, name).items()}
-            require_same_tensors("weights of the adapter stay", found, known.tensors, 0.0)
+            require_same_tensors("weights of the adapter stay", adapter_tensors(self.model, name), known.tensors, 0.0)
         self._check_flags()
 
     def output(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -23,6 +23,8 @@ from ..places.choose import find_places, resolve_targets
 from .checks import check_groups, check_name, check_neighbours, check_tensors
 from .merging import Merge, check_merges, merge_layers, plan_merges, quiet_merging
 
+COMPILED = "_orig_mod."
+
 
 class RoutedTuner(BaseTuner):
     """Base of the tuner of every routed adapter type; a subclass sets `prefix`."""
@@ -42,7 +44,8 @@ class RoutedTuner(BaseTuner):
         """Resolve and check all places, then let the model tell the layers what a forward pass knows."""
         resolve_targets(model, peft_config)
         places = find_places(model, peft_config, **get_quantization_kwargs(model))
-        self._places = {place.name: place for place in places}
+        # peft strips the prefix of a compiled model from the names it takes from saved tensors.
+        self._places = {place.name.removeprefix(COMPILED): place for place in places}
         newest_first = reversed(self.peft_config.items())
         adapter_name = next((name for name, config in newest_first if config is peft_config), None)
         check_name(adapter_name, self.prefix, places)
@@ -72,7 +75,7 @@ class RoutedTuner(BaseTuner):
     ) -> None:
         if parameter_name is not None:
             raise ValueError(f"{parameter_name}: routed adapters wrap modules, not parameters; use target_modules.")
-        place = self._places.get(current_key)
+        place = self._places.get(current_key.removeprefix(COMPILED))
         if place is None:
             raise ValueError(
                 f"{current_key} is not among the places of {type(peft_config).__name__}, {sorted(self._places)}."
@@ -101,6 +104,24 @@ class RoutedTuner(BaseTuner):
         # The layer puts its adapters on the base layer's device itself; peft's version also moves meta tensors of
         # 8-bit layers, and reads a weight that not every wrapped module has.
         setattr(parent, child_name, new_module)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; where no other was active, the first that is left becomes so, at every layer.
+
+        Left to themselves, layers would each activate the first adapter of their own, and adapters of different
+        places would be mixed.
+
+        Args:
+            adapter_name: Its name.
+
+        Raises:
+            ValueError: There is no such adapter, or it is merged.
+        """
+        was_active = adapter_name in self.active_adapters
+        others = [name for name in self.active_adapters if name != adapter_name]
+        super().delete_adapter(adapter_name)
+        if was_active and self.peft_config:
+            self.set_adapter(others or [next(iter(self.peft_config))])
 
     def _checked_plan(self, adapter_names: list[str] | None, safe_merge: bool, prefix: str | None) -> list[Merge]:
         """What a merge has to do, after every reason against it has been looked for."""

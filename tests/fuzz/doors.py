@@ -36,6 +36,10 @@ class PeftDoor:
         return model.disable_adapter()
 
     def delete(self, model: nn.Module, name: str) -> None:
+        others = [other for other in model.active_adapters if other != name]
+        if others:
+            model.set_adapter(others[0])  # peft's model would go on with the deleted one's configuration
+            self.activate(model, others)
         model.delete_adapter(name)
 
     def save(self, model: nn.Module, folder: Path, name: str) -> Path:

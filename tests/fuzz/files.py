@@ -67,8 +67,9 @@ def load_damaged(life: Life, rng: random.Random) -> None:
     folder = _saved(life, name)
     if DAMAGES[damage](folder, rng) is False:
         return
-    new = rng.choice((name, "damaged"))
-    missing = OSError if damage in MISSING else ()
+    # Under a taken name peft does not read the configuration; the weights are the adapter's own.
+    new = "damaged" if damage in OF_CONFIGURATION else rng.choice((name, "damaged"))
+    missing = (OSError,) if damage in MISSING else ()
     if rng.random() < 0.4:
         life.log.append(f"on a fresh base, load {name!r} with {damage}")
         fresh = Life(life.world_name, life.door_name, life.folder)
@@ -167,6 +168,7 @@ MEANINGS: dict[str, Callable] = {
     "norm_topk_prob": lambda value: not value,
     "top_k": lambda value: value - 1 if isinstance(value, int) and value > 1 else None,
 }
+OF_CONFIGURATION = ("a broken adapter_config.json", "a field edited beside the weights", "no configuration")
 MISSING = ("no weights", "no configuration", "no folder", "weights in a pickle")
 DAMAGES: dict[str, Callable[[Path, random.Random], bool | None]] = {
     "a tensor left out": _edit(_drop),

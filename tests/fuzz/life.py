@@ -95,9 +95,7 @@ class Life:
         tensors = {key: p.detach().clone() for key, p in adapter_tensors(self.model, name).items()}
         self.known[name] = Known(drawn, tensors)
 
-    def attempt(
-        self, text: str, action: Callable[[], object], *, may_refuse: bool = True, errors: type | tuple = ()
-    ) -> bool:
+    def attempt(self, text: str, action: Callable[[], object], *, may_refuse: bool = True, errors: tuple = ()) -> bool:
         """Run an operation that may be refused; then nothing must have changed.
 
         Args:
@@ -113,7 +111,7 @@ class Life:
         before = snapshot.take(self.model)
         try:
             action()
-        except (ValueError, TypeError, *(errors if isinstance(errors, tuple) else (errors,))) as error:
+        except (ValueError, TypeError, *errors) as error:
             self.log[-1] += f"  # {type(error).__name__}: {str(error)[:200]}"
             self.refused.append(f"{text.split('(')[0]}: {error}")
             changed = snapshot.difference(before, snapshot.take(self.model))

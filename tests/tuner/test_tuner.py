@@ -326,3 +326,41 @@ def test_importing_the_package_imports_no_trainer():
     code = "import sys, moe_peft; print([m for m in ('trl', 'datasets', 'matplotlib', 'triton') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("places", [(None, [1], [0]), ([0], None, [1]), ([1], [0], [0])])
+def test_one_adapter_takes_over_everywhere_from_a_deleted_one(base, batch, places):
+    model = adapt(base, name="a", layers_to_transform=places[0])
+    for name, layers in zip("bc", places[1:], strict=True):
+        model.add_adapter(name, LoraMoeConfig(task_type="CAUSAL_LM", init_weights=False, layers_to_transform=layers))
+    model.set_adapter("b")
+    expected = model(**batch).logits
+    model.set_adapter("a")
+    with pytest.warns(UserWarning, match="active which is now deleted"):
+        model.delete_adapter("a")
+    assert model.active_adapters == ["b"]
+    assert {tuple(layer.active_adapters) for layer in model.modules() if isinstance(layer, RoutedLayer)} == {("b",)}
+    assert torch.equal(model(**batch).logits, expected)
+    trained = {name.split(".")[-2] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"b"}
+
+
+def test_deleting_an_adapter_keeps_the_other_active_ones(base, batch):
+    model = adapt(base, name="a", layers_to_transform=[0])
+    for name in "bc":
+        model.add_adapter(name, LoraMoeConfig(task_type="CAUSAL_LM", init_weights=False))
+    model.base_model.set_adapter(["b", "c"])
+    expected = model(**batch).logits
+    model.set_adapter("b")
+    model.base_model.set_adapter(["b", "a", "c"])
+    model.delete_adapter("a")
+    assert model.active_adapters == ["b", "c"]
+    assert torch.equal(model(**batch).logits, expected)
+
+
+def test_adapter_is_injected_into_a_compiled_model_after_its_saved_tensors(base):
+    config = LoraMoeConfig(layers_to_transform=[1])
+    saved = get_peft_model_state_dict(inject(config, copy.deepcopy(base)))
+    model = inject(LoraMoeConfig(layers_to_transform=[1]), torch.compile(copy.deepcopy(base)), state_dict=saved)
+    found = {name.removeprefix("_orig_mod.") for name in get_peft_model_state_dict(model)}
+    assert found == saved.keys()

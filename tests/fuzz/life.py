@@ -70,6 +70,12 @@ class Life:
         return merged
 
     @property
+    def saves_modules(self) -> bool:
+        """Whether an adapter has copies of whole modules; peft activates one such adapter at a time."""
+        keys = [key for known in self.known.values() for key in known.tensors]
+        return any("_experts.*" not in key and "_router.*" not in key for key in keys)
+
+    @property
     def tolerance(self) -> float:
         return ROUNDED if self.was_merged else EXACT
 

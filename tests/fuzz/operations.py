@@ -57,7 +57,7 @@ def add_badly(life: Life, rng: random.Random) -> None:
 def activate(life: Life, rng: random.Random) -> None:
     if life.known:
         names = list(life.known)
-        names = [rng.choice(names)] if rng.random() < 0.6 else names
+        names = [rng.choice(names)] if rng.random() < 0.6 or life.saves_modules else names
         text = f"activate {names}"
         if life.attempt(text, lambda: life.door.activate(life.model, names)) and set(life.active) != set(names):
             raise BrokenLawError("activating makes exactly these active", f"{life.active} instead of {names}")
@@ -77,7 +77,7 @@ def disable(life: Life, rng: random.Random) -> None:
 def merge(life: Life, rng: random.Random) -> None:
     if not life.known or not life.door.merges:
         return
-    names = None if rng.random() < 0.5 else rng.sample(list(life.known), 1)
+    names = None if rng.random() < 0.5 or life.saves_modules else rng.sample(list(life.known), 1)
     safe = rng.random() < 0.5
     text = f"merge_adapter(adapter_names={names}, safe_merge={safe})"
     if life.attempt(text, lambda: life.model.merge_adapter(adapter_names=names, safe_merge=safe)):
@@ -109,7 +109,7 @@ def end(life: Life, rng: random.Random) -> None:
     batch, model, keep = life.world.batch(rng), copy.deepcopy(life.model), rng.random() < 0.5
     life.log.append(f"{'merge_and_unload' if keep else 'unload'}() of a copy")
     expected = logits(life.alone(life.active) if keep else life.base, batch)
-    if not keep and any("_experts" not in key and "_router" not in key for key in _keys(life)):
+    if not keep and life.saves_modules:
         return  # peft gives back trained copies of modules, not the base's
     before = snapshot.take(model)
     if not keep and life.merged:
@@ -129,12 +129,8 @@ def end(life: Life, rng: random.Random) -> None:
 ROUNDED_END = 2e-3
 
 
-def _keys(life: Life) -> list[str]:
-    return [key for known in life.known.values() for key in known.tensors]
-
-
 def copied(life: Life, rng: random.Random) -> None:
-    if rng.random() < 0.5:
+    if rng.random() < 0.5 or life.checkpointing:  # transformers' hook of checkpointing cannot be pickled
         life.log.append("copy.deepcopy(model)")
         life.model = copy.deepcopy(life.model)
     else:

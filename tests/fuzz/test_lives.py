@@ -25,6 +25,7 @@ def live(seed: int) -> None:
         pytest.fail(f"seed {seed}\n{shrink(program, failure)[1].text}", pytrace=False)
 
 
+@pytest.mark.fuzz
 @pytest.mark.parametrize("seed", range(SLICE))
 def test_every_life_keeps_the_laws(seed):
     live(seed)

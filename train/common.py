@@ -3,92 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from flags import PREFIX, SCRIPT_FIELDS, MoeArguments, read_mapping, takes_mapping
 
 import moe_peft
 from moe_peft.config.config import MoeConfig
 from moe_peft.methods import METHODS
 
-PREFIX = "moe_"
 # Fields of TRL's ModelConfig that describe plain LoRA, which these scripts do not train.
 PLAIN_LORA = ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters")
 PLAIN_LORA += ("lora_modules_to_save", "use_rslora", "use_dora")
-
-
-@dataclass
-class MoeArguments:
-    """Fields of the adapter, with the prefix `moe_`; what is not given keeps the method's own default."""
-
-    moe_method: str = field(default="loramoe", metadata={"help": "Adapter type.", "choices": sorted(METHODS)})
-    moe_r: int | None = field(default=None, metadata={"help": "Rank of one expert."})
-    moe_lora_alpha: float | None = field(default=None, metadata={"help": "The routed sum is times lora_alpha / r."})
-    moe_lora_dropout: float | None = field(default=None, metadata={"help": "Dropout on the experts' input."})
-    moe_use_rslora: bool | None = field(default=None, metadata={"help": "Scale by lora_alpha / sqrt(r)."})
-    moe_init_weights: str | None = field(default=None, metadata={"help": "'gaussian', or 'true' for uniform A."})
-    moe_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Linear layers to adapt, or all-linear; default: the method's places."}
-    )
-    moe_exclude_modules: list[str] | None = field(default=None, metadata={"help": "Modules to leave out."})
-    moe_layers_to_transform: list[int] | None = field(default=None, metadata={"help": "Decoder layers to adapt."})
-    moe_layers_pattern: str | None = field(default=None, metadata={"help": "Name of the layers' module list."})
-    moe_modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train in full."})
-    moe_trainable_token_indices: list[int] | None = field(default=None, metadata={"help": "Token ids to train."})
-    moe_num_experts: int | None = field(default=None, metadata={"help": "Experts at each adapted layer."})
-    moe_top_k: int | None = field(default=None, metadata={"help": "Experts a token uses."})
-    moe_router: str | None = field(default=None, metadata={"help": "Name of the router (method routed)."})
-    moe_experts: str | None = field(
-        default=None,
-        metadata={"help": "Expert kind (routed, perft), or the expert_config.json of train/select_experts.py (esft)."},
-    )
-    moe_activation: str | None = field(default=None, metadata={"help": "Activation of the kind bottleneck."})
-    moe_wraps: str | None = field(default=None, metadata={"help": "linear, block or experts (method routed)."})
-    moe_variant: str | None = field(default=None, metadata={"help": "R, E, D or S (method perft)."})
-    moe_expert_adapter: str | None = field(default=None, metadata={"help": "full or lora (method esft)."})
-    moe_train_shared_experts: bool | None = field(default=None, metadata={"help": "Also train shared experts (esft)."})
-    moe_train_router: bool | None = field(default=None, metadata={"help": "Also train the backbone's routers (esft)."})
-    moe_feedforward_modules: list[str] | None = field(
-        default=None, metadata={"help": "Targets that are scaled at their input (method mov)."}
-    )
-    moe_router_input: str | None = field(default=None, metadata={"help": "activation or hidden (method mov)."})
-    moe_router_granularity: str | None = field(default=None, metadata={"help": "head or token (method mov)."})
-    moe_head_dim: int | None = field(default=None, metadata={"help": "Width of a key or value head (method mov)."})
-    moe_router_aux_loss_coef: float | None = field(default=None, metadata={"help": "Weight of the balance loss."})
-    moe_router_z_loss_coef: float | None = field(default=None, metadata={"help": "Weight of the router z-loss."})
-    moe_load_balancing_scope: str | None = field(
-        default=None,
-        metadata={"help": "micro_batch, global_batch or accumulation_window: over which tokens balance is measured."},
-    )
-    moe_router_jitter_noise: float | None = field(default=None, metadata={"help": "Noise on the router's input."})
-    moe_norm_topk_prob: bool | None = field(default=None, metadata={"help": "Rescale kept weights to sum to one."})
-    moe_routed_scaling_factor: float | None = field(default=None, metadata={"help": "Factor of all weights."})
-    moe_expert_dropout: float | None = field(default=None, metadata={"help": "Probability of dropping a gate."})
-    moe_capacity_factor: float | None = field(default=None, metadata={"help": "Capacity over the even share."})
-    moe_capacity_order: str | None = field(default=None, metadata={"help": "Who is served first."})
-    moe_allow_non_causal: bool | None = field(default=None, metadata={"help": "Permit parts that are not causal."})
-    moe_experts_implementation: str | None = field(default=None, metadata={"help": "How the sum is computed."})
-    moe_expert_groups: list[int] | None = field(default=None, metadata={"help": "Group of each expert."})
-    moe_localized_balancing_delta: float | None = field(default=None, metadata={"help": "Shift towards groups."})
-    moe_localized_balancing_mode: str | None = field(default=None, metadata={"help": "paper or specialize."})
-    moe_group_column: str | None = field(
-        default=None, metadata={"help": "Data column with the group of each sample, for localized balancing."}
-    )
-    moe_router_lr: float | None = field(
-        default=None, metadata={"help": "Learning rate of the routers; default: learning_rate."}
-    )
-    moe_lora_plus_ratio: float | None = field(
-        default=None, metadata={"help": "Learning rate of the experts' up matrices over learning_rate (LoRA+)."}
-    )
-    moe_quantize_experts: bool = field(
-        default=True, metadata={"help": "With load_in_4bit: quantize fused experts too, not linear layers alone."}
-    )
-
-
-# Flags that are no fields of the adapter.
-SCRIPT_FIELDS = ("moe_method", "moe_quantize_experts", "moe_report", "moe_router_lr", "moe_lora_plus_ratio")
 
 
 def moe_config(arguments: MoeArguments, task_type: str = "CAUSAL_LM") -> MoeConfig:
@@ -118,11 +45,19 @@ def moe_config(arguments: MoeArguments, task_type: str = "CAUSAL_LM") -> MoeConf
         values["target_modules"] = "all-linear"
     if values.get("init_weights") in ("true", "True"):
         values["init_weights"] = True
-    if arguments.moe_method == "esft" and "experts" in values:
+    if takes_mapping("experts", arguments.moe_method) and isinstance(values.get("experts"), str):
         selection = read_selection(values["experts"])
-        values = {"train_shared_experts": selection.shared_experts, **values, "experts": selection.experts}
         sizes = set(selection.num_experts.values())
-        values["num_backbone_experts"] = sizes.pop() if len(sizes) == 1 else None
+        own = {
+            "train_shared_experts": selection.shared_experts,
+            **values,
+            "experts": selection.experts,
+            "num_backbone_experts": sizes.pop() if len(sizes) == 1 else None,
+        }
+        values = {name: value for name, value in own.items() if name in known}
+    for name, value in values.items():
+        if takes_mapping(name, arguments.moe_method):
+            values[name] = read_mapping(PREFIX + name, value)
     return config_cls(task_type=task_type, **values)
 
 

@@ -10,6 +10,7 @@ import common
 import pytest
 import sft
 import yaml
+from flags import PREFIX, SCRIPT_FIELDS, MoeArguments
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 import moe_peft
@@ -17,9 +18,9 @@ from moe_peft.methods import METHODS
 from tests.tiny import tiny_llama, tiny_mixtral
 
 ROOT = Path(__file__).parents[2]
-# Fields that have no flag: fixed by the scripts, by peft, or not supported.
+# Fields that have no flag: fixed by the scripts or by peft.
 WITHOUT_FLAG = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
-WITHOUT_FLAG |= {"inference_mode", "schema_version", "losses"}
+WITHOUT_FLAG |= {"inference_mode", "schema_version"}
 # Filled in from the model.
 WITHOUT_FLAG |= {"num_backbone_experts"}
 
@@ -30,17 +31,17 @@ def parse(*arguments: str):
 
 def test_every_field_of_every_method_has_a_flag_and_every_flag_a_field():
     fields = {f.name for config in METHODS.values() for f in dataclasses.fields(config)} - WITHOUT_FLAG
-    flags = {f.name for f in dataclasses.fields(common.MoeArguments)} - set(common.SCRIPT_FIELDS)
-    assert flags == {common.PREFIX + name for name in fields}
+    flags = {f.name for f in dataclasses.fields(MoeArguments)} - SCRIPT_FIELDS
+    assert flags == {PREFIX + name for name in fields}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_flags_that_are_not_given_keep_the_methods_defaults(method):
-    assert common.moe_config(common.MoeArguments(moe_method=method)) == METHODS[method](task_type="CAUSAL_LM")
+    assert common.moe_config(MoeArguments(moe_method=method)) == METHODS[method](task_type="CAUSAL_LM")
 
 
 def test_flags_reach_the_configuration():
-    arguments = common.MoeArguments(
+    arguments = MoeArguments(
         moe_method="routed", moe_router="dense", moe_num_experts=3, moe_target_modules=["all-linear"]
     )
     config = common.moe_config(arguments)
@@ -49,7 +50,7 @@ def test_flags_reach_the_configuration():
 
 def test_flags_of_another_method_are_refused():
     with pytest.raises(ValueError, match=r"--moe_expert_groups .* has no meaning for --moe_method sira"):
-        common.moe_config(common.MoeArguments(moe_method="sira", moe_expert_groups=[0, 1]))
+        common.moe_config(MoeArguments(moe_method="sira", moe_expert_groups=[0, 1]))
 
 
 def test_flags_of_plain_lora_are_refused():
@@ -69,7 +70,7 @@ def test_unknown_keys_of_a_yaml_file_are_refused(tmp_path):
 def test_every_method_file_fits_a_model_and_names_its_source(path, tmp_path):
     text = path.read_text()
     assert re.search(r"arXiv \d{4}\.\d{5}", "".join(text.splitlines()[:2]))
-    moe = common.MoeArguments(**yaml.safe_load(text))
+    moe = MoeArguments(**yaml.safe_load(text))
     assert path.stem.split("_")[0] == moe.moe_method
     if moe.moe_experts:
         moe.moe_experts = str(tmp_path / "expert_config.json")

@@ -1,0 +1,65 @@
+"""The adapter's flags are made from the configurations: types, help, and mappings as JSON or YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flags
+import pytest
+import sft
+from common import moe_config
+
+from moe_peft.methods import METHODS
+
+
+def parse(*arguments):
+    settings = ["--output_dir", "out", "--use_cpu", "true", "--bf16", "false", "--model_name_or_path", "none"]
+    return sft.make_parser().parse_args_and_config([*settings, *arguments])[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "value"),
+    [
+        (["--moe_r", "3"], "moe_r", 3),
+        (["--moe_lora_alpha", "0.5"], "moe_lora_alpha", 0.5),
+        (["--moe_use_rslora", "true"], "moe_use_rslora", True),
+        (["--moe_target_modules", "q_proj", "v_proj"], "moe_target_modules", ["q_proj", "v_proj"]),
+        (["--moe_layers_to_transform", "0", "1"], "moe_layers_to_transform", [0, 1]),
+        (["--moe_router", "dense"], "moe_router", "dense"),
+        (["--moe_losses", '{"z_loss": 0.1}'], "moe_losses", '{"z_loss": 0.1}'),
+        ([], "moe_r", None),
+    ],
+)
+def test_flags_have_the_types_of_their_fields(arguments, name, value):
+    assert getattr(parse(*arguments), name) == value
+
+
+def test_mappings_reach_the_configuration_from_a_command_line_and_from_yaml(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("moe_method: routed\nmoe_losses: {importance: 0.2}\n")
+    from_yaml = moe_config(parse("--config", str(path)))
+    from_flags = moe_config(parse("--moe_method", "routed", "--moe_losses", '{"importance": 0.2}'))
+    assert from_yaml.losses == from_flags.losses == {"importance": 0.2}
+    assert moe_config(parse("--config", str(path), "--moe_losses", '{"importance": 0.3}')).losses["importance"] == 0.3
+
+
+@pytest.mark.parametrize("value", ["z_loss", "[1]", '{"z_loss": }', "0.1", "{'z_loss': 0.1}", "[" * 100_000])
+def test_what_is_no_mapping_is_refused_with_an_example(value):
+    with pytest.raises(ValueError, match=r"--moe_losses .* is no mapping in JSON. Write it in quotes") as error:
+        moe_config(flags.MoeArguments(moe_method="routed", moe_losses=value))
+    assert len(str(error.value)) < 500
+
+
+def test_help_says_whose_a_flag_is_and_each_methods_default():
+    texts = {own.name: own.metadata["help"] for own in dataclasses.fields(flags.MoeArguments)}
+    assert "Methods: perft." in texts["moe_variant"]
+    assert "Methods" not in texts["moe_target_modules"]
+    for method in METHODS:
+        assert method in texts["moe_num_experts"] or "num_experts" not in METHODS[method].__dataclass_fields__
+    assert all(texts.values())
+
+
+def test_the_parser_shows_its_help(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert "--moe_router_aux_loss_coef" in capsys.readouterr().out

@@ -1,0 +1,166 @@
+"""The flags of the adapter: one for every field of every adapter type's configuration, with the prefix `moe_`.
+
+They are made from the configurations themselves, so that a field has its flag, its type and its help from one place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
+
+from moe_peft.config.field_types import field_types
+from moe_peft.messages import shown
+from moe_peft.methods import METHODS
+
+PREFIX = "moe_"
+# Fields that a user does not choose: fixed by the scripts or by peft, or filled in from the model.
+WITHOUT_FLAG = frozenset(
+    {
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "schema_version",
+        "num_backbone_experts",
+    }
+)
+# Where the flag takes something else than the field.
+HELP = {
+    "experts": "Expert kind (low_rank, bottleneck), or the expert_config.json of train/select_experts.py.",
+    "init_weights": "'gaussian', or 'true' for uniform A.",
+    "target_modules": "Linear layers to adapt, or all-linear; default: the method's places.",
+    "group_column": "Data column with the group of each sample, for localized balancing.",
+}
+
+
+@dataclass
+class ScriptFlags:
+    """Flags about the adapter that are no fields of it."""
+
+    moe_method: str = field(default="loramoe", metadata={"help": "Adapter type.", "choices": sorted(METHODS)})
+    moe_router_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the routers; default: learning_rate."}
+    )
+    moe_lora_plus_ratio: float | None = field(
+        default=None, metadata={"help": "Learning rate of the experts' up matrices over learning_rate (LoRA+)."}
+    )
+    moe_quantize_experts: bool = field(
+        default=True, metadata={"help": "With load_in_4bit: quantize fused experts too, not linear layers alone."}
+    )
+
+
+def owners() -> dict[str, dict[str, dataclasses.Field]]:
+    """Field name -> method -> the field, of all adapter types that have it."""
+    found: dict[str, dict[str, dataclasses.Field]] = {}
+    for method, config in METHODS.items():
+        for own in dataclasses.fields(config):
+            if own.name not in WITHOUT_FLAG:
+                found.setdefault(own.name, {})[method] = own
+    return found
+
+
+def kinds_of(name: str, method: str) -> tuple[Any, ...]:
+    """Types that a field may have, without None.
+
+    Args:
+        name: The field.
+        method: Whose.
+    """
+    kind = field_types(METHODS[method])[name]
+    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return tuple(member for member in members if member is not NoneType)
+
+
+def takes_mapping(name: str, method: str) -> bool:
+    """Whether a field is a mapping and nothing else, which a command line gives as JSON.
+
+    Args:
+        name: The field.
+        method: Whose.
+    """
+    if name not in field_types(METHODS[method]):
+        return False
+    return all(get_origin(kind) is dict or kind is dict for kind in kinds_of(name, method))
+
+
+def flag_type(name: str, methods: list[str]) -> Any:
+    """Type of a field's flag: what a command line can say of it.
+
+    Args:
+        name: The field.
+        methods: Adapter types that have it.
+
+    Returns:
+        `list[...]`, `bool`, `int`, `float`, or `str`, which also carries mappings, as JSON; each or None.
+    """
+    kinds = [kind for method in methods for kind in kinds_of(name, method)]
+    for kind in kinds:
+        if get_origin(kind) is list:
+            return kind | None
+    for plain in (str, float, int, bool):
+        if plain in kinds:
+            return plain | None
+    return str | None
+
+
+def read_mapping(flag: str, value: Any) -> Any:
+    """Read a mapping that was given as JSON on a command line; one of a YAML file is there already.
+
+    Args:
+        flag: Name of the flag, for the message.
+        value: What was given.
+
+    Raises:
+        ValueError: It is no JSON object.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        read = json.loads(value)
+    except (ValueError, RecursionError):
+        read = None
+    if not isinstance(read, dict):
+        raise ValueError(
+            f"--{flag} {shown(value)} is no mapping in JSON. Write it in quotes, as --{flag} "
+            "'{\"name\": 0.1}', or as a mapping in the YAML file."
+        )
+    return read
+
+
+def help_of(name: str, fields: dict[str, dataclasses.Field]) -> str:
+    """Help of a field's flag: what it is, whose it is, and each method's default.
+
+    Args:
+        name: The field.
+        fields: Method -> the field.
+    """
+    text = HELP.get(name) or next(iter(fields.values())).metadata.get("help", "")
+    methods = "" if len(fields) == len(METHODS) else f" Methods: {', '.join(fields)}."
+    defaults: dict[str, list[str]] = {}
+    for method, own in fields.items():
+        if own.default not in (None, dataclasses.MISSING):
+            defaults.setdefault(str(own.default), []).append(method)
+    if len(defaults) == 1:
+        said = f" Default: {next(iter(defaults))}."
+    else:
+        said = "".join(f" Default of {', '.join(names)}: {value}." for value, names in defaults.items())
+    return (text + methods + said).replace("%", "%%")
+
+
+def make_flags() -> type:
+    """The dataclass of all flags, for the parser; what is not given is None and keeps the method's own default."""
+    made = []
+    for name, fields in owners().items():
+        own = field(default=None, metadata={"help": help_of(name, fields)})
+        made.append((PREFIX + name, flag_type(name, list(fields)), own))
+    return dataclasses.make_dataclass("MoeArguments", made, bases=(ScriptFlags,), namespace={"__module__": __name__})
+
+
+MoeArguments = make_flags()
+SCRIPT_FIELDS = frozenset(own.name for own in dataclasses.fields(ScriptFlags)) | {"moe_report"}

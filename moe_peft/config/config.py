@@ -19,6 +19,7 @@ from .card_section import SETTINGS, AdapterFacts, write_section
 from .field_types import wrong_types
 from .meaning import NOT_MEANING, meaning_of
 from .parts import AROUND_WEIGHTS, RoutedParts
+from .patterns import NAMES_OR_PATTERN, PARTS_OF_NAMES, check_patterns
 
 SCHEMA_VERSION = 1
 # Name of the router of adapters whose experts follow the backbone's own routing.
@@ -60,11 +61,17 @@ class MoeConfig(PeftConfig):
         metadata={
             "help": "Names (or a regex) of the linear layers to adapt, or 'all-linear' for every linear layer that is "
             "neither a router nor the output head. None picks the paper's places from the model's structure.",
+            **NAMES_OR_PATTERN,
             **NOT_MEANING,
         },
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules to train in full and save with the adapter.", **NOT_MEANING}
+        default=None,
+        metadata={
+            "help": "Further modules to train in full and save with the adapter.",
+            **PARTS_OF_NAMES,
+            **NOT_MEANING,
+        },
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None,
@@ -141,6 +148,7 @@ class MoeConfig(PeftConfig):
         self._check(self.schema_version <= SCHEMA_VERSION, "schema_version", hint)
         for name, reason in self.fixed_fields.items():
             self._check_left_alone(name, reason)
+        check_patterns(self)
 
     def advise(self) -> None:
         """Warn, when a configuration is made, of settings that work and are unlikely to be meant."""

@@ -13,6 +13,7 @@ from ..ops import IMPLEMENTATIONS
 from ..routers import router_fields, router_names
 from .config import BACKBONE, MoeConfig
 from .meaning import NOT_MEANING
+from .patterns import LISTS_IN_NAMES, NAMES_OR_PATTERN
 
 # Sizes beyond these are slips of the pen.
 MAX_RANK, MAX_EXPERTS = 2**16, 2**20
@@ -26,14 +27,19 @@ class PlacingConfig(MoeConfig):
     """Fields that choose among the modules of a model by their names and layers."""
 
     exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names (or a regex) of modules to leave out.", **NOT_MEANING}
+        default=None,
+        metadata={"help": "Names (or a regex) of modules to leave out.", **NAMES_OR_PATTERN, **NOT_MEANING},
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the decoder layers to adapt; None adapts all.", **NOT_MEANING}
     )
     layers_pattern: list[str] | str | None = field(
         default=None,
-        metadata={"help": "Name of the module list that layers_to_transform counts in.", **NOT_MEANING},
+        metadata={
+            "help": "Name of the module list that layers_to_transform counts in.",
+            **LISTS_IN_NAMES,
+            **NOT_MEANING,
+        },
     )
 
     def _make_sets(self, *names: str) -> None:

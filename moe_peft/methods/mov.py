@@ -22,6 +22,7 @@ from ..config.absent import TARGET_PARAMETERS, Absent, absent, accepts_absent
 from ..config.fields import CapacityConfig, LowRankConfig, MixtureConfig, PlacingConfig, RouterLossConfig, TopKConfig
 from ..config.meaning import NOT_MEANING
 from ..config.parts import RoutedParts
+from ..config.patterns import NAMES_OR_PATTERN
 from ..experts import VectorExperts
 from ..forward.objective import Loss, RouterObjective
 from ..losses import importance, z_loss
@@ -66,13 +67,17 @@ class MovConfig(RouterLossConfig, TopKConfig, PlacingConfig):
             "help": "Names (or a regex) of the linear layers to scale, or 'all-linear' for every linear layer that is "
             "neither a router nor the output head. None picks keys, values and the last layers of FFNs; projections "
             "that hold queries, keys and values in one matrix are then scaled as a whole.",
+            **NAMES_OR_PATTERN,
             **NOT_MEANING,
         },
     )
     num_experts: int = field(default=10, metadata={"help": "Vectors at each place (paper: 10, 30 or 60)."})
     feedforward_modules: list[str] | str | None = field(
         default=None,
-        metadata={"help": "Which targets are scaled at their input, names or a regex; None: the last layers of FFNs."},
+        metadata={
+            "help": "Which targets are scaled at their input, names or a regex; None: the last layers of FFNs.",
+            **NAMES_OR_PATTERN,
+        },
     )
     router_input: str = field(
         default="activation",

@@ -15,6 +15,7 @@ from torch import nn
 from ..backbone.encoders import encoder_names
 from ..backbone.read_weights import read_weights
 from ..backbone.structure import find_moe_layers, is_below, layer_of, router_names
+from ..config.patterns import check_patterns
 from ..types import MoeLayer, MoePeftWarning, Place, Rows
 from .blocks import block_names, block_place, experts_names, experts_place
 from .linear import (
@@ -45,6 +46,7 @@ def resolve_targets(model: nn.Module, config: MoeConfig) -> None:
             `layers_pattern` would have no effect.
     """
     config.recheck()
+    check_patterns(config, dict(model.named_modules()))
     _check_layer_selection(config)
     layers = find_moe_layers(model)
     config.resolve(model, layers)

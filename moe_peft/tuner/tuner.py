@@ -17,10 +17,12 @@ from transformers import PreTrainedModel
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from ..config.config import MoeConfig
+from ..config.patterns import check_patterns
 from ..forward.tracker import ForwardTracker, find_tracker
 from ..layers import LAYERS, RoutedLayer
 from ..places.choose import find_places, resolve_targets
 from .checks import check_groups, check_name, check_neighbours, check_tensors
+from .further_modules import check_further_modules
 from .merging import Merge, check_merges, merge_layers, plan_merges, quiet_merging
 
 COMPILED = "_orig_mod."
@@ -36,6 +38,11 @@ class RoutedTuner(BaseTuner):
         """Call the model, so that its hooks run, which peft 0.20 would pass by."""
         return self.model(*args, **kwargs)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter; arguments as in peft, which tries the configuration's patterns on all names at once."""
+        check_patterns(self.peft_config[adapter_name], dict(model.named_modules()))
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
     def _prepare_adapter_config(self, peft_config: MoeConfig, model_config: dict) -> MoeConfig:  # type: ignore[override]
         # Places are chosen in _prepare_model, which is given the model.
         return peft_config
@@ -43,6 +50,7 @@ class RoutedTuner(BaseTuner):
     def _prepare_model(self, peft_config: MoeConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Resolve and check all places, then let the model tell the layers what a forward pass knows."""
         resolve_targets(model, peft_config)
+        check_further_modules(peft_config, model)
         places = find_places(model, peft_config, **get_quantization_kwargs(model))
         # peft strips the prefix of a compiled model from the names it takes from saved tensors.
         self._places = {place.name.removeprefix(COMPILED): place for place in places}

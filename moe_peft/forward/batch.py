@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ def named_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def batch_shape(inputs: dict[str, Any]) -> tuple[int, int] | None:
+def batch_shape(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
     """(B, L) of the token ids or embeddings; None where there are none."""
     for name in ("input_ids", "inputs_embeds"):
         tensor = inputs.get(name)
@@ -40,7 +42,7 @@ def two_dimensional(value: Any) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) and value.ndim == 2 else None
 
 
-def segments_of(inputs: dict[str, Any]) -> torch.Tensor | None:
+def segments_of(inputs: Mapping[str, Any]) -> torch.Tensor | None:
     """(B, L) number that changes where a new document starts; None for rows that are not packed."""
     seq_idx = two_dimensional(inputs.get("seq_idx"))
     if seq_idx is not None:
@@ -65,8 +67,81 @@ def number_segments(segments_BL: torch.Tensor) -> tuple[torch.Tensor, int]:
     return sequences_T, int(starts_BL.sum())
 
 
+@dataclass(frozen=True)
+class SampleGroups:
+    """Sample groups of a batch.
+
+    Attributes:
+        values: int64, one per sequence, or one per token of packed rows.
+        may_repeat: Whether they were given for rows that generation repeats.
+    """
+
+    values: torch.Tensor
+    may_repeat: bool = False
+
+
+def take_groups(
+    kwargs: dict[str, Any],
+    columns: Mapping[str, frozenset[int]],
+    *,
+    given: Mapping[str, torch.Tensor],
+    needed: bool,
+    checked: set[str],
+) -> SampleGroups | None:
+    """Take the sample groups out of a model's arguments.
+
+    Args:
+        kwargs: The arguments, from which the columns of groups are removed.
+        columns: Column -> groups that experts belong to; empty allows any.
+        given: Column -> groups that a context manager gives to calls without them.
+        needed: Whether anything reads them in this call; else the columns may hold whatever they hold.
+        checked: Columns whose values on a device were looked at before; looking waits for the device.
+
+    Returns:
+        The groups; None where nothing reads them, or the batch has none.
+
+    Raises:
+        ValueError: A sample has a group that no expert belongs to, or a value is no integer.
+    """
+    found = None
+    for column, allowed in columns.items():
+        value = kwargs.pop(column, None)
+        if not needed:
+            continue
+        if value is not None:
+            groups = as_groups(value, column)
+            if groups.device.type == "cpu" or column not in checked:
+                check_groups(groups, column, allowed)
+                checked.add(column)
+            found = SampleGroups(groups)
+        elif column in given:
+            found = SampleGroups(given[column], may_repeat=True)
+    return found
+
+
+def as_groups(value: Any, column: str) -> torch.Tensor:
+    """Sample groups as an int64 tensor.
+
+    Args:
+        value: A tensor, or a list of integers.
+        column: Name of the batch column, for the message.
+
+    Raises:
+        ValueError: A value is no integer.
+    """
+    try:
+        groups = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        groups = None
+    if groups is None or groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool:
+        raise ValueError(
+            f"The batch column {column!r} must hold the group of every sample as an integer, not {str(value)[:200]}."
+        )
+    return groups.long()
+
+
 def groups_per_sequence(
-    groups: torch.Tensor | None, sequences_T: torch.Tensor | None, num_sequences: int, rows: tuple[int, ...]
+    groups: SampleGroups | None, sequences_T: torch.Tensor | None, num_sequences: int, rows: tuple[int, ...]
 ) -> torch.Tensor | None:
     """Bring groups given per sequence, or per token of packed rows, to one per sequence.
 
@@ -82,12 +157,17 @@ def groups_per_sequence(
     Raises:
         ValueError: The groups have another shape.
     """
-    if groups is None or tuple(groups.shape) == (num_sequences,):
-        return groups
-    if tuple(groups.shape) == rows and sequences_T is not None:
-        return groups.new_zeros(num_sequences).scatter(0, sequences_T, groups.reshape(-1))
+    if groups is None:
+        return None
+    values = groups.values if sequences_T is None else groups.values.to(sequences_T.device)
+    if tuple(values.shape) == (num_sequences,):
+        return values
+    if tuple(values.shape) == rows and sequences_T is not None:
+        return values.new_zeros(num_sequences).scatter(0, sequences_T, values.reshape(-1))
+    if groups.may_repeat and values.numel() and num_sequences % values.numel() == 0:
+        return values.repeat_interleave(num_sequences // values.numel())
     raise ValueError(
-        f"The batch brings sample groups of shape {tuple(groups.shape)}, but it holds {num_sequences} sequences in "
+        f"The batch brings sample groups of shape {tuple(values.shape)}, but it holds {num_sequences} sequences in "
         f"rows of shape {rows}. Give one group per sequence (shape ({num_sequences},)), or one per token "
         f"(shape {rows}) when rows are packed."
     )
@@ -107,7 +187,7 @@ def check_groups(groups: torch.Tensor, column: str, allowed: frozenset[int]) -> 
     unknown = sorted(set(groups.reshape(-1).tolist()) - allowed) if allowed else []
     if unknown:
         raise ValueError(
-            f"The batch column {column!r} holds the sample groups {unknown}, which no expert belongs to "
+            f"The batch column {column!r} holds the sample groups {str(unknown)[:200]}, which no expert belongs to "
             f"(expert_groups has {sorted(allowed)}). Change `expert_groups` so that every sample group owns an "
             "expert, or map the column to the groups it has."
         )

@@ -5,10 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import nn
 
-from ..types import Rows, TokenContext
-from .batch import groups_per_sequence, number_segments
+from ..types import Routing, Rows, TokenContext
+from .batch import (
+    SampleGroups,
+    batch_shape,
+    groups_per_sequence,
+    number_segments,
+    segments_of,
+    two_dimensional,
+)
 from .joined_losses import ForwardLosses, LayerLosses
+from .thread_state import Call
 
 
 @dataclass
@@ -25,6 +34,11 @@ class ForwardPass:
         groups: (B,) or (S,) group per sequence, or (B, L) group per token.
         contexts: Token contexts made so far.
         layers: (place, adapter) -> router losses of this call's layers, one per call of the layer.
+        led: (block, adapter) -> decision that several places of a block share.
+        inside: Passes of the stacks that ran inside this call of a whole model.
+        module: The stack, or the whole model for the places outside of its stacks.
+        first_node: Number of the first autograd node that is made in this call.
+        last_node: Number of the first one that is made after it.
     """
 
     training: bool
@@ -34,9 +48,42 @@ class ForwardPass:
     encoder_attention_mask: torch.Tensor | None = None
     segments: torch.Tensor | None = None
     modalities: torch.Tensor | None = None
-    groups: torch.Tensor | None = None
+    groups: SampleGroups | None = None
     contexts: dict[tuple, TokenContext] = field(default_factory=dict)
     layers: dict[tuple[str, str], list[LayerLosses]] = field(default_factory=dict)
+    led: dict[tuple[str, str], Routing] = field(default_factory=dict)
+    inside: list[ForwardPass] = field(default_factory=list)
+    module: nn.Module | None = None
+    first_node: int = 0
+    last_node: int = 0
+
+    @classmethod
+    def of(cls, call: Call) -> ForwardPass:
+        """Describe a call by its arguments, or by the stack that ran last inside it."""
+        inputs = call.inputs
+        if call.behind is not None:
+            made = cls(call.training, call.losses, module=call.module, first_node=call.first_node)
+            made.follow(call.behind)
+            return made
+        return cls(
+            training=call.training,
+            losses=call.losses,
+            shape=batch_shape(inputs),
+            attention_mask=two_dimensional(inputs.get("attention_mask")),
+            encoder_attention_mask=two_dimensional(inputs.get("encoder_attention_mask")),
+            segments=segments_of(inputs),
+            # ERNIE 4.5 VL has a block for each modality.
+            modalities=two_dimensional(inputs.get("moe_mm_token_type_ids")),
+            groups=call.groups,
+            module=call.module,
+            first_node=call.first_node,
+        )
+
+    def follow(self, stack: ForwardPass) -> None:
+        """Describe the tokens that a stack returns, as what comes after it reads them: heads."""
+        for name in ("shape", "attention_mask", "encoder_attention_mask", "segments", "modalities", "groups"):
+            setattr(self, name, getattr(stack, name))
+        self.contexts = stack.contexts
 
     def tokens(self, leading: tuple[int, ...], device: torch.device, rows: Rows = "tokens") -> TokenContext:
         """Describe the tokens of an input with the given leading shape.
@@ -84,13 +131,13 @@ class ForwardPass:
             sequences_T, num_sequences = torch.arange(rows[0], device=device), rows[0]
         else:
             sequences_T, num_sequences = None, 1
-        groups = None if self.groups is None else self.groups.to(device)
+        groups = groups_per_sequence(self.groups, sequences_T, num_sequences, rows)
         return TokenContext(
             training=self.training,
             valid=valid_T,
             sequences=sequences_T,
             num_sequences=num_sequences,
-            groups=groups_per_sequence(groups, sequences_T, num_sequences, rows),
+            groups=None if groups is None else groups.to(device),
             loss_scale=self.losses.scale if self.training else None,
         )
 

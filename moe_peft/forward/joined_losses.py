@@ -64,12 +64,7 @@ class ForwardLosses:
 
     def mean_values(self) -> dict[str, torch.Tensor]:
         """Unscaled losses averaged over the layers that have them: name -> 0-d tensor without graph."""
-        values: dict[str, list[torch.Tensor]] = {}
-        for (loss, *_), members in _alike(self.all_layers()).items():
-            values_G = loss.value(torch.stack([layer.joined[name] for layer, name in members]))
-            for (_, name), value in zip(members, values_G, strict=True):
-                values.setdefault(name, []).append(value)
-        return {name: torch.stack([v.to(parts[0]) for v in parts]).mean() for name, parts in values.items()}
+        return mean_values(self.all_layers())
 
     def total(self) -> torch.Tensor | None:
         """0-d sum of coefficient * loss over all layers, without graph; None without any loss."""
@@ -79,6 +74,16 @@ class ForwardLosses:
             weights_G = values_G.new_tensor([layer.coefficients[name] for layer, name in members])
             parts.append((values_G * weights_G).sum())
         return torch.stack([part.to(parts[0]) for part in parts]).sum() if parts else None
+
+
+def mean_values(layers: Sequence[LayerLosses]) -> dict[str, torch.Tensor]:
+    """Unscaled losses averaged over the layers that have them: name -> 0-d tensor without graph."""
+    values: dict[str, list[torch.Tensor]] = {}
+    for (loss, *_), members in _alike(layers).items():
+        values_G = loss.value(torch.stack([layer.joined[name] for layer, name in members]))
+        for (_, name), value in zip(members, values_G, strict=True):
+            values.setdefault(name, []).append(value)
+    return {name: torch.stack([v.to(parts[0]) for v in parts]).mean() for name, parts in values.items()}
 
 
 class WindowSums:
@@ -148,7 +153,9 @@ def _alike(layers: Sequence[LayerLosses]) -> dict[tuple, list[tuple[LayerLosses,
 
 
 def _derivative(loss: Any, sums_GN: torch.Tensor) -> torch.Tensor:
-    with torch.inference_mode(False), torch.enable_grad():
+    # A checkpoint around the model would miss in its recomputation what is saved here.
+    own_saving = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
+    with torch.inference_mode(False), torch.enable_grad(), own_saving:
         leaf_GN = sums_GN.clone().requires_grad_()
         (gradients_GN,) = torch.autograd.grad(loss.value(leaf_GN).sum(), leaf_GN)
     return gradients_GN

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from ..types import LossScale, RouterLoss, Routing
-from .joined_losses import ForwardLosses, LayerLosses
-from .tracker import ForwardTracker, find_tracker
+from .find import find_trackers
+from .joined_losses import ForwardLosses, LayerLosses, mean_values
+from .tracker import ForwardTracker
 
 Loss = Callable[[Routing], torch.Tensor]
 
@@ -143,16 +144,20 @@ def router_loss(model: nn.Module) -> torch.Tensor:
         0-d float32 tensor; zero when no layer has a router loss.
 
     Raises:
+        TypeError: The model is no module.
         ValueError: The model has no routed adapter.
         RuntimeError: There was no forward in train mode with gradients enabled. In the backward pass: the gradient
             would be lost because the model's own loss is not part of it.
     """
-    latest = _latest_losses(model, "router_loss")
-    total = latest.total()
-    if total is None:
+    parts = []
+    for latest in _latest_losses(model, "router_loss"):
+        total = latest.total()
+        if total is not None:
+            anchor = torch.zeros((), device=total.device, requires_grad=True)
+            parts.append(_ScaleInjection.apply(anchor, total, latest.scale))
+    if not parts:
         return torch.zeros(())
-    anchor = torch.zeros((), device=total.device, requires_grad=True)
-    return _ScaleInjection.apply(anchor, total, latest.scale)
+    return parts[0] if len(parts) == 1 else torch.stack([part.to(parts[0].device) for part in parts]).sum()
 
 
 def router_loss_values(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -165,19 +170,26 @@ def router_loss_values(model: nn.Module) -> dict[str, torch.Tensor]:
         Loss name -> 0-d float32 tensor without gradient.
 
     Raises:
+        TypeError: The model is no module.
         ValueError: The model has no routed adapter.
         RuntimeError: There was no forward in train mode with gradients enabled.
     """
-    return _latest_losses(model, "router_loss_values").mean_values()
+    return mean_values(
+        [layer for latest in _latest_losses(model, "router_loss_values") for layer in latest.all_layers()]
+    )
 
 
-def _latest_losses(model: nn.Module, caller: str) -> ForwardLosses:
-    tracker = find_tracker(model)
-    if tracker is None:
+def _latest_losses(model: nn.Module, caller: str) -> list[ForwardLosses]:
+    """Losses of the latest training forward of every adapted model in a tree of modules."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: the model must be a torch.nn.Module, not {str(model)[:200]!r}.")
+    trackers = find_trackers(model)
+    if not trackers:
         raise ValueError(f"{caller}: {type(model).__name__} has no routed adapter. Add one with peft.get_peft_model.")
-    if tracker.latest is None:
+    latest = [tracker.latest for tracker in trackers if tracker.latest is not None]
+    if not latest:
         raise RuntimeError(
             f"{caller}: no training forward has run yet. Router losses exist only after a forward with model.train() "
             "and gradients enabled; for a routing in evaluation use moe_peft.telemetry.record(model)."
         )
-    return tracker.latest
+    return latest

@@ -35,10 +35,15 @@ class RoutedBlock(RoutedLayer):
         Returns:
             What the block returns; its output, (..., D), or the first entry of a tuple, has the adapters added.
         """
-        names = self.active_names() if adapter_names is None else sorted(set(adapter_names) & set(self.experts))
-        if self.disable_adapters or not names:
+        mixed = adapter_names is not None or self.tracker.mixes_rows()
+        if self.disable_adapters or not (mixed or self.active_names()):
             return self.base_layer(*args, **kwargs)
         x = _first_floating(args, kwargs)
+        if adapter_names is None:
+            adapter_names = self.tracker.row_names(x)
+        names = self.active_names() if adapter_names is None else sorted(set(adapter_names) & set(self.experts))
+        if not names:
+            return self.base_layer(*args, **kwargs)
         if x.dim() == 1:  # the hidden states of chosen tokens, one after the other
             x = x.reshape(-1, self.in_features)
         if adapter_names is not None:

@@ -46,6 +46,8 @@ class ScaledLinear(RoutedLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        if adapter_names is None:
+            adapter_names = self.tracker.row_names(x)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         names = self.active_names()

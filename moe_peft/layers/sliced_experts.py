@@ -60,7 +60,7 @@ class SlicedExperts(RoutedLayer):
         Raises:
             ValueError: Adapters are mixed in a batch, or two active ones select the same expert.
         """
-        if adapter_names is not None:
+        if adapter_names is not None or self.tracker.mixes_rows():
             raise ValueError(
                 f"Cannot pass `adapter_names` to {self.place}, which receives flattened tokens: adapters on a "
                 "backbone's experts cannot be mixed in a batch. Activate one with model.set_adapter(name)."
@@ -87,7 +87,7 @@ class SlicedExperts(RoutedLayer):
 
     def _show(self, names: list[str], call: ExpertsCall) -> None:
         """Tell the tracker what the backbone decided, where somebody looks."""
-        if not (self.tracker.observers or self.tracker.training_observers):
+        if not self.tracker.watched():
             return
         context = self.tracker.tokens(call.hidden, self.rows, self.training)
         for name in names:

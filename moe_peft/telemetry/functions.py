@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..forward.tracker import find_tracker
+from ..forward.find import find_trackers
 from ..types import Routing
 from .statistics import RoutingStatistics
 
@@ -82,7 +82,7 @@ def confidence(routing: Routing) -> torch.Tensor:
 
 @contextmanager
 def record(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
-    """Collect every routing of the model's forwards, in training and evaluation.
+    """Collect every routing of the model's forwards in this thread, in training and evaluation.
 
     Args:
         model: A model with routed adapters, wrapped or not.
@@ -92,18 +92,21 @@ def record(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
         `torch.no_grad` or detach what is kept.
 
     Raises:
+        TypeError: The model is no module.
         ValueError: The model has no routed adapter.
     """
-    tracker = find_tracker(model)
-    if tracker is None:
+    trackers = find_trackers(model)
+    if not trackers:
         raise ValueError(f"{type(model).__name__} has no routed adapter. Add one with peft.get_peft_model.")
     routings: dict[str, list[Routing]] = {}
 
     def observe(place: str, adapter: str, routing: Routing) -> None:
         routings.setdefault(place, []).append(routing)
 
-    tracker.observers.append(observe)
+    for tracker in trackers:
+        tracker.observers.append(observe)
     try:
         yield routings
     finally:
-        tracker.observers.remove(observe)
+        for tracker in trackers:
+            tracker.observers.remove(observe)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,12 +16,14 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from ..config.config import MoeConfig
 from ..config.patterns import check_patterns
-from ..forward.tracker import ForwardTracker, find_tracker
+from ..forward.tracker import ForwardTracker
 from ..layers import LAYERS, RoutedLayer
 from ..places.choose import find_places, resolve_targets
 from .checks import check_groups, check_name, check_neighbours, check_tensors
 from .further_modules import check_further_modules
 from .merging import Merge, check_merges, merge_layers, plan_merges, quiet_merging
+from .mixed_rows import check_row_names, give_row_names, known_adapters
+from .tracking import detach_unused, refuse_in_use, tracker_around
 
 COMPILED = "_orig_mod."
 
@@ -61,10 +61,11 @@ class RoutedTuner(BaseTuner):
         check_groups(peft_config, places, model)
         if peft_config.placement != "linear":
             _record_router_outputs(model)
-        tracker = find_tracker(model)
+        tracker = tracker_around(model, self._places)
         if tracker is None:
             tracker = ForwardTracker()
             tracker.attach(model)
+        self._tracker = tracker
         group_column, groups = getattr(peft_config, "group_column", None), getattr(peft_config, "expert_groups", None)
         if group_column is not None:
             known = tracker.group_columns.get(group_column, frozenset())
@@ -92,15 +93,13 @@ class RoutedTuner(BaseTuner):
         if isinstance(target, RoutedLayer) and target.prefix == self.prefix:
             target.update_layer(adapter_name, parts, inference_mode=peft_config.inference_mode)
             return
-        tracker = find_tracker(self.model)
-        assert tracker is not None
         layer = LAYERS[peft_config.placement](
             target,
             adapter_name,
             parts=parts,
             prefix=self.prefix,
             place=place,
-            tracker=tracker,
+            tracker=self._tracker,
             quantization=get_quantization_kwargs(self.model),
             inference_mode=peft_config.inference_mode,
         )
@@ -138,6 +137,33 @@ class RoutedTuner(BaseTuner):
         check_merges(self.model, plan, safe_merge)
         return plan
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters, as in peft.
+
+        Raises:
+            RuntimeError: Another thread is inside a forward of the model.
+        """
+        refuse_in_use(self.model, "set_adapter")
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def disable_adapter_layers(self) -> None:
+        """Disable all adapters, as in peft.
+
+        Raises:
+            RuntimeError: Another thread is inside a forward of the model.
+        """
+        refuse_in_use(self.model, "Disabling adapters")
+        super().disable_adapter_layers()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, as in peft.
+
+        Raises:
+            RuntimeError: Another thread is inside a forward of the model.
+        """
+        refuse_in_use(self.model, "delete_adapter")
+        super().delete_adapter(adapter_name)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge mergeable adapters of this type into the base weights; arguments as in peft.
 
@@ -148,6 +174,7 @@ class RoutedTuner(BaseTuner):
             ValueError: An adapter is unknown or depends on its input, or a layer cannot merge it; nothing has been
                 changed.
         """
+        refuse_in_use(self.model, "merge_adapter")
         plan = self._checked_plan(adapter_names, safe_merge, self.prefix)
         if not plan:
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
@@ -160,6 +187,7 @@ class RoutedTuner(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        refuse_in_use(self.model, "merge_and_unload" if merge else "unload")
         if merge:
             # The layers of all types come off, so what they do is merged as well.
             merge_layers(self._checked_plan(adapter_names, safe_merge, prefix=None), safe_merge)
@@ -169,9 +197,7 @@ class RoutedTuner(BaseTuner):
             model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
-        tracker = find_tracker(model)
-        if tracker is not None and not any(isinstance(module, RoutedLayer) for module in model.modules()):
-            tracker.detach(model)
+        detach_unused(model)
         return model
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -187,39 +213,16 @@ class RoutedTuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names` to the layers for the duration of one forward or generate call."""
+        """Give the layers the adapter of each row, for one forward or generate call of this thread."""
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        self._check_adapter_names(adapter_names)
-        num_beams = kwargs.get("num_beams") or 1
-        repeated = [name for name in adapter_names for _ in range(num_beams)]
-        encoder = self.model.get_encoder() if num_beams > 1 and hasattr(self.model, "get_encoder") else None
-        in_encoder = set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not self.model else set()
-        handles = []
-        try:
-            for module in self.modules():
-                if isinstance(module, (RoutedLayer, AuxiliaryTrainingWrapper)):
-                    # Beams repeat the rows of the decoder; the encoder runs once per row.
-                    names = list(adapter_names) if module in in_encoder else repeated
-                    hook = partial(_pass_adapter_names, adapter_names=names)
-                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        names = check_row_names(adapter_names, known_adapters(self.model), args, kwargs)
+        with give_row_names(self.model, names):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _check_adapter_names(self, adapter_names: list[str]) -> None:
-        known = {name for layer in self.modules() if isinstance(layer, RoutedLayer) for name in layer.experts}
-        unknown = sorted(set(adapter_names) - known - {"__base__"})
-        if unknown:
-            raise ValueError(
-                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. "
-                f"Known adapters: {', '.join(sorted(known))}."
-            )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]
@@ -247,10 +250,3 @@ def _record_router_outputs(model: nn.Module) -> None:
 def _records(model: nn.Module) -> bool:
     """Whether the hooks are installed in a model, or in one that is part of it."""
     return any(getattr(part, "_output_capturing_hooks_installed", False) for part in model.modules())
-
-
-def _pass_adapter_names(
-    module: nn.Module, args: tuple, kwargs: dict[str, Any], adapter_names: list[str]
-) -> tuple[tuple, dict[str, Any]]:
-    kwargs["adapter_names"] = adapter_names
-    return args, kwargs

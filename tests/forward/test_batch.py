@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from moe_peft.forward.batch import (
+    SampleGroups,
     batch_shape,
     check_groups,
     groups_per_sequence,
@@ -48,10 +49,10 @@ def test_documents_of_all_rows_are_numbered_one_after_the_other():
 
 def test_groups_per_token_become_groups_per_document():
     sequences = torch.tensor([0, 0, 1, 1, 1, 2])
-    groups = groups_per_sequence(torch.tensor([[5, 5, 7, 7, 7, 5]]), sequences, 3, (1, 6))
+    groups = groups_per_sequence(SampleGroups(torch.tensor([[5, 5, 7, 7, 7, 5]])), sequences, 3, (1, 6))
     assert groups.tolist() == [5, 7, 5]
     with pytest.raises(ValueError, match=r"groups of shape \(4,\), but it holds 3 sequences"):
-        groups_per_sequence(torch.zeros(4), sequences, 3, (1, 6))
+        groups_per_sequence(SampleGroups(torch.zeros(4).long()), sequences, 3, (1, 6))
 
 
 def test_groups_without_an_expert_are_named():

@@ -6,6 +6,7 @@ import torch
 from peft import get_peft_model
 
 from moe_peft import LoraMoeConfig, PerftConfig
+from moe_peft.forward.batch import SampleGroups
 from moe_peft.forward.forward_pass import ForwardPass
 from moe_peft.forward.joined_losses import ForwardLosses
 from moe_peft.telemetry.functions import record
@@ -46,7 +47,7 @@ def test_keys_and_values_of_one_shared_head_see_the_mask():
 
 
 def test_rows_of_images_have_no_mask_whatever_their_number():
-    known = forward_pass(groups=torch.tensor([0, 1]))
+    known = forward_pass(groups=SampleGroups(torch.tensor([0, 1])))
     for leading in ((2, 5), (2, 3), (10,), (7, 4)):
         found = known.tokens(leading, CPU, "media")
         assert found.valid is None and found.groups is None and found.loss_scale is not None
@@ -56,7 +57,7 @@ def test_rows_of_images_have_no_mask_whatever_their_number():
 
 def test_tokens_of_one_modality_are_told_by_their_number():
     modalities = torch.tensor([[0, 0, 0, 1, 1], [0, 1, 1, 0, 0]])
-    known = forward_pass(modalities=modalities, groups=torch.tensor([3, 4]))
+    known = forward_pass(modalities=modalities, groups=SampleGroups(torch.tensor([3, 4])))
     text, media = known.tokens((6,), CPU), known.tokens((4,), CPU)
     assert text.valid.tolist() == [False, False, True, True, True, True]
     assert text.sequences.tolist() == [0, 0, 0, 1, 1, 1]

@@ -1,0 +1,240 @@
+"""The calls of a model and of its stacks: opened and closed, nested, recomputed, interrupted, in any thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..types import LossScale
+from .batch import named_inputs, take_groups
+from .entry import ModuleEntry
+from .forward_pass import ForwardPass
+from .joined_losses import ForwardLosses
+from .recomputation import NO_TASK, checkpoint_node, graph_task, next_node, owner_of_current_node
+from .thread_state import Call, ThreadState
+
+PASSES_ATTRIBUTE = "_moe_peft_passes"
+
+
+class CallKeeper:
+    """Keeps the stack of calls of each thread, and which pass a backward pass has reached.
+
+    Attributes:
+        loss_scale: Weight of the router losses in passes to come.
+        group_columns: Allowed group values by the name of the batch column that carries them.
+        needs: What parts read of a token's context beside its sequence; outside training passes it is made for them.
+        in_reverse: The pass whose backward pass runs or ran last, which recomputations repeat; or None.
+    """
+
+    def __init__(self) -> None:
+        self.loss_scale = 1.0
+        self.group_columns: dict[str, frozenset[int]] = {}
+        self.needs: frozenset[str] = frozenset()
+        self._checked_columns: set[str] = set()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Know of no pass."""
+        self.in_reverse: ForwardPass | None = None
+        self._thread = ThreadState()
+        self._latest: ForwardLosses | None = None
+        self._reached: dict[int, list[ForwardPass]] = {}
+        self._busy: dict[int, threading.Thread] = {}
+
+    @property
+    def current(self) -> ForwardPass | None:
+        """The innermost pass that runs in this thread, or None."""
+        calls = self._thread.calls
+        return self._pass_of(calls[-1]) if calls else None
+
+    @property
+    def latest(self) -> ForwardLosses | None:
+        """Losses of this thread's latest training forward, of any thread's where this one had none; or None."""
+        return self._thread.latest or self._latest
+
+    def asked(self) -> tuple[ForwardPass | None, bool]:
+        """The pass that a layer which asks belongs to, and whether it recomputes a part of it.
+
+        Compiled code cannot ask autograd. It is compiled again where no forward is open, as none is in a backward.
+        """
+        calls = self._thread.calls
+        if torch.compiler.is_compiling():
+            if calls:
+                return self._pass_of(calls[-1]), calls[-1].repeats
+            return self.in_reverse, self.in_reverse is not None
+        task = graph_task()
+        if calls and calls[-1].task == task:
+            return self._pass_of(calls[-1]), calls[-1].repeats
+        return (None, False) if task == NO_TASK else (self._repeated_part(task), True)
+
+    def open(
+        self, entry: ModuleEntry, args: tuple, kwargs: dict[str, Any], *, hooked: bool
+    ) -> tuple[tuple, dict[str, Any]]:
+        """Begin a call of the model or of a stack; returns its arguments without the sample groups."""
+        calls = self._thread.calls
+        while entry.is_model and calls and calls[-1].hooked and not calls[-1].reached:
+            calls.pop()  # an interrupt came between the hook and the forward
+        call = self._begin(entry)
+        call.hooked = hooked
+        if entry.is_model:
+            kwargs = dict(kwargs)
+            call.groups = take_groups(
+                kwargs,
+                self.group_columns,
+                given=self._thread.given_groups,
+                needed=call.training or "groups" in self.needs,
+                checked=self._checked_columns,
+            )
+        call.inputs = named_inputs(entry.module, args, kwargs)
+        if entry.is_stack:
+            self._pass_of(call)
+        if not calls and not torch.compiler.is_compiling():
+            self._busy[threading.get_ident()] = threading.current_thread()
+        calls.append(call)
+        return args, kwargs
+
+    def reach(self, entry: ModuleEntry) -> bool:
+        """Say that a module's forward is reached; returns whether hooks have opened the call."""
+        calls = self._thread.calls
+        if not calls or calls[-1].module is not entry.module or not calls[-1].hooked or calls[-1].reached:
+            return False
+        calls[-1].reached = True
+        return True
+
+    def close(self, entry: ModuleEntry, output: Any) -> None:
+        """End the innermost call, if it is one of this module; nothing is measured where an error ended it."""
+        calls = self._thread.calls
+        if not calls or calls[-1].module is not entry.module:
+            return
+        call = calls[-1]
+        self.drop(len(calls) - 1)
+        if output is None or (call.forward_pass is None and not call.training):
+            return
+        forward_pass = self._pass_of(call)
+        if calls and calls[-1].is_model and not call.is_model:
+            self._go_on_behind(calls[-1], forward_pass)
+        if not forward_pass.training or call.repeats:
+            return
+        forward_pass.inside = call.inside
+        forward_pass.last_node = next_node()
+        if forward_pass.layers:
+            self.finish(forward_pass)
+        if not torch.compiler.is_compiling():
+            for node in nodes_of(output):
+                node.register_prehook(partial(self._reverse, forward_pass))
+
+    def finish(self, forward_pass: ForwardPass) -> None:
+        """Join and differentiate the router losses of a pass that has ended."""
+        raise NotImplementedError
+
+    def depth(self) -> int:
+        """Number of calls that are open in this thread."""
+        return len(self._thread.calls)
+
+    def drop(self, depth: int) -> None:
+        """Forget the calls beyond a depth."""
+        calls = self._thread.calls
+        del calls[depth:]
+        if not calls and not torch.compiler.is_compiling():
+            self._busy.pop(threading.get_ident(), None)
+
+    def _begin(self, entry: ModuleEntry) -> Call:
+        calls, module, task = self._thread.calls, entry.module, graph_task()
+        whole = calls[-1] if calls and calls[-1].is_model and calls[-1].task == task and not entry.is_model else None
+        call = Call(
+            module=module,
+            training=module.training and torch.is_grad_enabled(),
+            task=task,
+            losses=ForwardLosses(LossScale(self.loss_scale)) if whole is None else whole.losses,
+            is_model=entry.is_model,
+            first_node=next_node(),
+        )
+        if whole is not None:
+            call.groups, call.whole_inputs, call.repeats = whole.groups, whole.inputs, whole.repeats
+            call.in_checkpoint, call.checkpoint = whole.in_checkpoint, whole.checkpoint
+            call.training = call.training or (module.training and whole.in_checkpoint)
+        if torch.compiler.is_compiling() or (task == NO_TASK and (calls or not module.training or call.training)):
+            return call
+        found, node = checkpoint_node()
+        if found and task == NO_TASK:
+            call.in_checkpoint, call.training = node is not None, module.training and node is not None
+        elif found and call.training:
+            call.repeats = True
+        if node is not None:
+            call.checkpoint = node
+        return call
+
+    def _pass_of(self, call: Call) -> ForwardPass:
+        """The pass of a call, made when somebody first asks."""
+        if call.forward_pass is None and call.repeats:
+            call.forward_pass = self._repeated_whole(call)
+            call.repeats = call.forward_pass is not None
+        if call.forward_pass is None:
+            call.forward_pass = ForwardPass.of(call)
+            if call.training:
+                self._thread.latest = self._latest = call.losses
+                if call.in_checkpoint and call.checkpoint is not None:
+                    _passes_of(call.checkpoint).append(call.forward_pass)
+        return call.forward_pass
+
+    def _repeated_whole(self, call: Call) -> ForwardPass | None:
+        """The pass of a module that runs again as a whole; None where it was no training pass."""
+        if call.checkpoint is not None:
+            passes = _passes_of(call.checkpoint)
+            found = next((made for made in passes if made.module is call.module), None)
+            if found is not None:
+                passes.append(passes.pop(passes.index(found)))
+            return found
+        reached = [made for made in self._reached.get(call.task, []) if made.module is call.module]
+        return owner_of_current_node(reached)
+
+    def _repeated_part(self, task: int) -> ForwardPass | None:
+        """The pass that a recomputation in a backward pass repeats a part of."""
+        reached = self._reached.get(task)
+        return owner_of_current_node(reached) if reached else self._thread.reached or self.in_reverse
+
+    def _go_on_behind(self, whole: Call, stack: ForwardPass) -> None:
+        """Tell the places behind a stack, heads, about the tokens that it returned."""
+        whole.behind = stack
+        whole.inside.append(stack)
+        if whole.forward_pass is not None:
+            whole.forward_pass.follow(stack)
+
+    def _reverse(self, forward_pass: ForwardPass, grads: tuple) -> None:
+        """Note that a backward pass has reached what a pass returned, until that backward pass ends."""
+        task = graph_task()
+        if task not in self._reached:
+            self._reached[task] = []
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._end_reverse, task))
+        # Those inside as well: what comes behind a stack may be recomputed together with it.
+        self._reached[task] += [forward_pass, *forward_pass.inside]
+        self.in_reverse = self._thread.reached = forward_pass
+
+    def _end_reverse(self, task: int) -> None:
+        reached = self._reached.pop(task, [])
+        if any(made is self.in_reverse for made in reached):
+            self.in_reverse = None
+        if any(made is self._thread.reached for made in reached):
+            self._thread.reached = None
+
+
+def nodes_of(output: Any) -> Iterator[Any]:
+    """Autograd nodes that made the tensors of a module's output, however it nests them."""
+    if isinstance(output, torch.Tensor):
+        if output.grad_fn is not None:
+            yield output.grad_fn
+    elif isinstance(output, (Mapping, tuple, list)):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from nodes_of(part)
+
+
+def _passes_of(node: Any) -> list[ForwardPass]:
+    """The passes that ran first inside a reentrant checkpoint, kept by its autograd node."""
+    if not hasattr(node, PASSES_ATTRIBUTE):
+        setattr(node, PASSES_ATTRIBUTE, [])
+    passes: list[ForwardPass] = getattr(node, PASSES_ATTRIBUTE)
+    return passes

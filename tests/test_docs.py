@@ -113,3 +113,22 @@ def test_examples_run_and_stay_short(example):
         "05_mov_t5": "reloaded logits equal: True",
     }
     assert expected[example.stem] in result.stdout
+
+
+def test_the_program_of_the_page_on_threads_runs_as_printed():
+    from peft import get_peft_model
+
+    import moe_peft
+    from tests.contract.cases import randomize
+    from tests.tiny import padded_batch
+
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/serving_threads.md").read_text(), re.DOTALL)
+    model = get_peft_model(tiny_llama(), moe_peft.LoraMoeConfig(task_type="CAUSAL_LM"), adapter_name="law")
+    model.add_adapter("code", moe_peft.LoraMoeConfig(task_type="CAUSAL_LM", num_experts=2))
+    randomize(model)
+    requests = {"ann": padded_batch([5, 3], side="left"), "bob": padded_batch([4], seed=2)}
+    names = {"model": model, "requests": requests}
+    exec(program, names)
+    for user, adapter in (("ann", "law"), ("bob", "code")):
+        model.set_adapter(adapter)
+        assert torch.equal(names["answers"][user], model.generate(**requests[user], max_new_tokens=8))

@@ -211,7 +211,9 @@ class CallKeeper:
             self._reached[task] = []
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._end_reverse, task))
         # Those inside as well: what comes behind a stack may be recomputed together with it.
-        self._reached[task] += [forward_pass, *forward_pass.inside]
+        passes = [forward_pass, *forward_pass.inside]
+        earlier = [made for made in self._reached[task] if not any(made is other for other in passes)]
+        self._reached[task] = earlier + passes
         self.in_reverse = self._thread.reached = forward_pass
 
     def _end_reverse(self, task: int) -> None:

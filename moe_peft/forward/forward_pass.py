@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -55,7 +56,7 @@ class ForwardPass:
     inside: list[ForwardPass] = field(default_factory=list)
     module: nn.Module | None = None
     first_node: int = 0
-    last_node: int = 0
+    last_node: int = sys.maxsize
 
     @classmethod
     def of(cls, call: Call) -> ForwardPass:

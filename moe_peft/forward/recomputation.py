@@ -82,4 +82,4 @@ def owner_of_current_node(passes: Iterable[NumberedT]) -> NumberedT | None:
     node = torch._C._current_autograd_node()
     number = node._sequence_nr() if node is not None else NO_TASK
     owners = [one for one in found if one.first_node <= number < one.last_node]
-    return max(owners, key=lambda one: one.first_node) if owners else found[-1]
+    return max(owners, key=lambda one: (one.first_node, -one.last_node)) if owners else found[-1]

@@ -256,6 +256,13 @@ def test_a_model_without_routed_adapters_raises(function):
         function(tiny_llama())
 
 
+@pytest.mark.parametrize("model", [None, "model", {}, torch.zeros(2)])
+@pytest.mark.parametrize("function", [router_loss, router_loss_values])
+def test_what_is_no_model_is_refused_by_type(function, model):
+    with pytest.raises(TypeError, match=r"the model must be a torch\.nn\.Module"):
+        function(model)
+
+
 def run_eval(model, batch):
     model.eval()
     return model(**batch).logits.sum()

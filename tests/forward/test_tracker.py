@@ -221,6 +221,25 @@ def test_a_batch_without_groups_is_refused_in_training_and_served_in_evaluation(
     assert model.eval()(**padded_batch([3, 5])).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("groups", [None, [None, None], [7, 7], ["law", "code"], torch.tensor([0.5, 1.0]), [0]])
+def test_evaluation_does_not_look_at_groups(groups):
+    """There is no router loss in evaluation, and nothing else reads them."""
+    model = llama(expert_groups=[1, 0]).eval()
+    batch = padded_batch([3, 5])
+    expected = model(**batch).logits
+    with record(model) as routings:
+        torch.testing.assert_close(model(**batch, task_type=groups).logits, expected)
+    assert only({place: made[0].context for place, made in routings.items()}).groups is None
+    with torch.no_grad():
+        assert model.train()(**batch, task_type=groups).logits.shape == expected.shape
+
+
+@pytest.mark.parametrize("groups", [[None, 1], ["law", "code"], torch.tensor([0.0, 1.0]), [True, False]])
+def test_groups_that_are_no_integers_are_refused_in_training(groups):
+    with pytest.raises(ValueError, match="'task_type' must hold the group of every sample as an integer"):
+        llama(expert_groups=[1, 0])(**padded_batch([3, 5]), task_type=groups)
+
+
 def test_groups_of_one_batch_do_not_serve_the_next():
     model = llama(expert_groups=[1, 0])
     model(**padded_batch([3, 5]), task_type=torch.tensor([1, 0]))

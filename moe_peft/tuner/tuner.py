@@ -123,7 +123,9 @@ class RoutedTuner(BaseTuner):
 
         Raises:
             ValueError: There is no such adapter, or it is merged.
+            RuntimeError: Another thread is inside a forward of the model.
         """
+        refuse_in_use(self.model, "delete_adapter")
         was_active = adapter_name in self.active_adapters
         others = [name for name in self.active_adapters if name != adapter_name]
         super().delete_adapter(adapter_name)
@@ -154,15 +156,6 @@ class RoutedTuner(BaseTuner):
         """
         refuse_in_use(self.model, "Disabling adapters")
         super().disable_adapter_layers()
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, as in peft.
-
-        Raises:
-            RuntimeError: Another thread is inside a forward of the model.
-        """
-        refuse_in_use(self.model, "delete_adapter")
-        super().delete_adapter(adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge mergeable adapters of this type into the base weights; arguments as in peft.

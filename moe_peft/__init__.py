@@ -20,6 +20,7 @@ from .describe import describe
 from .forward import router_loss
 from .hub import push_adapter
 from .integrations import CoefficientSchedule, FreezeCallback, MoeCallback, attach
+from .layers import routed_layers
 from .layers.accelerated_lora import accelerate_expert_lora
 from .methods import EsftConfig, LoraMoeConfig, MoloraConfig, MovConfig, PerftConfig, RoutedConfig, SiraConfig
 from .places.expert_parameters import expert_parameters
@@ -66,6 +67,7 @@ __all__ = [
     "overlap_table",
     "plot_selection",
     "push_adapter",
+    "routed_layers",
     "router_loss",
     "routers",
     "score_experts",

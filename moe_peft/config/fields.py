@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from ..experts import Experts, LowRankExperts
 from ..forward.joined_losses import SCOPES
 from ..messages import warn
 from ..ops import IMPLEMENTATIONS
@@ -275,8 +276,13 @@ class MixtureConfig(RouterLossConfig, RouterConfig, LowRankConfig, PlacingConfig
         self._check(SMALLEST <= product <= LARGEST, "routed_scaling_factor", hint)
 
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
-        """See `MoeConfig.expected_shapes`."""
-        return {"_experts.A": (self.num_experts, self.r), "_experts.B": (self.num_experts, self.r)}
+        """See `MoeConfig.expected_shapes`; the expert kind says them."""
+        return {f"_experts.{name}": begins for name, begins in self.kind.shapes(self.num_experts, self.r).items()}
+
+    @property
+    def kind(self) -> type[Experts]:
+        """Class of the experts."""
+        return LowRankExperts
 
     def summary(self) -> str:
         """See `MoeConfig.summary`."""

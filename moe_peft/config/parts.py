@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..experts import Selection
 from ..routers import Router
 
 # Kinds of placement around weights, into which an adapter can be merged; around a whole block there is none.
@@ -21,13 +22,13 @@ class RoutedParts:
         experts: Bank of experts.
         router: Decides about them; None where the backbone's routing is followed.
         objective: Router losses.
-        selection: Experts of the backbone that the bank's experts go with, ascending; None for all of them.
+        selection: Experts of the backbone that the bank's experts go with; None for all of them.
     """
 
     experts: nn.Module
     router: Router | None = None
     objective: Callable | None = None
-    selection: tuple[int, ...] | None = None
+    selection: Selection | None = None
 
     @property
     def mergeable(self) -> bool:

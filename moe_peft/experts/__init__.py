@@ -5,6 +5,7 @@ from __future__ import annotations
 from .bottleneck import BottleneckExperts
 from .experts import Experts, PendingRouting
 from .low_rank import LowRankExperts
+from .selection import Selection
 from .slices import ExpertSlices
 from .vector import VectorExperts
 
@@ -17,5 +18,6 @@ __all__ = [
     "Experts",
     "LowRankExperts",
     "PendingRouting",
+    "Selection",
     "VectorExperts",
 ]

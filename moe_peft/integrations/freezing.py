@@ -9,7 +9,7 @@ from accelerate import DistributedType
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..layers import RoutedLayer
+from ..layers import routed_layers
 from ..messages import shown
 from .checks import is_count
 
@@ -65,6 +65,7 @@ class FreezeCallback(TrainerCallback):
                 parameter.grad = None
 
     def _parameters(self, model: nn.Module) -> Iterator[nn.Parameter]:
-        for module in model.modules():
-            if isinstance(module, RoutedLayer):
-                yield from getattr(module, f"{module.prefix}{self.part}").parameters()
+        for layer in routed_layers(model):
+            banks = layer.router if self.part == "router" else layer.experts
+            for bank in banks.values():
+                yield from bank.parameters()

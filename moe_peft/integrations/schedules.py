@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ..layers import RoutedLayer
+from ..layers import routed_layers
 from ..messages import shown
 from .checks import is_count, is_number
 from .training_run import RestoringCallback
@@ -84,11 +84,10 @@ class CoefficientSchedule(RestoringCallback):
 
 def _coefficients(model: nn.Module) -> Iterator[dict[str, float]]:
     """The coefficients of every layer's losses, which a forward reads."""
-    for module in model.modules():
-        if isinstance(module, RoutedLayer):
-            for objective in module.objectives.values():
-                if objective is not None:
-                    yield objective.coefficients
+    for layer in routed_layers(model):
+        for objective in layer.objectives.values():
+            if objective is not None:
+                yield objective.coefficients
 
 
 def _maps_steps_to_factors(points: Any) -> bool:

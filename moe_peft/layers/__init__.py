@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from .find import routed_layers
 from .routed_block import RoutedBlock
 from .routed_experts import RoutedExperts
 from .routed_layer import RoutedLayer
@@ -20,4 +21,13 @@ LAYERS: dict[str, type[RoutedLayer]] = {
     "slices": SlicedExperts,
 }
 
-__all__ = ["LAYERS", "RoutedBlock", "RoutedExperts", "RoutedLayer", "RoutedLinear", "ScaledLinear", "SlicedExperts"]
+__all__ = [
+    "LAYERS",
+    "RoutedBlock",
+    "RoutedExperts",
+    "RoutedLayer",
+    "RoutedLinear",
+    "ScaledLinear",
+    "SlicedExperts",
+    "routed_layers",
+]

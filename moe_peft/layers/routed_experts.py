@@ -14,9 +14,10 @@ from ..backbone.structure import experts_call
 from ..routers import backbone_routing
 from ..types import Routing, TokenContext
 from .routed_block import RoutedBlock
+from .selecting_layer import SelectingLayer
 
 
-class RoutedExperts(RoutedBlock):
+class RoutedExperts(SelectingLayer, RoutedBlock):
     """Wraps an experts module; an adapter without a router of its own follows the backbone's."""
 
     def _decided(self, name: str, context: TokenContext, args: tuple, kwargs: dict[str, Any]) -> Routing | None:
@@ -25,5 +26,5 @@ class RoutedExperts(RoutedBlock):
         call = experts_call(args, kwargs)
         index_TK, num_experts = call.index, self.num_backbone_experts
         if name in self.selections:
-            index_TK, num_experts = self.local_index(name, index_TK), len(self.selections[name])
+            index_TK, num_experts = self.selections[name].local(index_TK), len(self.selections[name])
         return self.note(name, backbone_routing(index_TK, call.weights, num_experts, context))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from ..config.parts import RoutedParts, parts_merge
 from ..experts import Experts, PendingRouting
 from ..forward.tracker import ForwardTracker
 from ..ops import cast_to_compute_dtype, project
+from ..part import ModulePart
 from ..quantization.four_bit import dtype_when_read
 from ..routers import Router
 from ..types import MoePeftWarning, Place, Routing, TokenContext
@@ -45,6 +46,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
 
     merges: bool = False
     adds_to_output: bool = True
+    other_param_names: tuple[str, ...] = ("objectives",)
 
     def __init__(
         self,
@@ -67,12 +69,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         self.rows = place.rows
         self.tracker = tracker
         self.adapter_layer_names = (f"{prefix}experts", f"{prefix}router")
-        self.other_param_names = ("objectives", "selections")
-        setattr(self, f"{prefix}experts", nn.ModuleDict())
-        setattr(self, f"{prefix}router", nn.ModuleDict())
-        self.objectives: dict[str, Any] = {}
-        self.selections: dict[str, tuple[int, ...]] = {}
-        self._local_indices: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self.make_storage()
         self.frozen_peft_weight_names = {}
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization)
         self._disable_adapters = False
@@ -80,6 +77,12 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         self.cast_input_dtype_enabled = True
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, parts, inference_mode=inference_mode)
+
+    def make_storage(self) -> None:
+        """Make the dictionaries by adapter name; a kind of layer adds those of its own."""
+        setattr(self, f"{self.prefix}experts", nn.ModuleDict())
+        setattr(self, f"{self.prefix}router", nn.ModuleDict())
+        self.objectives: dict[str, Any] = {}
 
     @property
     def experts(self) -> dict[str, Any]:
@@ -103,15 +106,34 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         if parts.router is not None:
             self.router[adapter_name] = parts.router
         self.objectives[adapter_name] = parts.objective
-        if parts.selection is not None:
-            self.selections[adapter_name] = parts.selection
-        self._number_selections()
         _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         # Eight bits hold a frozen weight with a scale of its own; a trained one would be rounded.
         if dtype is not None and dtype.is_floating_point and dtype.itemsize > 1:
             parts.experts.to(dtype)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters; arguments as in peft. Tensors that a part never trains stay frozen."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._refreeze()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Freeze adapters or let them train; arguments as in peft. Tensors that a part never trains stay frozen."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._refreeze()
+
+    def requires_grad_(self, requires_grad: bool = True) -> RoutedLayer:
+        """Freeze all parameters or let them train, but for the tensors that a part never trains."""
+        super().requires_grad_(requires_grad)
+        self._refreeze()
+        return self
+
+    def _refreeze(self) -> None:
+        """Freeze the tensors that their parts never train; peft freezes and trains whole modules alone."""
+        for part in (*self.experts.values(), *self.router.values()):
+            for name in part.frozen if isinstance(part, ModulePart) else ():
+                cast(nn.Module, part).get_parameter(name).requires_grad_(False)
 
     def note(self, adapter_name: str, routing: Routing) -> Routing:
         """Inject the router losses of a training pass, and tell the tracker what was decided.
@@ -177,43 +199,6 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             context: What is known about the tokens.
         """
         return self.note(adapter_name, self.router[adapter_name](x_TD, context))
-
-    def local_index(self, adapter_name: str, index_TK: torch.Tensor) -> torch.Tensor:
-        """Number the experts that an adapter selects.
-
-        Args:
-            adapter_name: Its name.
-            index_TK: (T, K) int64 expert of the backbone in each slot.
-
-        Returns:
-            (T, K) int64 place in the adapter's selection, its length where the expert is not selected.
-        """
-        key = (adapter_name, index_TK.device)
-        table = self._local_indices.get(key)
-        if table is None:
-            table = self._number_selection(adapter_name, index_TK.device)
-            if not torch.compiler.is_compiling():  # a graph that changes its module is compiled a second time
-                self._local_indices[key] = table
-        return table[index_TK.clamp(max=self.num_backbone_experts)]
-
-    def _number_selection(self, adapter_name: str, device: torch.device) -> torch.Tensor:
-        selection = self.selections[adapter_name]
-        table = torch.full((self.num_backbone_experts + 1,), len(selection), device=device)
-        table[list(selection)] = torch.arange(len(selection), device=device)
-        return table
-
-    def _number_selections(self) -> None:
-        """Number all selections where the base layer is, so that no compiled graph has to."""
-        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        self._local_indices = {}
-        if device is not None and device.type != "meta":
-            for name in self.selections:
-                self._local_indices[name, device] = self._number_selection(name, device)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> RoutedLayer:
-        super()._apply(fn, recurse)
-        self._number_selections()  # the base layer may have moved
-        return self
 
     def active_names(self) -> list[str]:
         """Adapters that act in this forward: active, present here and not merged."""

@@ -22,19 +22,23 @@ from ..config.parts import RoutedParts
 from ..experts import ExpertSlices
 from ..routers import backbone_routing
 from ..types import MoePeftWarning
-from .routed_layer import RoutedLayer
+from .selecting_layer import SelectingLayer
 
 
-class SlicedExperts(RoutedLayer):
+class SlicedExperts(SelectingLayer):
     """Wraps a fused experts module."""
 
     merges = True
     adds_to_output = False
 
+    def make_storage(self) -> None:
+        """See `RoutedLayer.make_storage`."""
+        super().make_storage()
+        # What merging overwrote, by adapter: the experts, and their tensors by name.
+        self.originals: dict[str, tuple[list[int], dict[str, torch.Tensor]]] = {}
+
     def update_layer(self, adapter_name: str, parts: RoutedParts, *, inference_mode: bool = False) -> None:
         """Add an adapter; arguments as in `RoutedLayer.update_layer`."""
-        # What merging overwrote, by adapter: the experts, and their tensors by name.
-        self.originals: dict[str, tuple[list[int], dict[str, torch.Tensor]]] = getattr(self, "originals", {})
         if self.merged:
             warnings.warn(
                 f"Adapters are merged into {self.place}, which a new one copies its experts from. Unmerging them.",
@@ -43,7 +47,7 @@ class SlicedExperts(RoutedLayer):
             )
             self.unmerge()
             tensors = expert_tensors(self.get_base_layer(), self.num_backbone_experts)
-            cast(ExpertSlices, parts.experts).copy_from(tensors, parts.selection or ())
+            cast(ExpertSlices, parts.experts).copy_from(tensors, tuple(parts.selection or ()))
         super().update_layer(adapter_name, parts, inference_mode=inference_mode)
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> torch.Tensor:
@@ -73,7 +77,7 @@ class SlicedExperts(RoutedLayer):
         self._check_disjoint([*self.merged_adapters, *names])
         call = experts_call(args, kwargs)
         self._show(names, call)
-        places = {name: self.local_index(name, call.index) for name in names}
+        places = {name: self.selections[name].local(call.index) for name in names}
         frozen_TK = call.weights
         for name, local_TK in places.items():
             frozen_TK = frozen_TK.masked_fill(local_TK < len(self.selections[name]), 0.0)

@@ -33,7 +33,7 @@ from ..config.fields import (
 )
 from ..config.meaning import NOT_MEANING
 from ..config.parts import AROUND_WEIGHTS, RoutedParts
-from ..experts import ExpertSlices
+from ..experts import ExpertSlices, Selection
 from ..places.blocks import experts_names
 from ..selection.files import wrong_experts
 from ..tuner.registration import extend_peft_type, register
@@ -241,11 +241,11 @@ class EsftConfig(LowRankConfig):
     def build(self, place: Place) -> RoutedParts:
         """Build the parts of one layer; see `MoeConfig.build`."""
         assert place.base is not None and place.num_experts is not None and self.experts is not None
-        ids = tuple(self.experts[str(place.layer_index)])
+        selection = Selection(self.experts[str(place.layer_index)], place.num_experts)
         if self.expert_adapter == "lora":
-            return RoutedParts(experts=build_experts(self, place, len(ids)), selection=ids)
-        slices = ExpertSlices(expert_tensors(place.base, place.num_experts), ids)
-        return RoutedParts(experts=slices, selection=ids)
+            return RoutedParts(experts=build_experts(self, place, len(selection)), selection=selection)
+        slices = ExpertSlices(expert_tensors(place.base, place.num_experts), selection.ids)
+        return RoutedParts(experts=slices, selection=selection)
 
 
 def _refuse_quantized(name: str, module: nn.Module) -> None:

@@ -149,7 +149,8 @@ class MovConfig(RouterLossConfig, TopKConfig, PlacingConfig):
 
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         """See `MoeConfig.expected_shapes`."""
-        return {".vectors": (self.num_experts,)}
+        shapes = VectorExperts.shapes(self.num_experts, 0)
+        return {f".{name}": begins for name, begins in shapes.items()}
 
     def card_fields(self) -> list[str]:
         """See `MoeConfig.card_fields`."""

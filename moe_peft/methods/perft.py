@@ -24,10 +24,11 @@ from ..config.absent import accepts_absent
 from ..config.config import BACKBONE
 from ..config.fields import RoutedMoeConfig
 from ..config.parts import RoutedParts
-from ..experts import EXPERTS, LowRankExperts
+from ..experts import EXPERTS, Experts, LowRankExperts
 from ..experts.bottleneck import ACTIVATIONS
 from ..forward.objective import Loss
 from ..losses import load_balancing, z_loss
+from ..routers import router_gives, router_learns, router_names
 from ..tuner.registration import extend_peft_type, register
 from ..tuner.tuner import RoutedTuner
 from ..types import Place
@@ -108,7 +109,8 @@ class PerftConfig(RoutedMoeConfig):
                 setattr(self, name, value)
 
     def _defaults(self) -> dict[str, object]:
-        sparse = self.router in (None, "top_k", "capacity")
+        known = self.router in router_names()
+        sparse = self.router is None or (known and load_balancing.needs <= router_gives(self.router))
         return {
             "router": "top_k",
             "num_experts": 4,
@@ -129,38 +131,43 @@ class PerftConfig(RoutedMoeConfig):
         super().validate()
         self._check_choice("experts", tuple(name for name in EXPERTS if name in ("low_rank", "bottleneck")))
         self._check_choice("activation", tuple(ACTIVATIONS))
-        if self.experts == "bottleneck":
-            self._check(
-                self.lora_alpha == 2 * self.r, "lora_alpha", "left at None: 'bottleneck' adapters have no scale"
-            )
-            self._check_left_alone("use_rslora", "'bottleneck' adapters have no scale")
-        else:
-            self._check_left_alone("activation", "'low_rank' adapters have no activation")
+        if "scaling" not in self.kind.fields:
+            hint = f"left at None: {self.experts!r} adapters have no scale"
+            self._check(self.lora_alpha == 2 * self.r, "lora_alpha", hint)
+            self._check_left_alone("use_rslora", f"{self.experts!r} adapters have no scale")
+        if "activation" not in self.kind.fields:
+            self._check_left_alone("activation", f"{self.experts!r} adapters have no activation")
         if self.variant == "R":
             self._validate_router()
         else:
             self._check_left_alone("router_z_loss_coef", f"variant {self.variant!r} has no router of its own")
 
     def _validate_router(self) -> None:
-        self._check(self.router not in (BACKBONE, "constant"), "router", "a router that learns, or variant 'E' or 'D'")
+        learns = self.router != BACKBONE and router_learns(cast(str, self.router))
+        self._check(learns, "router", "a router that learns, or variant 'E' or 'D'")
         self._check(
-            self.router != "dense" or self.router_aux_loss_coef == 0,
+            load_balancing.needs <= router_gives(cast(str, self.router)) or self.router_aux_loss_coef == 0,
             "router_aux_loss_coef",
-            "left at None: with the dense router every adapter takes every token, so that its load is even",
+            f"left at None: with the {self.router} router every adapter takes every token, so that its load is even",
         )
 
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         """See `MoeConfig.expected_shapes`; E's number of experts is the backbone's."""
         return {} if self.variant == "E" else super().expected_shapes()
 
+    @property
+    def kind(self) -> type[Experts]:
+        """See `MixtureConfig.kind`."""
+        return EXPERTS[self.experts]
+
     def card_fields(self) -> list[str]:
         """See `MoeConfig.card_fields`."""
-        activation = ["activation"] if self.experts == "bottleneck" else []
+        activation = ["activation"] if "activation" in self.kind.fields else []
         return ["variant", "experts", *activation, *super().card_fields()]
 
     def summary(self) -> str:
         """See `MoeConfig.summary`."""
-        kind = "of rank" if self.experts == "low_rank" else "of width"
+        kind = "of rank" if "scaling" in self.kind.fields else "of width"
         if self.variant == "E":
             return f"variant E, one adapter {kind} {self.r} for each expert of the backbone"
         return f"variant {self.variant}, {super().summary()}"

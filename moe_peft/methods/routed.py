@@ -16,10 +16,11 @@ from ..config.config import BACKBONE
 from ..config.fields import IN_RANGE, RoutedMoeConfig, is_coefficient
 from ..config.meaning import NOT_MEANING
 from ..config.parts import RoutedParts
-from ..experts import EXPERTS
+from ..experts import EXPERTS, Experts
 from ..experts.bottleneck import ACTIVATIONS
 from ..losses import LOSSES
-from ..routers import GATES, SCORERS, router_gives, router_learns, router_names
+from ..options import option_values
+from ..routers import GATES, SCORERS, router_gives, router_learns, router_names, router_needs
 from ..tuner.registration import extend_peft_type, register
 from ..tuner.tuner import RoutedTuner
 from ..types import Place, RouterLoss
@@ -103,17 +104,21 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
         super().validate()
         self._check_choice("experts", tuple(EXPERTS))
         self._check_choice("activation", tuple(ACTIVATIONS))
-        if self.experts != "bottleneck":
+        if "activation" not in self.kind.fields:
             self._check_left_alone("activation", f"the kind {self.experts!r} has none")
-        else:
+        if "scaling" not in self.kind.fields:
             for name in ("lora_alpha", "use_rslora"):
-                self._check_left_alone(name, "the kind 'bottleneck' has no scale")
+                self._check_left_alone(name, f"the kind {self.experts!r} has no scale")
         self._check(
             self.expert_groups is None or "localized_balancing" in (self.losses or {}),
             "expert_groups",
             "None without the loss that reads it; set its weight, as in losses={'localized_balancing': 0.1}",
         )
-        if self.router == BACKBONE:
+        if self.router != BACKBONE:
+            lacking = router_needs(self.router, self.scorer, self.gate) - self.kind.gives
+            hint = f"one that needs no {', '.join(sorted(lacking))}: the kind {self.experts!r} does not give it"
+            self._check(not lacking, "scorer", hint)
+        else:
             self._check_left_alone("num_experts", "there is one expert for each of the backbone's")
         if not self._router_learns():
             self._check(not self.losses, "losses", f"None: the {self.router!r} router learns nothing")
@@ -149,9 +154,14 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
         """The balance loss of a router: of the requests where it selects, of the gate mass where it does not."""
         return "load_balancing" if LOSSES["load_balancing"].needs <= self._router_gives() else "importance"
 
+    @property
+    def kind(self) -> type[Experts]:
+        """See `MixtureConfig.kind`."""
+        return EXPERTS[self.experts]
+
     def card_fields(self) -> list[str]:
         """See `MoeConfig.card_fields`."""
-        activation = ["activation"] if self.experts == "bottleneck" else []
+        activation = ["activation"] if "activation" in self.kind.fields else []
         return ["wraps", "experts", *activation, *super().card_fields()]
 
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -172,7 +182,8 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
 
     def _loss(self, name: str) -> RouterLoss:
         loss = LOSSES[name]
-        return loss(**{keyword: getattr(self, own) for keyword, own in loss.config_fields.items()})
+        fields = {keyword: getattr(self, own) for keyword, own in loss.config_fields.items()}
+        return loss(**fields, **option_values(loss, None))
 
 
 class RoutedModel(RoutedTuner):

@@ -18,6 +18,7 @@ from .registry import (
     router_gives,
     router_learns,
     router_names,
+    router_needs,
     router_parts,
 )
 from .router import Router
@@ -47,5 +48,6 @@ __all__ = [
     "router_gives",
     "router_learns",
     "router_names",
+    "router_needs",
     "router_parts",
 ]

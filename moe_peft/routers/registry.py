@@ -53,6 +53,11 @@ def router_gives(router: str, scorer: str = "linear", gate: str = "softmax") -> 
     return frozenset().union(*(part.gives for part in router_parts(router, scorer, gate)))
 
 
+def router_needs(router: str, scorer: str = "linear", gate: str = "softmax") -> frozenset[str]:
+    """What a router asks of the experts, in the words of `Part.gives`."""
+    return frozenset().union(*(part.needs for part in router_parts(router, scorer, gate)))
+
+
 def router_learns(router: str, scorer: str = "linear", gate: str = "softmax") -> bool:
     """Whether a router has parameters that training changes."""
     return any(issubclass(part, Router) and part.learns for part in router_parts(router, scorer, gate))

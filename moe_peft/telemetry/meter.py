@@ -52,10 +52,9 @@ class RoutingMeter:
         """Add a routing; those of evaluation and generation do not count."""
         if not routing.context.training:
             return
-        probs = routing.probs.detach()
-        self._waiting.append(
-            ((place, adapter), replace(routing, weights=routing.weights.detach(), logits=probs, probs=probs))
-        )
+        weights, probs = routing.weights.detach(), routing.probs.detach()
+        bare = replace(routing, weights=weights, logits=probs, probs=probs, extras={})
+        self._waiting.append(((place, adapter), bare))
         self._elements += probs.numel()
         if self._elements > MAX_WAITING:
             self._add_waiting()

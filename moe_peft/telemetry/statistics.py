@@ -44,18 +44,6 @@ class RoutingStatistics:
             dropped=dropped,
         )
 
-    def flat(self) -> torch.Tensor:
-        """(2E + 2,) all sums, or (2E + 3,) with a capacity; they may be added up with others of the same place."""
-        scalars = [self.tokens, self.confidence_sum] + ([] if self.dropped is None else [self.dropped])
-        return torch.cat([self.requests, self.mass, torch.stack(scalars)])
-
-    @classmethod
-    def from_flat(cls, sums: torch.Tensor) -> RoutingStatistics:
-        """Undo `flat`; an odd length has the number of dropped requests."""
-        num_experts = (sums.numel() - 2) // 2
-        scalars = sums[2 * num_experts :].unbind()
-        return cls(sums[:num_experts], sums[num_experts : 2 * num_experts], *scalars)
-
     @property
     def load(self) -> torch.Tensor:
         """(E,) share of the requests that each expert gets, summing to one; uniform for a dense router."""

@@ -10,6 +10,7 @@ from moe_peft import LoraMoeConfig, RoutedConfig, SiraConfig, telemetry
 from moe_peft.forward.objective import router_loss_values
 from moe_peft.forward.tracker import find_tracker
 from moe_peft.telemetry.meter import RoutingMeter, group_layers, metrics_of
+from moe_peft.telemetry.stacked import add, as_sums
 from moe_peft.telemetry.statistics import RoutingStatistics
 from tests.compare import random_routing
 from tests.contract.cases import randomize
@@ -25,8 +26,7 @@ def adapted(config, base=tiny_llama, **overrides):
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_statistics_of_added_sums_are_those_of_all_tokens(top_k):
     first, second = random_routing(5, 4, top_k), random_routing(8, 4, top_k)
-    sums = RoutingStatistics.of(first).flat() + RoutingStatistics.of(second).flat()
-    found = RoutingStatistics.from_flat(sums)
+    found = RoutingStatistics(*add(*(as_sums(RoutingStatistics.of(routing)) for routing in (first, second))))
     weights = torch.tensor([5 / 13, 8 / 13], dtype=torch.float64)
     mass = first.gate_matrix().sum(0) + second.gate_matrix().sum(0)
     torch.testing.assert_close(found.importance, mass / mass.sum())
@@ -73,8 +73,8 @@ def test_a_reading_is_that_of_all_training_forwards_and_of_no_other(checkpointin
     reading = meter.read()
     assert reading.places.keys() == {(place, "default") for place in made[0]}
     for (place, _), statistics in reading.places.items():
-        expected = sum(RoutingStatistics.of(routings[place]).flat() for routings in made)
-        torch.testing.assert_close(statistics.flat(), expected)
+        expected = add(*(as_sums(RoutingStatistics.of(routings[place])) for routings in made))
+        torch.testing.assert_close(as_sums(statistics), expected)
     for name, value in reading.losses.items():
         assert value == pytest.approx(sum(float(own[name]) for own in losses) / 2)
     assert not meter.read().places

@@ -1,0 +1,43 @@
+"""What layers around a backbone's experts share whose adapters go with some of them: a selection for each adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..config.parts import RoutedParts
+from ..experts import Selection
+from .routed_layer import RoutedLayer
+
+
+class SelectingLayer(RoutedLayer):
+    """A layer whose adapters may go with some of the backbone's experts alone.
+
+    Attributes:
+        selections: Experts of the backbone by adapter name; adapters that go with all of them have none.
+    """
+
+    other_param_names = (*RoutedLayer.other_param_names, "selections")
+    selections: dict[str, Selection]
+
+    def make_storage(self) -> None:
+        """See `RoutedLayer.make_storage`."""
+        super().make_storage()
+        self.selections = {}
+
+    def update_layer(self, adapter_name: str, parts: RoutedParts, *, inference_mode: bool = False) -> None:
+        """Add an adapter; arguments as in `RoutedLayer.update_layer`."""
+        if parts.selection is not None:
+            self.selections[adapter_name] = parts.selection
+        self._keep_tables()
+        super().update_layer(adapter_name, parts, inference_mode=inference_mode)
+
+    def _keep_tables(self) -> None:
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        for selection in self.selections.values():
+            selection.keep_on(device)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SelectingLayer:
+        super()._apply(fn, recurse)
+        self._keep_tables()  # the base layer may have moved
+        return self

@@ -1,4 +1,4 @@
-"""Laws for whatever is registered: scorers, gates, selectors, expert kinds and losses, on linears and sparse blocks."""
+"""Laws for whatever is registered: scorers, gates, selectors, expert kinds, losses; on linears and sparse blocks."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from torch import nn
 from .callback import MoeCallback
 from .checks import check_adapter, check_count, check_training
 from .groups import carry_groups, check_groups
+from .noise import say_what_is_off
 from .parameter_groups import Rates, check_rates, set_learning_rates
 from .precision import restore_precision, uses_deepspeed
 from .training_run import RunCallback, TrainingRun
@@ -30,7 +31,9 @@ def attach(
     trains no further step, and the best checkpoint is found whatever the adapter is called. Whatever ends
     `trainer.train()`, Ctrl-C included, the model is left as a plain loop expects it. Where an adapter balances by
     sample group, its column is kept through `remove_unused_columns` and carried past the trainer's collator;
-    evaluation goes without. Attaching again changes what is given, and nothing else.
+    evaluation goes without. Where the trainer compares passes of the model with each other (a reference, a ratio to
+    its own past), dropout, jitter and capacity are off for the time of training, which a warning says. Attaching again
+    changes what is given, and nothing else.
 
     Args:
         trainer: A trainer that has been built.
@@ -70,6 +73,7 @@ def attach(
     if not isinstance(trainer.log, RoutingLog):
         trainer.log = RoutingLog(trainer)
     carry_groups(trainer)
+    say_what_is_off(trainer)
     return trainer
 
 

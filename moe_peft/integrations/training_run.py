@@ -17,6 +17,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .noise import compares_passes, keeps_dropout, without_noise
+
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -121,6 +123,8 @@ class TrainingRun:
 
             def prepare(model: nn.Module) -> nn.Module:
                 self.prepare(model)
+                if compares_passes(trainer):
+                    stack.enter_context(without_noise(model, dropouts=not keeps_dropout(trainer.args)))
                 if isinstance(model, PeftModel):
                     stack.enter_context(_loads_as_trained(model))
                 return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Sequence
 
@@ -80,7 +81,7 @@ def check_neighbours(config: MoeConfig, prefix: str, places: Sequence[Place], mo
 
 
 def check_groups(config: MoeConfig, places: Sequence[Place], model: nn.Module) -> None:
-    """Refuse places that cannot tell the sample of a row, where experts belong to groups of samples.
+    """Refuse sample groups that a model cannot bring, where experts belong to groups of samples.
 
     Args:
         config: The adapter's configuration.
@@ -88,9 +89,14 @@ def check_groups(config: MoeConfig, places: Sequence[Place], model: nn.Module) -
         model: The model.
 
     Raises:
-        ValueError: A place reads images or sound.
+        ValueError: A place reads images or sound, or the groups' column is one of the model's inputs.
     """
-    groups = getattr(config, "expert_groups", None)
+    groups, column = getattr(config, "expert_groups", None), getattr(config, "group_column", None)
+    if groups is not None and column in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"group_column={column!r} is an input of {type(model).__name__}, which would not be given it any more. Name "
+            "a column of the sample groups alone, as group_column='task_type'."
+        )
     media = [place.name for place in places if place.rows == "media"]
     if groups is not None and media:
         raise ValueError(

@@ -127,3 +127,12 @@ def test_padding_free_training_and_evaluation_without_groups(tmp_path, tiny_toke
     )
     attach(trainer).train()
     assert torch.isfinite(torch.tensor(trainer.evaluate()["eval_loss"]))
+
+
+@pytest.mark.parametrize("column", ["input_ids", "labels", "attention_mask"])
+def test_a_column_that_is_an_input_of_the_model_is_refused_before_anything_changes(column):
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=f"group_column='{column}' is an input of LlamaForCausalLM"):
+        get_peft_model(model, config(group_column=column))
+    assert not any("routed" in type(module).__name__.lower() for module in model.modules())
+    assert not model._forward_pre_hooks

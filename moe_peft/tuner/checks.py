@@ -94,8 +94,8 @@ def check_groups(config: MoeConfig, places: Sequence[Place], model: nn.Module) -
     groups, column = getattr(config, "expert_groups", None), getattr(config, "group_column", None)
     if groups is not None and column in inspect.signature(model.forward).parameters:
         raise ValueError(
-            f"group_column={column!r} is an input of {type(model).__name__}, which would not be given it any more. Name "
-            "a column of the sample groups alone, as group_column='task_type'."
+            f"group_column={column!r} is an input of {type(model).__name__}, which would not be given it any more. "
+            "Name a column of the sample groups alone, as group_column='task_type'."
         )
     media = [place.name for place in places if place.rows == "media"]
     if groups is not None and media:

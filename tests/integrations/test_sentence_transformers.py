@@ -51,7 +51,8 @@ def bare(backbone):
 def sentences(backbone, way="transformers", coef=0.5):
     """A SentenceTransformer with an adapter, added by transformers or by peft."""
     model = bare(backbone)
-    fields = {"num_experts": 4, "top_k": 2, "r": 2, "router_aux_loss_coef": coef, "target_modules": ["query", "intermediate.dense"]}
+    fields = {"num_experts": 4, "top_k": 2, "r": 2, "router_aux_loss_coef": coef}
+    fields["target_modules"] = ["query", "intermediate.dense"]
     config = RoutedConfig(task_type="FEATURE_EXTRACTION", **fields)
     if way == "transformers":
         model.add_adapter(config)

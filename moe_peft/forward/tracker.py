@@ -62,10 +62,12 @@ class ForwardTracker(CallKeeper):
         window: Sums of the accumulation window so far, set by the trainer's callback; None in a plain loop.
         managed: Whether a trainer's callback keeps `loss_scale` and `window`.
         training_observers: Called with (place, adapter, routing) for every routing of a training pass of any thread.
+        adapters: Names of the model's routed adapters in the order in which they came, the keys of a dict.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.adapters: dict[str, None] = {}
         self.window: WindowSums | None = None
         self.managed = False
         self.training_observers: list[Observer] = []

@@ -103,6 +103,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             inference_mode: Whether its parameters stay frozen.
         """
         self.experts[adapter_name] = parts.experts
+        self.tracker.adapters.setdefault(adapter_name)
         if parts.router is not None:
             self.router[adapter_name] = parts.router
         self.objectives[adapter_name] = parts.objective
@@ -199,6 +200,20 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             context: What is known about the tokens.
         """
         return self.note(adapter_name, self.router[adapter_name](x_TD, context))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; where no other was active, the first that the model has left becomes so.
+
+        peft lets each layer take the first of its own, which mixes adapters of different places.
+
+        Args:
+            adapter_name: Its name.
+        """
+        was_alone = self.active_adapters == [adapter_name]
+        super().delete_adapter(adapter_name)
+        self.tracker.adapters.pop(adapter_name, None)
+        if was_alone:
+            self.set_adapter(list(self.tracker.adapters)[:1])
 
     def active_names(self) -> list[str]:
         """Adapters that act in this forward: active, present here and not merged."""

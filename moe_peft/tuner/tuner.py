@@ -113,10 +113,7 @@ class RoutedTuner(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; where no other was active, the first that is left becomes so, at every layer.
-
-        Left to themselves, layers would each activate the first adapter of their own, and adapters of different
-        places would be mixed.
+        """Delete an adapter; where no other was active, the first that is left becomes so.
 
         Args:
             adapter_name: Its name.
@@ -126,11 +123,7 @@ class RoutedTuner(BaseTuner):
             RuntimeError: Another thread is inside a forward of the model.
         """
         refuse_in_use(self.model, "delete_adapter")
-        was_active = adapter_name in self.active_adapters
-        others = [name for name in self.active_adapters if name != adapter_name]
         super().delete_adapter(adapter_name)
-        if was_active and self.peft_config:
-            self.set_adapter(others or [next(iter(self.peft_config))])
 
     def _checked_plan(self, adapter_names: list[str] | None, safe_merge: bool, prefix: str | None) -> list[Merge]:
         """What a merge has to do, after every reason against it has been looked for."""

@@ -345,6 +345,20 @@ def test_one_adapter_takes_over_everywhere_from_a_deleted_one(base, batch, place
     assert trained == {"b"}
 
 
+def test_one_adapter_takes_over_everywhere_in_a_model_of_transformers(base, batch):
+    for name, layers in (("a", None), ("b", [1]), ("c", [0])):
+        config = LoraMoeConfig(init_weights=False, layers_to_transform=layers)
+        base.add_adapter(config, adapter_name=name)
+    base.set_adapter("b")
+    expected = base(**batch).logits
+    base.set_adapter("a")
+    for model in (copy.deepcopy(base), base):
+        with pytest.warns(UserWarning, match="active which is now deleted"):
+            model.delete_adapter("a")
+        assert model.active_adapters() == ["b"]
+        assert torch.equal(model(**batch).logits, expected)
+
+
 def test_deleting_an_adapter_keeps_the_other_active_ones(base, batch):
     model = adapt(base, name="a", layers_to_transform=[0])
     for name in "bc":

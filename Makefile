@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH ?= torch==2.13.0
 
-.PHONY: quickstart test conformance fuzz slow gpu style quality bench clean
+.PHONY: quickstart test test-pythons conformance fuzz slow gpu style quality bench clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,6 +20,10 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+# Other releases of Python, each in an environment of its own where torch has a CPU build for it.
+test-pythons: $(STAMP)
+	$(BIN)/python tests/pythons/run.py
 
 slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
@@ -51,4 +55,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/decode.py --output benchmarks/results/decode.json
 
 clean:
-	rm -rf $(VENV) .cache outputs
+	rm -rf $(VENV) $(VENV)-3.* .cache outputs

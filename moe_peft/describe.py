@@ -101,7 +101,7 @@ def describe(model: nn.Module, config: MoeConfig, inputs: Mapping[str, Any] | No
     parameters = []
     for place in places:
         with torch.device("meta"):
-            parts = config.build(place)
+            parts = config.at(place).build(place)
         modules = [module for module in (parts.router, parts.experts) if module is not None]
         parameters.append(sum(p.numel() for module in modules for p in module.parameters()))
     uncalled = None

@@ -13,6 +13,7 @@ SECTION = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
 # Fields of a configuration that the card shows where they are set.
 SETTINGS = ["num_experts", "top_k", "router", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules"]
 SETTINGS += ["layers_to_transform", "modules_to_save", "router_aux_loss_coef", "router_z_loss_coef"]
+SETTINGS += ["per_layer", "scorer", "gate", "router_args", "experts_args", "losses"]
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",

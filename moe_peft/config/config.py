@@ -128,8 +128,16 @@ class MoeConfig(PeftConfig):
         with torch.device("meta"):
             return self.build(Place("any", 8, 8)).mergeable
 
+    def at(self, place: Place) -> MoeConfig:
+        """The configuration of one place, with its own sizes where they differ between layers.
+
+        Args:
+            place: The module that a layer will wrap.
+        """
+        return self
+
     def build(self, place: Place) -> RoutedParts:
-        """Build the parts of one layer.
+        """Build the parts of one layer, of the configuration that `at` returns for its place.
 
         Args:
             place: The module that the layer will wrap.

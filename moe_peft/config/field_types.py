@@ -76,9 +76,9 @@ def expected(name: str, value: object, kind: Any, default: object) -> str | None
 
 
 def fits(value: object, kind: Any) -> bool:
-    """Whether a value is of a type; an integer is a number too, a bool is neither."""
+    """Whether a value is of a type; an integer is a number too, a bool is neither, and Any is any value of JSON."""
     if kind is Any:
-        return True
+        return _is_json(value)
     if _is_union(kind):
         return any(fits(value, own) for own in get_args(kind))
     if get_origin(kind) is list:
@@ -98,7 +98,7 @@ def fits(value: object, kind: Any) -> bool:
 def describe_type(kind: Any, several: bool = False) -> str:
     """A type in words, in the plural where several values have it."""
     if kind is Any:
-        return "values" if several else "a value"
+        return "values of JSON" if several else "a value of JSON"
     if _is_union(kind):
         # A string enum is a string to who writes one.
         kinds = [own for own in get_args(kind) if not (issubclass_of_str(own) and str in get_args(kind))]
@@ -111,7 +111,8 @@ def describe_type(kind: Any, several: bool = False) -> str:
     if get_origin(kind) is list:
         return f"{'lists' if several else 'a list'} of {describe_type(get_args(kind)[0], several=True)}"
     if get_origin(kind) is dict:
-        return f"a dict from {' to '.join(describe_type(own, several=True) for own in get_args(kind))}"
+        inner = " to ".join(describe_type(own, several=True) for own in get_args(kind))
+        return f"{'dicts' if several else 'a dict'} from {inner}"
     word = KINDS.get(kind, getattr(kind, "__name__", str(kind)))
     return f"{word}s" if several else f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
@@ -119,6 +120,15 @@ def describe_type(kind: Any, several: bool = False) -> str:
 def issubclass_of_str(kind: Any) -> bool:
     """Whether a type is a class of strings other than `str` itself."""
     return isinstance(kind, type) and issubclass(kind, str) and kind is not str
+
+
+def _is_json(value: object, depth: int = 16) -> bool:
+    """Whether a file can hold a value, not nested beyond a depth."""
+    if isinstance(value, (list, tuple)):
+        return depth > 0 and all(_is_json(own, depth - 1) for own in value)
+    if isinstance(value, Mapping):
+        return depth > 0 and all(isinstance(key, str) and _is_json(own, depth - 1) for key, own in value.items())
+    return value is None or any(fits(value, kind) for kind in (bool, int, float, str))
 
 
 def _is_finite(value: float) -> bool:

@@ -12,7 +12,9 @@ from ..forward.joined_losses import SCOPES
 from ..messages import warn
 from ..ops import IMPLEMENTATIONS
 from ..routers import router_fields, router_names
+from ..types import Place
 from .config import BACKBONE, MoeConfig
+from .layer_sizes import SIZES, sizes_at, with_sizes, wrong_sizes
 from .meaning import NOT_MEANING
 from .patterns import LISTS_IN_NAMES, NAMES_OR_PATTERN
 
@@ -131,6 +133,14 @@ class RouterConfig(MoeConfig):
             **NOT_MEANING,
         },
     )
+    per_layer: dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Sizes that differ between layers (MoLA, arXiv 2402.08562): {'num_experts': [2, 4, 6, 8]} "
+            "gives the first quarter of the layers 2 experts, and so on. Sizes are num_experts, top_k and r; a place "
+            "outside of numbered layers keeps the plain fields."
+        },
+    )
 
     def validate(self) -> None:
         """Check every field; see `MoeConfig.validate`."""
@@ -148,6 +158,15 @@ class RouterConfig(MoeConfig):
         )
         for name in sorted(self._idle_fields()):
             self._check_left_alone(name, f"the {self.router!r} router does not use it", of=RoutedMoeConfig)
+        if self.per_layer is not None:
+            own = {entry.name for entry in dataclasses.fields(self)} - self._idle_fields()
+            sizes = [name for name in SIZES if name in own and (name == "r" or self.router != BACKBONE)]
+            reason = wrong_sizes(self, sizes)
+            self._check(reason is None, "per_layer", reason or "")
+
+    def at(self, place: Place) -> RouterConfig:
+        """See `MoeConfig.at` and `layer_sizes`."""
+        return self if self.per_layer is None else with_sizes(self, sizes_at(self.per_layer, place))
 
     def router_summary(self) -> str:
         """The router in a few words."""
@@ -276,7 +295,9 @@ class MixtureConfig(RouterLossConfig, RouterConfig, LowRankConfig, PlacingConfig
         self._check(SMALLEST <= product <= LARGEST, "routed_scaling_factor", hint)
 
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
-        """See `MoeConfig.expected_shapes`; the expert kind says them."""
+        """See `MoeConfig.expected_shapes`; the expert kind says them, where layers have them in common."""
+        if self.per_layer is not None:
+            return {}
         return {f"_experts.{name}": begins for name, begins in self.kind.shapes(self.num_experts, self.r).items()}
 
     @property
@@ -286,7 +307,8 @@ class MixtureConfig(RouterLossConfig, RouterConfig, LowRankConfig, PlacingConfig
 
     def summary(self) -> str:
         """See `MoeConfig.summary`."""
-        return f"{self.num_experts} experts of rank {self.r}, {self.router_summary()}"
+        by_layer = "" if self.per_layer is None else f", by layer {self.per_layer}"
+        return f"{self.num_experts} experts of rank {self.r}, {self.router_summary()}{by_layer}"
 
 
 @dataclass

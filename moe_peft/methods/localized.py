@@ -49,6 +49,8 @@ class LocalizedBalancingConfig(RouterConfig):
         if self.expert_groups is None:
             return
         self.expert_groups = list(self.expert_groups)
+        hint = "None with expert_groups, which give every layer the same experts"
+        self._check("num_experts" not in (self.per_layer or {}), "per_layer", hint)
         self._check(
             len(self.expert_groups) == self.num_experts,
             "expert_groups",

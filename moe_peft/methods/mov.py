@@ -149,7 +149,7 @@ class MovConfig(RouterLossConfig, TopKConfig, PlacingConfig):
 
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         """See `MoeConfig.expected_shapes`."""
-        shapes = VectorExperts.shapes(self.num_experts, 0)
+        shapes = VectorExperts.shapes(self.num_experts, 0) if self.per_layer is None else {}
         return {f".{name}": begins for name, begins in shapes.items()}
 
     def card_fields(self) -> list[str]:

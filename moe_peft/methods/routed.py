@@ -8,19 +8,22 @@ LoRAMoE, `RoutedConfig(router="capacity", top_k=4, ...)` is SiRA.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from ..config.absent import accepts_absent
 from ..config.config import BACKBONE
+from ..config.field_types import fits
 from ..config.fields import IN_RANGE, RoutedMoeConfig, is_coefficient
 from ..config.meaning import NOT_MEANING
 from ..config.parts import RoutedParts
 from ..experts import EXPERTS, Experts
 from ..experts.bottleneck import ACTIVATIONS
 from ..losses import LOSSES
-from ..options import option_values
+from ..options import check_options, option_values
 from ..routers import GATES, SCORERS, router_gives, router_learns, router_names, router_needs
+from ..routers.registry import router_parts
 from ..tuner.registration import extend_peft_type, register
 from ..tuner.tuner import RoutedTuner
 from ..types import Place, RouterLoss
@@ -73,12 +76,19 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
             "the router learns nothing."
         },
     )
-    losses: dict[str, float] | None = field(
+    losses: dict[str, float | dict[str, Any]] | None = field(
         default=None,
         metadata={
-            "help": "Further router losses, name -> weight per layer, see moe_peft.losses.LOSSES.",
+            "help": "Further router losses, name -> weight per layer, or name -> {'weight': ..., and the loss's own "
+            "options}, see moe_peft.losses.LOSSES.",
             **NOT_MEANING,
         },
+    )
+    router_args: dict[str, Any] | None = field(  # type: ignore[misc]
+        default=None, metadata={"help": "Options of scorer, gate and selector by name, as their classes declare them."}
+    )
+    experts_args: dict[str, Any] | None = field(  # type: ignore[misc]
+        default=None, metadata={"help": "Options of the expert kind by name, as its class declares them."}
     )
 
     def __post_init__(self) -> None:
@@ -123,10 +133,20 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
         if not self._router_learns():
             self._check(not self.losses, "losses", f"None: the {self.router!r} router learns nothing")
             self._check_left_alone("router_z_loss_coef", f"the {self.router!r} router learns nothing")
-        for name, coef in (self.losses or {}).items():
+        kind = type(self).__name__
+        parts = () if self.router == BACKBONE else router_parts(self.router, self.scorer, self.gate)
+        check_options(parts, self.router_args, f"{kind}: router_args")
+        check_options((EXPERTS[self.experts],), self.experts_args, f"{kind}: experts_args")
+        self._validate_losses()
+
+    def _validate_losses(self) -> None:
+        for name in self.losses or {}:
             self._check(name in LOSSES, "losses", f"a dict with names out of {', '.join(map(repr, LOSSES))}")
-            hint = f"a dict with weights that are zero or positive numbers {IN_RANGE}"
-            self._check(is_coefficient(coef), "losses", hint)
+            coef, options = self._loss_settings(name)
+            hint = f"a dict with weights that are zero or positive numbers {IN_RANGE}, as {{{name!r}: 0.1}} or "
+            hint += f"{{{name!r}: {{'weight': 0.1, ...}}}}"
+            self._check(fits(coef, float) and is_coefficient(coef), "losses", hint)
+            check_options((LOSSES[name],), options, f"{type(self).__name__}: losses[{name!r}]")
             lacking = LOSSES[name].needs - self._router_gives()
             self._check(
                 not lacking,
@@ -175,15 +195,22 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
         coefficients = {
             self._balance_name(): self.router_aux_loss_coef,
             "z_loss": self.router_z_loss_coef,
-            **(self.losses or {}),
+            **{name: self._loss_settings(name)[0] for name in self.losses or {}},
         }
         losses = {name: (self._loss(name), coef) for name, coef in coefficients.items()}
         return build_parts(self, place, losses=losses, experts=self.experts)
 
     def _loss(self, name: str) -> RouterLoss:
         loss = LOSSES[name]
-        fields = {keyword: getattr(self, own) for keyword, own in loss.config_fields.items()}
-        return loss(**fields, **option_values(loss, None))
+        values = {keyword: getattr(self, own) for keyword, own in loss.config_fields.items()}
+        return loss(**values, **option_values(loss, self._loss_settings(name)[1]))
+
+    def _loss_settings(self, name: str) -> tuple[Any, dict[str, Any]]:
+        """Weight of a loss, and its options."""
+        given = (self.losses or {}).get(name)
+        if not isinstance(given, Mapping):
+            return given, {}
+        return given.get("weight"), {key: value for key, value in given.items() if key != "weight"}
 
 
 class RoutedModel(RoutedTuner):

@@ -89,7 +89,7 @@ class RoutedTuner(BaseTuner):
             raise ValueError(
                 f"{current_key} is not among the places of {type(peft_config).__name__}, {sorted(self._places)}."
             )
-        parts = peft_config.build(place)
+        parts = peft_config.at(place).build(place)
         if isinstance(target, RoutedLayer) and target.prefix == self.prefix:
             target.update_layer(adapter_name, parts, inference_mode=peft_config.inference_mode)
             return

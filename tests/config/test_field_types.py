@@ -56,8 +56,10 @@ def test_a_value_of_another_type_is_refused_with_what_to_write(config, field, va
         (EsftConfig, {"experts": {0: [1]}, "num_backbone_experts": "8"}, "write num_backbone_experts=8"),
         (PerftConfig, {"variant": ["R"]}, "must be a string, as in variant='R'"),
         (LoraMoeConfig, {"expert_groups": "0,1"}, "expert_groups='0,1' must be a list of integers or None"),
-        (RoutedConfig, {"losses": ["z_loss"]}, "must be a dict from strings to finite numbers or None"),
-        (RoutedConfig, {"losses": {"importance": "0.1"}}, "must be a dict from strings to finite numbers or None"),
+        (RoutedConfig, {"losses": ["z_loss"]}, "must be a dict from strings to finite numbers or dicts from"),
+        (RoutedConfig, {"losses": {"importance": "0.1"}}, "must be a dict from strings to finite numbers or dicts"),
+        (RoutedConfig, {"router_args": [1]}, "router_args=.* must be a dict from strings to values of JSON or None"),
+        (RoutedConfig, {"experts_args": {"a": object()}}, "must be a dict from strings to values of JSON or None"),
     ],
 )
 def test_fields_of_one_method_are_checked_too(config, fields, message):
@@ -126,4 +128,4 @@ def test_a_bare_class_variable_of_a_subclass_is_no_field():
 
 def test_any_value_fits_where_a_field_takes_any():
     assert fits({"p": [1, None]}, dict[str, Any]) and not fits({1: 2}, dict[str, Any])
-    assert describe_type(dict[str, Any] | None) == "a dict from strings to values or None"
+    assert describe_type(dict[str, Any] | None) == "a dict from strings to values of JSON or None"

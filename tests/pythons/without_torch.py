@@ -14,6 +14,7 @@ import importlib.util
 import sys
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "moe_peft"
@@ -34,6 +35,18 @@ def compiled(path: Path) -> ast.Module:
     return ast.parse(source)
 
 
+def taken(node: ast.AST) -> Iterator[ast.AST]:
+    """Every node below one that this interpreter runs, as `if sys.version_info >= ...` has one branch for it."""
+    yield node
+    if isinstance(node, ast.If) and ast.unparse(node.test).startswith("sys.version_info"):
+        holds = eval(ast.unparse(node.test), {"sys": sys})
+        children = node.body if holds else node.orelse
+    else:
+        children = list(ast.iter_child_nodes(node))
+    for child in children:
+        yield from taken(child)
+
+
 def standard_names(tree: ast.Module) -> dict[str, object]:
     """Import what a module takes from the standard library, and fail where it is not there.
 
@@ -44,7 +57,7 @@ def standard_names(tree: ast.Module) -> dict[str, object]:
         The imported names, and a stand-in for every name of another library.
     """
     names: dict[str, object] = {}
-    for node in ast.walk(tree):
+    for node in taken(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 top = alias.name.split(".")[0]

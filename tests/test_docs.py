@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -91,6 +91,18 @@ def test_files_and_targets_that_a_document_names_exist(document):
     for name in re.findall(r"make ([a-z]+)\b", text):
         if f"`make {name}`" in text or f"\nmake {name}" in text:
             assert name in targets, name
+
+
+def test_the_picture_of_the_rooms_is_the_one_that_the_order_of_imports_draws():
+    spec = spec_from_file_location("draw_architecture", ROOT / "docs" / "draw_architecture.py")
+    drawing = module_from_spec(spec)
+    spec.loader.exec_module(drawing)
+    assert drawing.PICTURE.read_text() == drawing.draw(), "run python docs/draw_architecture.py"
+    rooms = {room for layer in drawing.layers() for room in layer}
+    folders = {
+        path.stem for path in (ROOT / "moe_peft").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
+    }
+    assert rooms == folders - {"__init__"}
 
 
 def test_the_table_of_methods_names_every_public_configuration():

@@ -32,7 +32,7 @@ def field_types(cls: type) -> dict[str, Any]:
     for base in reversed(cls.__mro__):
         for name, kind in inspect.get_annotations(base).items():
             if name in names:
-                known = vars(sys.modules[base.__module__])
+                known = getattr(sys.modules.get(base.__module__), "__dict__", {})
                 types[name] = eval(kind, known) if isinstance(kind, str) else kind
     return types
 

@@ -12,6 +12,7 @@ from ..forward.joined_losses import SCOPES
 from ..messages import warn
 from ..ops import IMPLEMENTATIONS
 from ..routers import router_fields, router_names
+from ..routers.registry import router_parts
 from ..types import Place
 from .config import BACKBONE, MoeConfig
 from .layer_sizes import SIZES, sizes_at, with_sizes, wrong_sizes
@@ -314,6 +315,18 @@ class MixtureConfig(RouterLossConfig, RouterConfig, LowRankConfig, PlacingConfig
 @dataclass
 class RoutedMoeConfig(MixtureConfig, CapacityConfig):
     """All shared fields, for adapter types that take several routers."""
+
+    def validate(self) -> None:
+        """Check every field; see `MoeConfig.validate`."""
+        super().validate()
+        if self.task_type != "CAUSAL_LM" or self.allow_non_causal:
+            return
+        parts = () if self.router == BACKBONE else router_parts(self.router, self.scorer, self.gate)
+        for part in (*parts, self.kind):
+            unsafe = "a later token changes an earlier one" if not part.causal else "other rows change a token"
+            hint = f"another one for a causal language model, or allow_non_causal=True: with {part.__name__} {unsafe}"
+            name = "experts" if part is self.kind else "router"
+            self._check(part.causal and part.batch_invariant, name, hint)
 
 
 def is_coefficient(value: float) -> bool:

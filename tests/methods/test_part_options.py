@@ -47,9 +47,22 @@ class Powered(LoadBalancing):
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    monkeypatch.setitem(GATES, "tempered", Tempered)
+    for name, gate in {"tempered": Tempered, "over_tokens": OverTokens, "over_rows": OverRows}.items():
+        monkeypatch.setitem(GATES, name, gate)
     monkeypatch.setitem(EXPERTS, "counted", Counted)
     monkeypatch.setitem(LOSSES, "powered", Powered)
+
+
+class OverTokens(Softmax):
+    """A softmax over the tokens of a batch."""
+
+    causal = False
+
+
+class OverRows(Softmax):
+    """A softmax that looks at other rows."""
+
+    batch_invariant = False
 
 
 FIELDS = {"gate": "tempered", "experts": "counted", "router_args": {"tau": 0.5}, "experts_args": {"note": "mine"}}
@@ -101,3 +114,15 @@ def test_what_no_part_takes_is_refused_before_a_model_is_changed(fields, message
     with pytest.raises(ValueError, match=f"^RoutedConfig: .*{message}") as error:
         get_peft_model(base, RoutedConfig(**fields))
     assert len(str(error.value)) < 700
+
+
+@pytest.mark.parametrize(
+    ("gate", "reason"), [("over_tokens", "a later token changes"), ("over_rows", "other rows change")]
+)
+def test_a_part_that_is_not_safe_in_a_causal_model_is_refused_there_unless_allowed(gate, reason):
+    with pytest.raises(
+        ValueError, match=f"router='top_k' must be another one .* allow_non_causal=True: with Over.* {reason}"
+    ):
+        RoutedConfig(gate=gate, task_type="CAUSAL_LM")
+    assert RoutedConfig(gate=gate, task_type="CAUSAL_LM", allow_non_causal=True).gate == gate
+    assert RoutedConfig(gate=gate, task_type="TOKEN_CLS").gate == RoutedConfig(gate=gate).gate == gate

@@ -22,7 +22,16 @@ from .hub import push_adapter
 from .integrations import CoefficientSchedule, FreezeCallback, MoeCallback, attach
 from .layers import routed_layers
 from .layers.accelerated_lora import accelerate_expert_lora
-from .methods import EsftConfig, LoraMoeConfig, MoloraConfig, MovConfig, PerftConfig, RoutedConfig, SiraConfig
+from .methods import (
+    EsftConfig,
+    ExpertLoraConfig,
+    LoraMoeConfig,
+    MoloraConfig,
+    MovConfig,
+    PerftConfig,
+    RoutedConfig,
+    SiraConfig,
+)
 from .places.expert_parameters import expert_parameters
 from .selection import (
     ExpertScores,
@@ -46,6 +55,7 @@ except PackageNotFoundError:
 __all__ = [
     "CoefficientSchedule",
     "EsftConfig",
+    "ExpertLoraConfig",
     "ExpertScores",
     "ExpertSelection",
     "FreezeCallback",

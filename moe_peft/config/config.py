@@ -111,6 +111,10 @@ class MoeConfig(PeftConfig):
         """Kind of module that is wrapped, see `layers.LAYERS`."""
         return "linear"
 
+    def placement_at(self, place: Place) -> str:
+        """Kind of layer at one place, for types that wrap more than one kind of module."""
+        return self.placement
+
     @property
     def layer_selection(self) -> tuple[list[int] | int | None, list[str] | str | None]:
         """Indices of the layers that are adapted, and the module list they count in; None where nothing is said."""

@@ -56,14 +56,9 @@ class PlacingConfig(MoeConfig):
 
 
 @dataclass
-class LowRankConfig(MoeConfig):
-    """Fields of experts that are pairs of matrices.
+class PairConfig(MoeConfig):
+    """Fields of pairs of low-rank matrices."""
 
-    Attributes:
-        experts_args: Options of the expert kind by name.
-    """
-
-    experts_args: ClassVar[dict[str, Any] | None] = None
     init_choices: ClassVar[tuple[bool | str, ...]] = (True, False, "gaussian")
 
     r: int = field(default=4, metadata={"help": "Rank of one expert."})
@@ -85,10 +80,6 @@ class LowRankConfig(MoeConfig):
             **NOT_MEANING,
         },
     )
-    experts_implementation: str = field(
-        default="dense",
-        metadata={"help": "How the routed sum is computed: 'dense' (two GEMMs) or 'eager' (a loop).", **NOT_MEANING},
-    )
 
     @property
     def scaling(self) -> float:
@@ -103,8 +94,28 @@ class LowRankConfig(MoeConfig):
         hint = f"a positive number with a factor lora_alpha / r {IN_RANGE}, which for r={self.r} it has not"
         self._check(SMALLEST <= self.scaling <= LARGEST, "lora_alpha", hint)
         self._check(0 <= self.lora_dropout < 1, "lora_dropout", "a number from 0 up to, but not including, 1")
-        self._check_choice("experts_implementation", tuple(IMPLEMENTATIONS))
         self._check_choice("init_weights", self.init_choices)
+
+
+@dataclass
+class LowRankConfig(PairConfig):
+    """Fields of experts that are pairs of matrices, added to what a frozen module gives.
+
+    Attributes:
+        experts_args: Options of the expert kind by name.
+    """
+
+    experts_args: ClassVar[dict[str, Any] | None] = None
+
+    experts_implementation: str = field(
+        default="dense",
+        metadata={"help": "How the routed sum is computed: 'dense' (two GEMMs) or 'eager' (a loop).", **NOT_MEANING},
+    )
+
+    def validate(self) -> None:
+        """Check every field; see `MoeConfig.validate`."""
+        super().validate()
+        self._check_choice("experts_implementation", tuple(IMPLEMENTATIONS))
 
 
 @dataclass

@@ -11,7 +11,7 @@ from ..experts import Selection
 from ..routers import Router
 
 # Kinds of placement around weights, into which an adapter can be merged; around a whole block there is none.
-AROUND_WEIGHTS = ("linear", "scaled", "slices")
+AROUND_WEIGHTS = ("linear", "scaled", "slices", "matrices")
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,9 @@ class Experts(ModulePart, nn.Module):
     rank, and the class's `fields` and `options`.
 
     Attributes:
-        up: Names of the parameters that start at zero and carry the result out, for a learning rate of their own.
         num_choices: Columns of the decision that the bank expects.
     """
 
-    up: tuple[str, ...] = ()
     num_choices: int
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

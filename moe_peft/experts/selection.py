@@ -29,12 +29,20 @@ class Selection:
         Returns:
             (T, K) int64 place in the selection, its length where the expert is not selected.
         """
-        table = self._tables.get(index_TK.device)
+        return self.table(index_TK.device)[index_TK.clamp(max=self.num_backbone_experts)]
+
+    def table(self, device: torch.device) -> torch.Tensor:
+        """(E + 1,) int64 place of each expert of the backbone in the selection, its length where it is not selected.
+
+        Args:
+            device: Where the table is needed.
+        """
+        table = self._tables.get(device)
         if table is None:
-            table = self._table(index_TK.device)
+            table = self._table(device)
             if not torch.compiler.is_compiling():  # a graph that changes its module is compiled a second time
-                self._tables[index_TK.device] = table
-        return table[index_TK.clamp(max=self.num_backbone_experts)]
+                self._tables[device] = table
+        return table
 
     def keep_on(self, device: torch.device | None) -> None:
         """Keep the table of places on a device alone, so that no compiled graph has to make it; none on meta."""

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..experts import Experts
 from ..messages import shown
+from ..part import ModulePart
 from ..routers import Router
 from .checks import is_number
 
@@ -104,7 +104,7 @@ def routers_of(model: nn.Module) -> Iterator[nn.Parameter]:
 def up_matrices_of(model: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters of all experts that carry their result out."""
     for module in model.modules():
-        if isinstance(module, Experts):
+        if isinstance(module, ModulePart):
             yield from (getattr(module, name) for name in module.up)
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from .adapted_experts import AdaptedExperts
 from .find import routed_layers
 from .routed_block import RoutedBlock
 from .routed_experts import RoutedExperts
@@ -19,10 +20,12 @@ LAYERS: dict[str, type[RoutedLayer]] = {
     "block": RoutedBlock,
     "experts": RoutedExperts,
     "slices": SlicedExperts,
+    "matrices": AdaptedExperts,
 }
 
 __all__ = [
     "LAYERS",
+    "AdaptedExperts",
     "RoutedBlock",
     "RoutedExperts",
     "RoutedLayer",

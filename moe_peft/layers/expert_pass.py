@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 _lock = threading.Lock()
@@ -77,6 +78,32 @@ def owner_of_pass(experts: nn.Module) -> object | None:
         return None
     calls = replacement.by_thread.get(threading.get_ident())
     return calls[-1][0] if calls else None
+
+
+def call_with(
+    compute: Callable, owner: object, outermost: nn.Module, experts: nn.Module, *args: Any, **kwargs: Any
+) -> Any:
+    """Call a module whose experts run another computation in that call.
+
+    Args:
+        compute: Called with the experts' arguments.
+        owner: Who asks for it.
+        outermost: What is called: the experts module, or layers around it.
+        experts: The backbone's experts module.
+        *args: Arguments of the call.
+        **kwargs: The same by name.
+    """
+    if torch.compiler.is_compiling():
+        if outermost is experts and not is_watched(experts):
+            return compute(*args, **kwargs)
+        return _call_outside_of_the_graph(compute, owner, outermost, experts, *args, **kwargs)
+    with replaced_forward(experts, owner, compute):
+        return outermost(*args, **kwargs)
+
+
+@torch.compiler.disable
+def _call_outside_of_the_graph(*args: Any, **kwargs: Any) -> Any:
+    return call_with(*args, **kwargs)
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .esft import EsftConfig
+from .expert_lora import ExpertLoraConfig
 from .loramoe import LoraMoeConfig
 from .molora import MoloraConfig
 from .mov import MovConfig
@@ -17,12 +18,14 @@ METHODS = {
     "mov": MovConfig,
     "perft": PerftConfig,
     "esft": EsftConfig,
+    "expert_lora": ExpertLoraConfig,
     "routed": RoutedConfig,
 }
 
 __all__ = [
     "METHODS",
     "EsftConfig",
+    "ExpertLoraConfig",
     "LoraMoeConfig",
     "MoloraConfig",
     "MovConfig",

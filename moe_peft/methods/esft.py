@@ -9,10 +9,10 @@ are frozen too, and each has a low-rank expert beside it, under the same routing
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
@@ -35,11 +35,11 @@ from ..config.meaning import NOT_MEANING
 from ..config.parts import AROUND_WEIGHTS, RoutedParts
 from ..experts import ExpertSlices, Selection
 from ..places.blocks import experts_names
-from ..selection.files import wrong_experts
 from ..tuner.registration import extend_peft_type, register
 from ..tuner.tuner import RoutedTuner
 from ..types import MoeLayer, Place
 from .build import build_experts
+from .selected_experts import SelectedExpertsConfig
 
 PEFT_TYPE = extend_peft_type("ESFT")
 ROUTED_BY_BACKBONE = "the backbone routes; PerftConfig and RoutedConfig have routers of their own"
@@ -49,7 +49,7 @@ LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_weights", 
 
 @accepts_absent
 @dataclass
-class EsftConfig(LowRankConfig):
+class EsftConfig(SelectedExpertsConfig, LowRankConfig):
     """Configuration of ESFT."""
 
     method: ClassVar[str] = "ESFT"
@@ -67,13 +67,6 @@ class EsftConfig(LowRankConfig):
         **absent(PlacingConfig, "`experts` names the layers"),
     }
 
-    experts: dict[str, list[int]] | None = field(
-        default=None,
-        metadata={
-            "help": "Experts to train, by decoder layer: {'1': [8, 26], '2': [5]}, as select_experts writes it. "
-            "Layers that are left out stay as they are."
-        },
-    )
     expert_adapter: str = field(
         default="full",
         metadata={"help": "'full' trains the selected experts' matrices, 'lora' a low-rank expert beside each."},
@@ -86,29 +79,10 @@ class EsftConfig(LowRankConfig):
         default=False,
         metadata={"help": "Also train the backbone's routers of the layers in `experts`.", **NOT_MEANING},
     )
-    num_backbone_experts: int | None = field(
-        default=None,
-        metadata={"help": "Experts of the backbone at each of these layers; filled in, and checked on loading."},
-    )
 
     def __post_init__(self) -> None:
-        if self.experts is not None:
-            self.experts = self._normalised(self.experts)
         super().__post_init__()
         self.peft_type = PEFT_TYPE
-
-    def _normalised(self, experts: Mapping[Any, Any]) -> dict[str, list[int]]:
-        """Layers as strings and ids in ascending order, whichever form they were written in."""
-        self._check(
-            isinstance(experts, Mapping),
-            "experts",
-            "a dict from layer index to expert ids: `selection.experts`, where the selection is what "
-            "moe_peft.select_experts returns, or moe_peft.ExpertSelection.load(path) of a file",
-        )
-        reason = wrong_experts(experts)
-        hint = f"a dict from layer index to expert ids, as the entry 'experts' of a selection's file: {reason}"
-        self._check(reason is None, "experts", hint)
-        return {str(int(layer)): sorted(ids) for layer, ids in experts.items()}
 
     @property
     def placement(self) -> str:
@@ -132,28 +106,7 @@ class EsftConfig(LowRankConfig):
                 trained beside them is quantized.
         """
         experts_names(model, list(layers))  # refuses a model without any, with the reason
-        selected = {int(layer): ids for layer, ids in (self.experts or {}).items() if ids}
-        sizes = {layer.index: layer.num_experts for layer in layers}
-        last = {layer.index: layer.experts for layer in layers}
-        double = next((layer for layer in layers if last[layer.index] != layer.experts), None)
-        if double is not None:
-            raise ValueError(
-                f"{type(self).__name__}: {double.experts} and {last[double.index]} both belong to layer "
-                f"{double.index}, so `experts` cannot tell them apart. Adapt the part of the model with one of them."
-            )
-        self._check(
-            bool(selected),
-            "experts",
-            "a selection, as {'1': [8, 26]}: score the experts on samples of the task with moe_peft.score_experts and "
-            "choose with select_experts, or run train/select_experts.py",
-        )
-        for layer, ids in selected.items():
-            self._check(layer in sizes, "experts", f"of layers with experts, {sorted(sizes)}; layer {layer} has none")
-            self._check(
-                ids[-1] < sizes[layer], "experts", f"below {sizes[layer]} in layer {layer}, which {ids[-1]} is not"
-            )
-        self._check_size({sizes[layer] for layer in selected})
-        chosen = [layer for layer in layers if layer.index in selected]
+        chosen = self.selected_layers(layers)
         self._check_targets(layers, chosen)
         for own in chosen:
             experts = base_of(model.get_submodule(own.experts))
@@ -169,18 +122,6 @@ class EsftConfig(LowRankConfig):
             _refuse_quantized(name, model.get_submodule(name))
         if further:
             self.modules_to_save = sorted({*(self.modules_to_save or []), *further})
-
-    def _check_size(self, sizes: set[int]) -> None:
-        """Refuse a model whose layers have other numbers of experts than where the experts were selected."""
-        if self.num_backbone_experts is None:
-            self.num_backbone_experts = sizes.pop() if len(sizes) == 1 else None
-            return
-        self._check(
-            sizes == {self.num_backbone_experts},
-            "num_backbone_experts",
-            f"the model's, {sorted(sizes)}: the experts were selected in another model, and an id means another "
-            "expert here. Load the adapter on the model it was trained on",
-        )
 
     def _check_targets(self, layers: Sequence[MoeLayer], chosen: Sequence[MoeLayer]) -> None:
         """Refuse fields that leave out a layer with selected experts, or add one without."""
@@ -217,10 +158,6 @@ class EsftConfig(LowRankConfig):
             "False: no router stands beside the model's experts",
         )
         return names + routers
-
-    def adapts(self, layer: MoeLayer) -> bool:
-        """Layers without a selected expert stay as they are."""
-        return bool((self.experts or {}).get(str(layer.index)))
 
     @property
     def mergeable(self) -> bool:

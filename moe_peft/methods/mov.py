@@ -19,7 +19,15 @@ from typing import ClassVar
 from torch import nn
 
 from ..config.absent import TARGET_PARAMETERS, Absent, absent, accepts_absent
-from ..config.fields import CapacityConfig, LowRankConfig, MixtureConfig, PlacingConfig, RouterLossConfig, TopKConfig
+from ..config.fields import (
+    CapacityConfig,
+    LowRankConfig,
+    MixtureConfig,
+    PairConfig,
+    PlacingConfig,
+    RouterLossConfig,
+    TopKConfig,
+)
 from ..config.meaning import NOT_MEANING
 from ..config.parts import RoutedParts
 from ..config.patterns import NAMES_OR_PATTERN
@@ -49,7 +57,8 @@ class MovConfig(RouterLossConfig, TopKConfig, PlacingConfig):
     adapter_type: ClassVar[str] = "MOV"
     absent_fields: ClassVar[Absent] = {
         **TARGET_PARAMETERS,
-        **{name: own for name, own in absent(LowRankConfig, NO_MATRICES).items() if name != "init_weights"},
+        **{name: own for name, own in absent(PairConfig, NO_MATRICES).items() if name != "init_weights"},
+        **absent(LowRankConfig, NO_MATRICES),
         **absent(MixtureConfig, NO_MATRICES),
         **absent(CapacityConfig, "MoV's routers have no capacity"),
     }

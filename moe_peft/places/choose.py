@@ -197,6 +197,14 @@ def _all_excluded(unmatched: bool) -> str:
     )
 
 
+def experts_or_linear_place(
+    name: str, module: nn.Module, layers: list[MoeLayer], quantization: dict[str, Any]
+) -> Place:
+    """Describe an experts module, or a linear layer beside it; arguments as in `block_place`."""
+    of_experts = any(layer.experts == name for layer in layers)
+    return (experts_place if of_experts else linear_place)(name, module, layers, quantization)
+
+
 def _no_match(model: nn.Module, config: MoeConfig) -> str:
     targets = config.target_modules
     outer = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
@@ -231,10 +239,12 @@ PLACES: dict[str, Callable[..., Place]] = {
     "block": block_place,
     "experts": experts_place,
     "slices": experts_place,
+    "matrices": experts_or_linear_place,
 }
 # Kind of placement -> names of all modules of that kind, for kinds whose default places are all of them.
 NAMES: dict[str, Callable[[nn.Module, list[MoeLayer]], list[str]]] = {
     "block": lambda model, layers: block_names(model, layers, text_linear_names(model)),
     "experts": experts_names,
     "slices": experts_names,
+    "matrices": experts_names,
 }

@@ -7,16 +7,20 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..backbone.encoders import encoder_names, encoder_pattern
 from ..config.config import MoeConfig
-from ..layers import LAYERS, RoutedLayer, SlicedExperts
+from ..experts.expert_pairs import MATRICES
+from ..layers import LAYERS, AdaptedExperts, RoutedLayer, SlicedExperts
 from ..types import MoePeftWarning, Place
 
 # Parts that the names of saved weights have beside those of the place, see layers.RoutedLayer.
-NAME_PARTS = frozenset({"base_model", "base_layer", "model", "A", "B", "vectors", "weight"})
+NAME_PARTS = frozenset(
+    {"base_model", "base_layer", "model", "A", "B", "vectors", "weight", *(f"{m}_{f}" for m in MATRICES for f in "AB")}
+)
 
 
 def check_name(adapter_name: str | None, prefix: str, places: Sequence[Place]) -> None:
@@ -52,8 +56,9 @@ def check_neighbours(config: MoeConfig, prefix: str, places: Sequence[Place], mo
     Raises:
         ValueError: The two compute in different ways, or one of them stands for copies of the backbone's experts.
     """
-    layer_cls, others = LAYERS[config.placement], []
+    others = []
     for place in places:
+        layer_cls = LAYERS[config.placement_at(place)]
         target = model.get_submodule(place.name)
         if isinstance(target, RoutedLayer) and target.prefix == prefix:
             if type(target) is not layer_cls:
@@ -68,6 +73,11 @@ def check_neighbours(config: MoeConfig, prefix: str, places: Sequence[Place], mo
                     "cannot stand: an adapter inside copies of experts is not given their weights, and copies inside "
                     "another adapter are saved under a name that a base model does not have. Put this adapter on a "
                     "base model of its own."
+                )
+            if layer_cls is AdaptedExperts and isinstance(target, ParamWrapper):
+                raise ValueError(
+                    f"{place.name} has LoRA on its parameters, which {config.method} ({config.summary()}) would "
+                    "compute without. Put both on the same adapter type, or merge the one that is there."
                 )
             others.append(place.name)
     if others:

@@ -93,7 +93,7 @@ class RoutedTuner(BaseTuner):
         if isinstance(target, RoutedLayer) and target.prefix == self.prefix:
             target.update_layer(adapter_name, parts, inference_mode=peft_config.inference_mode)
             return
-        layer = LAYERS[peft_config.placement](
+        layer = LAYERS[peft_config.placement_at(place)](
             target,
             adapter_name,
             parts=parts,

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from moe_peft import EsftConfig, MoloraConfig, MovConfig, PerftConfig
+from moe_peft import EsftConfig, ExpertLoraConfig, MoloraConfig, MovConfig, PerftConfig
 from moe_peft.backbone.structure import experts_call, find_moe_layers
 from moe_peft.config.config import MoeConfig
 from tests.backbones.models import FOLLOWED, NO_SLICES, OPAQUE, TYPES, VOCAB, known, tiny_model
@@ -33,7 +33,7 @@ REPRESENTATIVE = (
     "qwen2_moe",
     "qwen3_moe",
 )
-METHODS = ("perft-r", "perft-e", "esft")
+METHODS = ("perft-r", "perft-e", "esft", "expert-lora")
 
 
 def marked(model_type: str, *values: str, representative: Collection[str] = REPRESENTATIVE):
@@ -43,7 +43,12 @@ def marked(model_type: str, *values: str, representative: Collection[str] = REPR
     return pytest.param(model_type, *values, marks=marks, id="-".join((model_type, *values)))
 
 
-FOLLOWED_CASES = [marked(model_type, method) for model_type in FOLLOWED for method in METHODS]
+FOLLOWED_CASES = [
+    marked(model_type, method)
+    for model_type in FOLLOWED
+    for method in METHODS
+    if method != "expert-lora" or model_type not in NO_SLICES
+]
 CASES = FOLLOWED_CASES + [marked(model_type, "perft-r") for model_type in OPAQUE]
 # Linear adapters, some of whose places no token of a batch may reach: separate experts have linear layers too.
 LINEAR_CASES = [marked(model_type, "all-linear") for model_type in TYPES] + [
@@ -68,6 +73,8 @@ def config_for(model_type: str, method: str) -> MoeConfig:
         return PerftConfig(r=2, num_experts=4, lora_dropout=0.0)
     if method == "perft-e":
         return PerftConfig(variant="E", r=2, lora_dropout=0.0)
+    if method == "expert-lora":
+        return ExpertLoraConfig(r=2)
     if method == "all-linear":
         return MoloraConfig(r=2, num_experts=4, target_modules="all-linear")
     if method == "mov":

@@ -17,7 +17,16 @@ from transformers import (
     set_seed,
 )
 
-from moe_peft import EsftConfig, LoraMoeConfig, MoloraConfig, MovConfig, PerftConfig, RoutedConfig, SiraConfig
+from moe_peft import (
+    EsftConfig,
+    ExpertLoraConfig,
+    LoraMoeConfig,
+    MoloraConfig,
+    MovConfig,
+    PerftConfig,
+    RoutedConfig,
+    SiraConfig,
+)
 from moe_peft.layers import RoutedLayer
 from tests.tiny import FFN, HIDDEN, LAYERS, VOCAB, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
@@ -41,12 +50,14 @@ METHODS: dict[str, Callable] = {
     "perft-e": lambda **kw: PerftConfig(**{"r": 2, "variant": "E", "lora_dropout": 0.0, **kw}),
     "esft": lambda **kw: EsftConfig(**{"experts": {"1": [1, 3]}, **kw}),
     "esft-lora": lambda **kw: EsftConfig(**{"experts": {"1": [1, 3]}, "expert_adapter": "lora", "r": 2, **kw}),
+    "expert-lora": lambda **kw: ExpertLoraConfig(**{"r": 2, **kw}),
+    "expert-lora-selected": lambda **kw: ExpertLoraConfig(**{"experts": {"1": [1, 3]}, "r": 2, **kw}),
     "routed-eager": lambda **kw: RoutedConfig(**{**SMALL, "experts_implementation": "eager", **kw}),
 }
 
 # Methods that wrap blocks, and those that follow a backbone's own routing.
 OF_BLOCKS = ("perft-r", "perft-r-bottleneck", "perft-d", "perft-s")
-OF_EXPERTS = ("perft-e", "esft", "esft-lora")
+OF_EXPERTS = ("perft-e", "esft", "esft-lora", "expert-lora", "expert-lora-selected")
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class AdaptedExperts(SelectingLayer):
         Raises:
             ValueError: Adapters are mixed in a batch.
         """
-        if adapter_names is not None:
+        if adapter_names is not None or self.tracker.mixes_rows():
             raise ValueError(
                 f"Cannot pass `adapter_names` to {self.place}, which receives flattened tokens: adapters on a "
                 "backbone's experts cannot be mixed in a batch. Activate one with model.set_adapter(name)."

@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from moe_peft import ExpertLoraConfig, accelerate_expert_lora, describe
-from moe_peft.layers import AdaptedExperts, RoutedLinear
+from moe_peft.layers import AdaptedExperts, RoutedLayer, RoutedLinear
 from tests.backbones.models import tiny_model
 from tests.contract.cases import METHODS, adapter_parameters, randomize, tiny_olmoe
 from tests.expert_lora_models import BATCH, assert_equal_to, logits_and_gradients, stock_lora
@@ -67,7 +67,7 @@ def test_each_layer_is_the_definition_on_what_the_experts_were_called_with():
     model(**BATCH)
     assert len(calls) == 2
     for layer, (x, index, weights), out in calls:
-        ids, experts = layer.selections["default"], copy.deepcopy(layer.get_base_layer())
+        ids, experts = layer.selections["default"].ids, copy.deepcopy(layer.get_base_layer())
         for name, matrix in (("gate_up_proj", "gate_up"), ("down_proj", "down")):
             A, B = layer.experts["default"].pair(matrix)
             for place, expert in enumerate(ids):
@@ -113,7 +113,7 @@ def test_the_experts_are_adapted_whatever_is_named_beside_them(targets, tmp_path
 
 def test_ranks_follow_their_patterns_and_keep_the_scale_of_their_rank():
     model = adapted(target_modules=["q_proj"], rank_pattern={r"layers\.0\.mlp\.experts": 6, "q_proj": 2})
-    banks = {name: m.experts["default"] for name, m in model.named_modules() if hasattr(m, "selections")}
+    banks = {name: m.experts["default"] for name, m in model.named_modules() if isinstance(m, RoutedLayer)}
     sizes = {
         name.removeprefix("base_model.model.model."): (bank.A if hasattr(bank, "A") else bank.pair("down")[0]).shape[1]
         for name, bank in banks.items()

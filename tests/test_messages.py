@@ -7,8 +7,19 @@ import warnings
 import pytest
 import torch
 
-from moe_peft import LoraMoeConfig, RoutedConfig
+from moe_peft import (
+    EsftConfig,
+    ExpertScores,
+    LoraMoeConfig,
+    RoutedConfig,
+    describe,
+    push_adapter,
+    score_experts,
+    select_experts,
+)
 from moe_peft.messages import LIMIT, shown
+from moe_peft.selection.scores import LayerScores
+from tests.tiny import tiny_llama
 
 
 class Broken:
@@ -50,3 +61,31 @@ def test_a_warning_points_at_the_line_that_makes_the_configuration(make):
         warnings.simplefilter("always")
         make()
     assert [warning.filename for warning in caught] == [__file__]
+
+
+LONG = "x" * 10_000
+REFUSED = {
+    "target_modules": lambda folder: describe(tiny_llama(), RoutedConfig(target_modules=[LONG])),
+    "many targets": lambda folder: describe(tiny_llama(), RoutedConfig(target_modules=[f"a{i}" for i in range(5000)])),
+    "layers": lambda folder: describe(tiny_llama(), RoutedConfig(layers_to_transform=list(range(100, 9000)))),
+    "pattern": lambda folder: describe(tiny_llama(), RoutedConfig(layers_pattern=[LONG])),
+    "group_column": lambda folder: LoraMoeConfig(group_column=LONG),
+    "task_type": lambda folder: LoraMoeConfig(task_type=LONG),
+    "router": lambda folder: RoutedConfig(router=LONG),
+    "losses": lambda folder: RoutedConfig(losses={LONG: 0.1}),
+    "describe": lambda folder: describe(LONG, RoutedConfig()),
+    "scores": lambda folder: select_experts(LONG),
+    "criterion": lambda folder: select_experts(SCORES, criterion=LONG),
+    "score_mask": lambda folder: score_experts(tiny_llama(), [], score_mask=LONG),
+    "experts": lambda folder: EsftConfig(experts={LONG: [0]}),
+    "ids": lambda folder: EsftConfig(experts={"0": [-1] * 9000}),
+    "base_model": lambda folder: push_adapter(str(folder), "a/b", base_model=LONG),
+}
+SCORES = ExpertScores({0: LayerScores({("token", "token"): torch.ones(2, dtype=torch.float64)})})
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_long_value_is_cut_in_every_refusal(name, tmp_path):
+    with pytest.raises(ValueError) as error:
+        REFUSED[name](tmp_path)
+    assert len(str(error.value)) < 1200, str(error.value)[:1500]

@@ -31,13 +31,13 @@ def is_hub_name(name: str | None) -> bool:
     Args:
         name: Name or path of a model or data set.
     """
-    if not name or Path(name).exists():
+    if not name:
         return False
     try:
         validate_repo_id(name)
+        return not Path(name).exists()
     except HFValidationError:
         return False
-    return True
 
 
 def read_card(path: Path) -> ModelCard:

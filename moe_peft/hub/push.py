@@ -20,6 +20,7 @@ from torch import nn
 
 from ..config.adapter_files import WEIGHTS, check_adapter_files, num_parameters
 from ..config.config import MoeConfig
+from ..messages import shown
 from ..types import MoePeftWarning
 from .card import hub_card, is_hub_name, read_card
 
@@ -78,7 +79,7 @@ def push_adapter(
     """
     validate_repo_id(repo_id)
     if base_model is not None and not is_hub_name(base_model):
-        raise ValueError(f"base_model={base_model!r} must be the name of a model on the Hub, such as 'org/name'.")
+        raise ValueError(f"base_model={shown(base_model)} must be the name of a model on the Hub, such as 'org/name'.")
     with _folder_of(model_or_folder) as folder:
         config = _read_config(folder)
         contents = _contents(folder, include, base_model)
@@ -168,7 +169,7 @@ def _contents(folder: Path, include: Sequence[str], base_model: str | None) -> d
         inside = not Path(pattern).is_absolute() and ".." not in Path(pattern).parts
         found = [path for path in folder.glob(pattern) if path.is_file()] if inside else []
         if pattern in include and not found:
-            raise ValueError(f"include={pattern!r} matches no file inside {folder}. Correct it, or leave it out.")
+            raise ValueError(f"include={shown(pattern)} matches no file inside {folder}. Correct it, or leave it out.")
         contents |= {path.relative_to(folder).as_posix(): path for path in found}
     if base_model is not None:
         fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -180,8 +181,8 @@ def _contents(folder: Path, include: Sequence[str], base_model: str | None) -> d
 def _warn_of_local_base(base_model: str | None) -> None:
     if not is_hub_name(base_model):
         warnings.warn(
-            f"The base model {base_model!r} is not a name on the Hub, so the card links to none and AutoPeftModel "
-            "cannot find it. If the Hub has it, push with base_model='org/name'.",
+            f"The base model {shown(base_model)} is not a name on the Hub, so the card links to none and "
+            "AutoPeftModel cannot find it. If the Hub has it, push with base_model='org/name'.",
             MoePeftWarning,
             stacklevel=3,
         )

@@ -8,7 +8,7 @@ from ..config.fields import RouterConfig
 from ..config.meaning import NOT_MEANING
 from ..losses import LocalizedBalancing
 from ..losses.localized_balancing import MODES
-from ..messages import warn
+from ..messages import LIMIT, warn
 
 
 @dataclass
@@ -45,7 +45,8 @@ class LocalizedBalancingConfig(RouterConfig):
         super().validate()
         self._check(0 <= self.localized_balancing_delta <= 1, "localized_balancing_delta", "a number from 0 to 1")
         self._check_choice("localized_balancing_mode", MODES)
-        self._check(bool(self.group_column), "group_column", "the name of a batch column")
+        hint = f"the name of a batch column, of at most {LIMIT} characters"
+        self._check(0 < len(self.group_column) <= LIMIT, "group_column", hint)
         if self.expert_groups is None:
             return
         self.expert_groups = list(self.expert_groups)

@@ -16,6 +16,7 @@ from ..backbone.encoders import encoder_names
 from ..backbone.read_weights import read_weights
 from ..backbone.structure import find_moe_layers, is_below, layer_of, router_names
 from ..config.patterns import check_patterns
+from ..messages import shown
 from ..types import MoeLayer, MoePeftWarning, Place, Rows
 from .blocks import block_names, block_place, experts_names, experts_place
 from .linear import (
@@ -72,14 +73,17 @@ def _check_layer_selection(config: MoeConfig) -> None:
     targets, (layers, pattern) = config.target_modules, config.layer_selection
     kind = type(config).__name__
     if layers is None and pattern:
-        raise ValueError(f"{kind}: layers_pattern={pattern!r} has no effect without layers_to_transform; set both.")
+        raise ValueError(
+            f"{kind}: layers_pattern={shown(pattern)} has no effect without layers_to_transform; set both."
+        )
     if layers == []:
         raise ValueError(f"{kind}: layers_to_transform=[] names no layer. Write None for all layers, or some indices.")
     regex = isinstance(targets, str) and targets.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND
     if regex and layers is not None:
         raise ValueError(
-            f"{kind}: layers_to_transform={layers!r} has no effect on target_modules={targets!r}, a regex of full "
-            "names. Write the layers into it, as in r'.*layers\\.(0|1)\\..*_proj', or give a list of names."
+            f"{kind}: layers_to_transform={shown(layers)} has no effect on target_modules={shown(targets)}, a "
+            "regex of full names. Write the layers into it, as in r'.*layers\\.(0|1)\\..*_proj', or give a list of "
+            "names."
         )
 
 
@@ -137,8 +141,8 @@ def _warn_of_unknown(config: MoeConfig, modules: Collection[str]) -> None:
     unknown = [target for target in names if not any(f".{name}".endswith(f".{target}") for name in modules)]
     if unknown:
         warnings.warn(
-            f"target_modules names {unknown}, but no module of the model is called so; only the others are adapted. "
-            "Correct the names, or remove them; moe_peft.describe(model, config) lists what is adapted.",
+            f"target_modules names {shown(unknown)}, but no module of the model is called so; only the others are "
+            "adapted. Correct the names, or remove them; moe_peft.describe(model, config) lists what is adapted.",
             MoePeftWarning,
             stacklevel=3,
         )
@@ -180,7 +184,7 @@ def _refuse_trained_parts(name: str, module: nn.Module, modules_to_save: list[st
     for part, _ in module.named_modules():
         if part and f"{name}.{part}".endswith(tuple(modules_to_save)):
             raise ValueError(
-                f"modules_to_save={modules_to_save!r} matches {name}.{part}, which lies inside {name}, where an "
+                f"modules_to_save={shown(modules_to_save)} matches {name}.{part}, which lies inside {name}, where an "
                 "adapter wraps the whole module and peft keeps no trained copy of a part. Name modules outside, or "
                 "take a configuration that wraps the experts alone, which leaves a block's router outside."
             )
@@ -211,8 +215,8 @@ def _no_match(model: nn.Module, config: MoeConfig) -> str:
     for name, _ in model.named_modules():
         if is_below(name.rpartition(".")[0], outer) and check_target_module_exists(config, name):
             return (
-                f"Target modules {targets} lie inside modules that an adapter wraps already ({name}), where peft adds "
-                "no further one. Put the adapter on a base model of its own."
+                f"Target modules {shown(targets)} lie inside modules that an adapter wraps already ({name}), where "
+                "peft adds no further one. Put the adapter on a base model of its own."
             )
     kind, names = "Linear layers", linear_names(model)
     if config.placement in NAMES:
@@ -225,9 +229,9 @@ def _no_match(model: nn.Module, config: MoeConfig) -> str:
     layers, default = "", " Leave target_modules None to take them all." if config.placement in NAMES else ""
     indices, _ = config.layer_selection
     if indices is not None:
-        layers = f" in the layers {indices} (layers_pattern names the list that is counted)"
+        layers = f" in the layers {shown(indices)} (layers_pattern names the list that is counted)"
     return (
-        f"Target modules {targets} not found in the base model{layers}. {hint}"
+        f"Target modules {shown(targets)} not found in the base model{layers}. {hint}"
         f"{kind} of {type(model).__name__} are called {leaves}.{default}"
     )
 

@@ -17,11 +17,12 @@ else:
 
 from . import experts, losses, routers, telemetry
 from .describe import describe
-from .forward import router_loss
+from .forward import groups, router_loss
 from .hub import push_adapter
 from .integrations import CoefficientSchedule, FreezeCallback, MoeCallback, attach
 from .layers import routed_layers
 from .layers.accelerated_lora import accelerate_expert_lora
+from .layers.after_step import after_step
 from .methods import (
     EsftConfig,
     ExpertLoraConfig,
@@ -69,10 +70,12 @@ __all__ = [
     "RoutedConfig",
     "SiraConfig",
     "accelerate_expert_lora",
+    "after_step",
     "attach",
     "describe",
     "expert_parameters",
     "experts",
+    "groups",
     "losses",
     "overlap_table",
     "plot_selection",

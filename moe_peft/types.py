@@ -1,6 +1,6 @@
 """What a router decides, what it may know, a loss on it, and where it acts.
 
-`Routing`, `TokenContext`, `RouterLoss`, `Place`, `MoeLayer`.
+`Routing`, `TokenContext`, `RouterLoss`, `StepStatistics`, `Place`, `MoeLayer`.
 
 Shape suffixes of local tensors:
     B batch rows, L positions of a row, T tokens (B * L flattened), S sequences (rows, or documents of a packed row),
@@ -10,9 +10,9 @@ Shape suffixes of local tensors:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import nn
@@ -109,6 +109,10 @@ class TokenContext:
         num_sequences: S, the number of sequences.
         groups: (S,) int64, the group of each sequence; None when the batch has none.
         loss_scale: The pass's weight of injected losses; None outside a training pass.
+        token_ids: (T,) int64 ids of the tokens; None where no part needs them, or the batch brings none.
+        prompt: (T,) bool, True before the first label of a row; None where no part needs it, or without labels.
+        cached: Tokens of each row that came before these ones, in the key-value cache; 0 where no part needs it.
+        num_rows: B, the number of equal runs of tokens.
     """
 
     training: bool = False
@@ -117,6 +121,64 @@ class TokenContext:
     num_sequences: int = 1
     groups: torch.Tensor | None = None
     loss_scale: LossScale | None = None
+    token_ids: torch.Tensor | None = None
+    prompt: torch.Tensor | None = None
+    cached: int = 0
+    num_rows: int = 1
+
+    def rows(self, numbers: Sequence[int]) -> TokenContext:
+        """Describe the tokens of some rows of the batch, as batches that mix adapters split it.
+
+        Args:
+            numbers: The rows, ascending.
+
+        Returns:
+            Their context, with sequences numbered from zero; this one where it knows of no rows.
+        """
+        kept = list(numbers)
+        if self.num_rows == 1 and len(kept) != 1:  # rows are not told apart
+            return self
+
+        def of_rows(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.view(self.num_rows, -1)[kept].reshape(-1)
+
+        sequences_T, groups, num_sequences = of_rows(self.sequences), self.groups, self.num_sequences
+        if sequences_T is not None:
+            numbers_S, sequences_T = sequences_T.unique(return_inverse=True)
+            groups, num_sequences = None if groups is None else groups[numbers_S], len(numbers_S)
+        return replace(
+            self,
+            valid=of_rows(self.valid),
+            sequences=sequences_T,
+            num_sequences=num_sequences,
+            groups=groups,
+            token_ids=of_rows(self.token_ids),
+            prompt=of_rows(self.prompt),
+            num_rows=len(kept),
+        )
+
+
+class StepStatistics(Protocol):
+    """What the routers of one place decided in the training passes since the last optimizer step, of all processes.
+
+    Attributes:
+        requests: (E,) tokens that asked for each expert, before any capacity.
+        mass: (E,) summed combine weight of each expert.
+        tokens: 0-d number of valid tokens.
+        load: (E,) share of the requests that each expert gets, summing to one.
+        importance: (E,) share of the gate mass that each expert gets, summing to one.
+    """
+
+    @property
+    def requests(self) -> torch.Tensor: ...
+    @property
+    def mass(self) -> torch.Tensor: ...
+    @property
+    def tokens(self) -> torch.Tensor: ...
+    @property
+    def load(self) -> torch.Tensor: ...
+    @property
+    def importance(self) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -187,9 +249,20 @@ class RouterLoss(Part):
 
     Attributes:
         config_fields: Keyword of the constructor -> field of the configuration that gives it its value.
+        adapts: Whether its coefficient follows what the routers decide, so that training passes are counted for it.
     """
 
     config_fields: ClassVar[Mapping[str, str]] = {}
+    adapts: bool = False
+
+    def adapt(self, coefficient: float, statistics: Sequence[StepStatistics]) -> float:
+        """The coefficient for the next step; called after each optimizer step where `adapts`.
+
+        Args:
+            coefficient: That of the step that has ended.
+            statistics: Of all places of the adapter that have this loss.
+        """
+        return coefficient
 
     def sums(self, routing: Routing) -> torch.Tensor:
         """Sum what the loss needs over the valid tokens, or over the sequences.

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .objective import router_loss
+from .sample_groups import groups
 
-__all__ = ["router_loss"]
+__all__ = ["groups", "router_loss"]

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+IGNORED_LABEL = -100
+
 
 def named_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Name the positional arguments of a module's forward.
@@ -57,6 +59,34 @@ def segments_of(inputs: Mapping[str, Any]) -> torch.Tensor | None:
     restarts = torch.zeros_like(positions)
     restarts[:, 1:] = (positions[:, 1:] != positions[:, :-1] + 1).to(positions.dtype)
     return restarts.cumsum(1)
+
+
+def further_inputs(
+    inputs: Mapping[str, Any], whole: Mapping[str, Any], shape: tuple[int, int] | None, needs: frozenset[str]
+) -> dict[str, Any]:
+    """What parts ask of a batch beside masks and documents.
+
+    Args:
+        inputs: Arguments of the stack.
+        whole: Those of the call of the whole model that it belongs to, which may be the same.
+        shape: (B, L) of the stack's tokens.
+        needs: Names of what is asked for.
+
+    Returns:
+        "token_ids" (B, L), "prompt" (B, L) bool and "cached", as far as they are asked for and the batch has them.
+    """
+    found: dict[str, Any] = {}
+    if "token_ids" in needs:
+        ids = (two_dimensional(source.get("input_ids")) for source in (inputs, whole))
+        found["token_ids"] = next((own for own in ids if own is not None and tuple(own.shape) == shape), None)
+    if "prompt" in needs:
+        labels = two_dimensional(whole.get("labels", inputs.get("labels")))
+        if labels is not None and tuple(labels.shape) == shape:
+            found["prompt"] = (labels != IGNORED_LABEL).cumsum(1) == 0
+    cache = inputs.get("past_key_values")
+    if "cached" in needs and cache is not None:
+        found["cached"] = int(cache.get_seq_length())
+    return found
 
 
 def number_segments(segments_BL: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -80,7 +80,8 @@ class CallKeeper:
             calls.pop()  # an interrupt came between the hook and the forward
         call = self._begin(entry)
         call.hooked = hooked
-        if entry.is_model:
+        if entry.is_model or not call.whole_inputs:
+            # A stack alone is what generation calls of an encoder.
             kwargs = dict(kwargs)
             call.groups = take_groups(
                 kwargs,
@@ -174,7 +175,7 @@ class CallKeeper:
             call.forward_pass = self._repeated_whole(call)
             call.repeats = call.forward_pass is not None
         if call.forward_pass is None:
-            call.forward_pass = ForwardPass.of(call)
+            call.forward_pass = ForwardPass.of(call, self.needs)
             if call.training:
                 self._thread.latest = self._latest = call.losses
                 if call.in_checkpoint and call.checkpoint is not None:

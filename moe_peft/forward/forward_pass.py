@@ -12,6 +12,7 @@ from ..types import Routing, Rows, TokenContext
 from .batch import (
     SampleGroups,
     batch_shape,
+    further_inputs,
     groups_per_sequence,
     number_segments,
     segments_of,
@@ -19,6 +20,19 @@ from .batch import (
 )
 from .joined_losses import ForwardLosses, LayerLosses
 from .thread_state import Call
+
+# What a pass knows of the tokens that its stack returns.
+DESCRIPTION = (
+    "shape",
+    "attention_mask",
+    "encoder_attention_mask",
+    "segments",
+    "modalities",
+    "groups",
+    "token_ids",
+    "prompt",
+    "cached",
+)
 
 
 @dataclass
@@ -33,6 +47,9 @@ class ForwardPass:
         segments: (B, L) document index of each token of packed rows.
         modalities: (B, L) zero at text, where blocks are given the tokens of one modality alone.
         groups: (B,) or (S,) group per sequence, or (B, L) group per token.
+        token_ids: (B, L) ids of the tokens, where a part needs them.
+        prompt: (B, L) bool, True before the first label of a row, where a part needs it.
+        cached: Tokens in the key-value cache before these, where a part needs it.
         contexts: Token contexts made so far.
         layers: (place, adapter) -> router losses of this call's layers, one per call of the layer.
         led: (block, adapter) -> decision that several places of a block share.
@@ -50,6 +67,9 @@ class ForwardPass:
     segments: torch.Tensor | None = None
     modalities: torch.Tensor | None = None
     groups: SampleGroups | None = None
+    token_ids: torch.Tensor | None = None
+    prompt: torch.Tensor | None = None
+    cached: int = 0
     contexts: dict[tuple, TokenContext] = field(default_factory=dict)
     layers: dict[tuple[str, str], list[LayerLosses]] = field(default_factory=dict)
     led: dict[tuple[str, str], Routing] = field(default_factory=dict)
@@ -59,17 +79,23 @@ class ForwardPass:
     last_node: int = sys.maxsize
 
     @classmethod
-    def of(cls, call: Call) -> ForwardPass:
-        """Describe a call by its arguments, or by the stack that ran last inside it."""
+    def of(cls, call: Call, needs: frozenset[str] = frozenset()) -> ForwardPass:
+        """Describe a call by its arguments, or by the stack that ran last inside it.
+
+        Args:
+            call: The call.
+            needs: What parts ask of a batch beside masks and documents.
+        """
         inputs = call.inputs
         if call.behind is not None:
             made = cls(call.training, call.losses, module=call.module, first_node=call.first_node)
             made.follow(call.behind)
             return made
+        shape = batch_shape(inputs)
         return cls(
             training=call.training,
             losses=call.losses,
-            shape=batch_shape(inputs),
+            shape=shape,
             attention_mask=two_dimensional(inputs.get("attention_mask")),
             encoder_attention_mask=two_dimensional(inputs.get("encoder_attention_mask")),
             segments=segments_of(inputs),
@@ -78,11 +104,12 @@ class ForwardPass:
             groups=call.groups,
             module=call.module,
             first_node=call.first_node,
+            **(further_inputs(inputs, call.whole_inputs or inputs, shape, needs) if needs else {}),
         )
 
     def follow(self, stack: ForwardPass) -> None:
         """Describe the tokens that a stack returns, as what comes after it reads them: heads."""
-        for name in ("shape", "attention_mask", "encoder_attention_mask", "segments", "modalities", "groups"):
+        for name in DESCRIPTION:
             setattr(self, name, getattr(stack, name))
         self.contexts = stack.contexts
 
@@ -116,7 +143,15 @@ class ForwardPass:
             whole, kept_T = self.tokens(self.shape, device), kept_T.to(device)
             valid_T = None if whole.valid is None else whole.valid[kept_T]
             assert whole.sequences is not None
-            return replace(whole, valid=valid_T, sequences=whole.sequences[kept_T])
+            ids_T, prompt_T = (None if own is None else own[kept_T] for own in (whole.token_ids, whole.prompt))
+            return replace(
+                whole,
+                valid=valid_T,
+                sequences=whole.sequences[kept_T],
+                token_ids=ids_T,
+                prompt=prompt_T,
+                num_rows=1,
+            )
         valid_T = None
         # A longer mask is that of cached tokens; but other rows, as a vision tower's patches, have no mask at all.
         cached = mask is not None and rows == self.shape and mask.shape[0] == rows[0] and mask.shape[1] > rows[1]
@@ -140,7 +175,19 @@ class ForwardPass:
             num_sequences=num_sequences,
             groups=None if groups is None else groups.to(device),
             loss_scale=self.losses.scale if self.training else None,
+            num_rows=rows[0] if len(rows) >= 2 else 1,
+            token_ids=self._own(self.token_ids, rows, device, from_encoder),
+            prompt=self._own(self.prompt, rows, device, from_encoder),
+            cached=self.cached,
         )
+
+    def _own(
+        self, values_BL: torch.Tensor | None, rows: tuple[int, ...], device: torch.device, from_encoder: bool
+    ) -> torch.Tensor | None:
+        """(T,) values of the stack's own tokens, where the rows are those."""
+        if values_BL is None or from_encoder or rows != self.shape:
+            return None
+        return values_BL.reshape(-1).to(device)
 
     def _of_one_modality(self, rows: tuple[int, ...]) -> torch.Tensor | None:
         """Which of the batch's B * L tokens some rows are, by their number; None where it does not tell."""

@@ -52,7 +52,7 @@ NO_WINDOW = (
 )
 
 
-TRANSIENT = ("in_reverse", "_thread", "_latest", "_reached", "_busy", "_last_parameter", "_watched")
+TRANSIENT = ("in_reverse", "_thread", "_latest", "_reached", "_busy", "counted", "_last_parameter", "_watched")
 
 
 class ForwardTracker(CallKeeper):
@@ -61,6 +61,7 @@ class ForwardTracker(CallKeeper):
     Attributes:
         window: Sums of the accumulation window so far, set by the trainer's callback; None in a plain loop.
         managed: Whether a trainer's callback keeps `loss_scale` and `window`.
+        counted: (place, adapter) -> sums of the training decisions since the last `after_step`, of layers that ask.
         training_observers: Called with (place, adapter, routing) for every routing of a training pass of any thread.
         adapters: Names of the model's routed adapters in the order in which they came, the keys of a dict.
     """
@@ -75,6 +76,7 @@ class ForwardTracker(CallKeeper):
 
     def _forget(self) -> None:
         super()._forget()
+        self.counted: dict[tuple[str, str], torch.Tensor] = {}
         self._last_parameter: tuple[int, int] | None = None
         self._watched: weakref.ref[nn.Parameter] | None = None
 
@@ -164,6 +166,34 @@ class ForwardTracker(CallKeeper):
             return
         for observer in observers:
             observer(place, adapter, routing)
+
+    def need(self, names: frozenset[str]) -> None:
+        """Note what a part reads of a token's context beside its sequence; see `Part.context_needs`."""
+        self.needs |= names
+
+    def count(self, place: str, adapter: str, sums: torch.Tensor) -> None:
+        """Add up what a layer's router decided in a training pass, for `after_step`; never in a recomputation.
+
+        Args:
+            place: Name of the layer.
+            adapter: Name of the adapter.
+            sums: `RoutingStatistics.flat()` of the decision.
+        """
+        if not self.asked()[1]:
+            before = self.counted.get((place, adapter))
+            self.counted[place, adapter] = sums if before is None else before + sums
+
+    @property
+    def led(self) -> dict[tuple[str, str], Routing]:
+        """(block, adapter) -> the decision that the places of a block share; empty when a stack is called."""
+        forward_pass, _ = self.asked()
+        return self._thread.led if forward_pass is None else forward_pass.led
+
+    def give_groups(self, groups: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Set the sample groups of this thread's calls that bring none; returns what was set before."""
+        before = self._thread.given_groups
+        self._thread.given_groups = groups
+        return before
 
     def watched(self) -> bool:
         """Whether anybody looks at the routings of this thread's forwards."""

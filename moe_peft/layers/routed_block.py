@@ -51,8 +51,8 @@ class RoutedBlock(RoutedLayer):
         own_x = x.clone() if self.jitters and self.training else x
         result = self.base_layer(*args, **kwargs)
         out = result[0] if isinstance(result, tuple) else result
+        context = self.tracker.tokens(own_x, self.rows, self.training)
         if adapter_names is None:
-            context = self.tracker.tokens(own_x, self.rows, self.training)
             for name in names:
                 out = self._add_adapter(name, own_x, out, context, args, kwargs)
         else:
@@ -60,7 +60,7 @@ class RoutedBlock(RoutedLayer):
             mixed = out.reshape(*x.shape[:-1], self.out_features).clone()
             for name in names:
                 rows = [row for row, own in enumerate(adapter_names) if own == name]
-                mixed[rows] = self._add_adapter(name, own_x[rows], mixed[rows], TokenContext(), args, kwargs)
+                mixed[rows] = self._add_adapter(name, own_x[rows], mixed[rows], context.rows(rows), args, kwargs)
             out = mixed.reshape(out.shape)
         return (out, *result[1:]) if isinstance(result, tuple) else out
 

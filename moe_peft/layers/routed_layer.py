@@ -19,6 +19,7 @@ from ..ops import cast_to_compute_dtype, project
 from ..part import ModulePart
 from ..quantization.four_bit import dtype_when_read
 from ..routers import Router
+from ..telemetry.statistics import RoutingStatistics
 from ..types import MoePeftWarning, Place, Routing, TokenContext
 
 
@@ -107,6 +108,10 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         if parts.router is not None:
             self.router[adapter_name] = parts.router
         self.objectives[adapter_name] = parts.objective
+        losses = getattr(parts.objective, "losses", {})
+        for part in (parts.router, *losses.values()):
+            if part is not None:
+                self.tracker.need(part.context_needs)
         _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         # Eight bits hold a frozen weight with a scale of its own; a trained one would be rounded.
         if dtype is not None and dtype.is_floating_point and dtype.itemsize > 1:
@@ -150,7 +155,15 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         if objective and routing.context.training:
             routing = objective(routing, self.tracker, self.place, adapter_name)
         self.tracker.record(self.place, adapter_name, routing)
+        if routing.context.training and self._counts(adapter_name):
+            self.tracker.count(self.place, adapter_name, RoutingStatistics.of(routing).flat())
         return routing
+
+    def _counts(self, adapter_name: str) -> bool:
+        """Whether a part changes after each optimizer step by what was decided."""
+        losses = getattr(self.objectives[adapter_name], "losses", {})
+        counts = adapter_name in self.router and self.router[adapter_name].counts
+        return counts or any(loss.adapts for loss in losses.values())
 
     def add(
         self,

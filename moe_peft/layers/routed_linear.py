@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..types import TokenContext
 from .constant_weights import check_constant, check_weight, constant_weights
 from .routed_layer import RoutedLayer
 
@@ -62,13 +61,15 @@ class RoutedLinear(RoutedLayer):
         self.check_rows(adapter_names, x)
         out = self.base_layer(x, *args, **kwargs)
         result = out.clone()
-        context = TokenContext()
+        context = self.tracker.tokens(x, self.rows)
         for name in sorted(set(adapter_names)):
             if name == "__base__" or name not in self.experts:
                 continue
             rows = [row for row, own in enumerate(adapter_names) if own == name]
             part, part_out = x[rows], out[rows]
-            added = self.add(name, part.reshape(-1, x.shape[-1]), part_out.reshape(-1, out.shape[-1]), context)
+            added = self.add(
+                name, part.reshape(-1, x.shape[-1]), part_out.reshape(-1, out.shape[-1]), context.rows(rows)
+            )
             result[rows] = added.view(part_out.shape)
         return result
 

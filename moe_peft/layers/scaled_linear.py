@@ -103,10 +103,10 @@ class ScaledLinear(RoutedLayer):
     def _scale_rows(
         self, names: Sequence[str], u: torch.Tensor, hidden: torch.Tensor, adapter_names: list[str]
     ) -> torch.Tensor:
-        result = u.clone() if names else u
+        result, context = u.clone() if names else u, self.tracker.tokens(hidden, self.rows)
         for name in names:
             rows = [row for row, own in enumerate(adapter_names) if own == name]
-            result[rows] = self._scale([name], u[rows], hidden[rows], TokenContext())
+            result[rows] = self._scale([name], u[rows], hidden[rows], context.rows(rows))
         return result
 
     def check_merge(self, adapter_names: Sequence[str], safe_merge: bool = False) -> None:
@@ -189,8 +189,7 @@ def _per_head(context: TokenContext, num_heads: int) -> TokenContext:
     """Describe the heads of tokens, the heads of a token together."""
     if num_heads == 1:
         return context
-    valid, sequences = (
-        None if tensor is None else tensor.repeat_interleave(num_heads)
-        for tensor in (context.valid, context.sequences)
-    )
-    return replace(context, valid=valid, sequences=sequences)
+    per_token = ("valid", "sequences", "token_ids", "prompt")
+    tensors = {name: getattr(context, name) for name in per_token}
+    repeated = {name: t if t is None else t.repeat_interleave(num_heads) for name, t in tensors.items()}
+    return replace(context, **repeated)

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..ops import without_rounding
 from ..part import ModulePart, Reads
-from ..types import Routing, TokenContext
+from ..types import Routing, StepStatistics, TokenContext
 from .gates import Gate, Softmax
 from .selector import Selector
 
@@ -109,6 +109,22 @@ class Router(ModulePart, nn.Module):
             have been given.
         """
         raise NotImplementedError(f"{type(self).__name__} has neither scores nor a forward of its own.")
+
+    @property
+    def counts(self) -> bool:
+        """Whether something changes after each optimizer step by what was decided, so that decisions are counted."""
+        return self.select is not None and self.select.counts
+
+    @torch.no_grad()
+    def after_step(self, statistics: StepStatistics) -> None:
+        """Let the selector change its tensors after an optimizer step.
+
+        Args:
+            statistics: What this router decided in the training passes of the step, of all processes.
+        """
+        if self.select is not None:
+            own = {name: getattr(self, name) for name in self._selector_tensors}
+            self.select.after_step(statistics, **own)
 
     def shared_rows(self, context: TokenContext) -> torch.Tensor | None:
         """The matrix whose product with the layer's input is all that `scores` computes in this pass.

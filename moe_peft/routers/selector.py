@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 
 from ..part import Part
-from ..types import Routing, TokenContext
+from ..types import Routing, StepStatistics, TokenContext
 
 
 class Selector(Part, ABC):
@@ -17,7 +17,10 @@ class Selector(Part, ABC):
         extra_scores: Number m of further columns of scores that the rule reads, as for null experts or a threshold.
         gates_extra: Whether the gate function is over the E + m columns, or over the first E alone.
         constant_for_one: Whether a single expert of probability one has the same weight for every token.
+        counts: Whether it changes its tensors after each optimizer step, by what was decided in training passes.
     """
+
+    counts: bool = False
 
     extra_scores: int = 0
     gates_extra: bool = False
@@ -30,6 +33,14 @@ class Selector(Part, ABC):
             num_experts: E.
         """
         return {}
+
+    def after_step(self, statistics: StepStatistics, **own: torch.Tensor) -> None:
+        """Change the own tensors in place after an optimizer step; called where `counts`, without gradients.
+
+        Args:
+            statistics: What this place's router decided in the training passes of the step, of all processes.
+            **own: The tensors of `tensors`, by name.
+        """
 
     @abstractmethod
     def __call__(

@@ -189,7 +189,8 @@ def _per_head(context: TokenContext, num_heads: int) -> TokenContext:
     """Describe the heads of tokens, the heads of a token together."""
     if num_heads == 1:
         return context
-    per_token = ("valid", "sequences", "token_ids", "prompt")
-    tensors = {name: getattr(context, name) for name in per_token}
-    repeated = {name: t if t is None else t.repeat_interleave(num_heads) for name, t in tensors.items()}
-    return replace(context, **repeated)
+    valid, sequences, token_ids, prompt = (
+        None if tensor is None else tensor.repeat_interleave(num_heads)
+        for tensor in (context.valid, context.sequences, context.token_ids, context.prompt)
+    )
+    return replace(context, valid=valid, sequences=sequences, token_ids=token_ids, prompt=prompt)

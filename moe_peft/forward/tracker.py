@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class ForwardTracker(CallKeeper):
 
     def _forget(self) -> None:
         super()._forget()
-        self.counted: dict[tuple[str, str], torch.Tensor] = {}
+        self.counted: dict[tuple[str, str], list[torch.Tensor]] = {}
         self._last_parameter: tuple[int, int] | None = None
         self._watched: weakref.ref[nn.Parameter] | None = None
 
@@ -171,17 +172,19 @@ class ForwardTracker(CallKeeper):
         """Note what a part reads of a token's context beside its sequence; see `Part.context_needs`."""
         self.needs |= names
 
-    def count(self, place: str, adapter: str, sums: torch.Tensor) -> None:
+    def count(self, place: str, adapter: str, sums: Sequence[torch.Tensor]) -> None:
         """Add up what a layer's router decided in a training pass, for `after_step`; never in a recomputation.
 
         Args:
             place: Name of the layer.
             adapter: Name of the adapter.
-            sums: `RoutingStatistics.flat()` of the decision.
+            sums: Those of `RoutingStatistics` for the decision.
         """
         if not self.asked()[1]:
             before = self.counted.get((place, adapter))
-            self.counted[place, adapter] = sums if before is None else before + sums
+            self.counted[place, adapter] = (
+                list(sums) if before is None else [old + new for old, new in zip(before, sums, strict=True)]
+            )
 
     @property
     def led(self) -> dict[tuple[str, str], Routing]:

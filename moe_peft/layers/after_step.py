@@ -44,10 +44,10 @@ def after_step(model: nn.Module) -> None:
 
 def _take(tracker: ForwardTracker) -> dict[Key, RoutingStatistics]:
     """The statistics of all processes since the last call."""
-    keys = sorted(tracker.counted)
-    joined = sum_over_processes([tracker.counted[key] for key in keys])
-    tracker.counted = {}
-    return {key: RoutingStatistics.from_flat(sums) for key, sums in zip(keys, joined, strict=True)}
+    counted, tracker.counted = tracker.counted, {}
+    keys = sorted(counted)
+    joined = iter(sum_over_processes([part.reshape(-1) for key in keys for part in counted[key]]))
+    return {key: RoutingStatistics(*(next(joined).view_as(own) for own in counted[key])) for key in keys}
 
 
 def _adapt(layers: dict[str, RoutedLayer], adapter: str, statistics: dict[Key, RoutingStatistics]) -> None:

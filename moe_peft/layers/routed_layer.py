@@ -19,6 +19,7 @@ from ..ops import cast_to_compute_dtype, project
 from ..part import ModulePart
 from ..quantization.four_bit import dtype_when_read
 from ..routers import Router
+from ..telemetry.stacked import as_sums
 from ..telemetry.statistics import RoutingStatistics
 from ..types import MoePeftWarning, Place, Routing, TokenContext
 
@@ -156,7 +157,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             routing = objective(routing, self.tracker, self.place, adapter_name)
         self.tracker.record(self.place, adapter_name, routing)
         if routing.context.training and self._counts(adapter_name):
-            self.tracker.count(self.place, adapter_name, RoutingStatistics.of(routing).flat())
+            self.tracker.count(self.place, adapter_name, as_sums(RoutingStatistics.of(routing)))
         return routing
 
     def _counts(self, adapter_name: str) -> bool:

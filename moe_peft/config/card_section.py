@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..files import write_text
+
 BEGIN = "<!-- moe_peft: written anew on every save and push; put words of your own outside of this part -->"
 END = "<!-- moe_peft: end -->"
 SECTION = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
@@ -111,7 +113,7 @@ def write_section(folder: str | Path, facts: AdapterFacts) -> None:
     """
     card = Path(folder) / "README.md"
     if card.is_file():
-        card.write_text(with_section(card.read_text(encoding="utf-8"), section(facts)), encoding="utf-8")
+        write_text(card, with_section(card.read_text(encoding="utf-8"), section(facts)))
 
 
 def _table(heading: str, column: str, values: Mapping[str, object]) -> list[str]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from peft.config import PeftConfig
 from torch import nn
 
+from ..files import write_text
 from ..messages import LIMIT, shown
 from ..types import MoeLayer, Place
 from .absent import TARGET_PARAMETERS, Absent
-from .adapter_files import check_adapter_files
+from .adapter_files import CONFIG, check_adapter_files
 from .card_section import SETTINGS, AdapterFacts, write_section
 from .field_types import wrong_types
 from .meaning import NOT_MEANING, meaning_of
@@ -43,7 +46,6 @@ class MoeConfig(PeftConfig):
         default_targets: Which linear layers are adapted where nothing is said.
         fixed_fields: Field name -> why its default is the only value.
         absent_fields: Field name -> value and reason, see `accepts_absent`.
-        weight_fields: Fields that say what the saved tensors belong to.
     """
 
     method: ClassVar[str] = ""
@@ -53,7 +55,6 @@ class MoeConfig(PeftConfig):
     default_targets: ClassVar[Literal["ffn", "attention", "all"]] = "ffn"
     fixed_fields: ClassVar[dict[str, str]] = {}
     absent_fields: ClassVar[Absent] = TARGET_PARAMETERS
-    weight_fields: ClassVar[tuple[str, ...]] = ()
     target_parameters: ClassVar[None] = None  # peft asks for it
 
     target_modules: list[str] | str | None = field(
@@ -75,7 +76,7 @@ class MoeConfig(PeftConfig):
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None,
-        metadata={"help": "Token ids whose embeddings are trained, or ids by embedding layer name.", **NOT_MEANING},
+        metadata={"help": "Token ids whose embeddings are trained, or ids by embedding layer name."},
     )
     schema_version: int = field(
         default=SCHEMA_VERSION, metadata={"help": "Version of this file's layout.", **NOT_MEANING}
@@ -245,9 +246,21 @@ class MoeConfig(PeftConfig):
         return self.method
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the configuration, and say in the folder's model card how to load the adapter; arguments as in peft."""
-        super().save_pretrained(save_directory, **kwargs)
-        write_section(save_directory, self.facts())
+        """Save the configuration, and say in the folder's model card how to load the adapter; arguments as in peft.
+
+        Both files are written beside and renamed, so that no reader meets half of one.
+
+        Raises:
+            ValueError: There is a file in the place of the folder.
+        """
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"save_directory={shown(str(folder))} is a file; name a folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as beside:
+            super().save_pretrained(beside, **kwargs)
+            write_text(folder / CONFIG, Path(beside, CONFIG).read_text(encoding="utf-8"))
+        write_section(folder, self.facts())
 
     def card_fields(self) -> list[str]:
         """Fields that a model card shows where they are set."""

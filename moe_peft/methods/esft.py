@@ -56,7 +56,6 @@ class EsftConfig(SelectedExpertsConfig, LowRankConfig):
     equation: ClassVar[str] = "y = sum_k w_k FFN_{i_k}(x), FFN_i trained where expert i is selected"
     source: ClassVar[str] = "arXiv 2407.01906"
     adapter_type: ClassVar[str] = "ESFT"
-    weight_fields: ClassVar[tuple[str, ...]] = ("experts",)
     absent_fields: ClassVar[Absent] = {
         **TARGET_PARAMETERS,
         **{

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..files import write_text
 from ..messages import shown
 from .files import layer_index, read_object
 
@@ -147,7 +148,7 @@ class ExpertScores:
         content["expert_parameters"] = {str(layer): own.expert_parameters for layer, own in self.by_layer.items()}
         for name in ("num_tokens", "num_samples", "model_parameters"):
             content[name] = getattr(self, name)
-        Path(path).write_text(json.dumps(content) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(content) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> ExpertScores:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..files import write_text
 from ..messages import shown
 from .files import is_whole, layer_index, read_object, wrong_experts
 from .scores import AGGREGATES, CRITERIA, ExpertScores
@@ -147,7 +148,7 @@ class ExpertSelection:
             path: The file; its folder must exist.
         """
         names = ["experts", "shared_experts", "non_expert_modules", *(["num_experts"] if self.num_experts else [])]
-        Path(path).write_text(json.dumps({name: getattr(self, name) for name in names}) + "\n", encoding="utf-8")
+        write_text(path, json.dumps({name: getattr(self, name) for name in names}) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> ExpertSelection:

@@ -4,44 +4,19 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from ..backbone.encoders import encoder_names, encoder_pattern
 from ..config.config import MoeConfig
-from ..experts.expert_pairs import MATRICES
 from ..layers import LAYERS, AdaptedExperts, RoutedLayer, SlicedExperts
+from ..messages import shown
 from ..types import MoePeftWarning, Place
-
-# Parts that the names of saved weights have beside those of the place, see layers.RoutedLayer.
-NAME_PARTS = frozenset(
-    {"base_model", "base_layer", "model", "A", "B", "vectors", "weight", *(f"{m}_{f}" for m in MATRICES for f in "AB")}
-)
-
-
-def check_name(adapter_name: str | None, prefix: str, places: Sequence[Place]) -> None:
-    """Refuse an adapter name that its weights' own names contain, as peft saves and loads by that part of them.
-
-    Args:
-        adapter_name: The name; None where it is not known.
-        prefix: What the attributes of the adapter's type begin with.
-        places: Where it is put.
-
-    Raises:
-        ValueError: It is one of those parts.
-    """
-    parts = {*NAME_PARTS, f"{prefix}experts", f"{prefix}router"}
-    for place in places:
-        if adapter_name in parts.union(place.name.split(".")):
-            raise ValueError(
-                f"adapter_name={adapter_name!r} is a part of the names of the weights at {place.name}, by which peft "
-                "tells adapters apart, so that saving would lose weights. Take another name, as "
-                f"{'adapter_' + adapter_name!r}."
-            )
 
 
 def check_neighbours(config: MoeConfig, prefix: str, places: Sequence[Place], model: nn.Module) -> None:
@@ -116,38 +91,72 @@ def check_groups(config: MoeConfig, places: Sequence[Place], model: nn.Module) -
         )
 
 
+def check_leftovers(
+    config: MoeConfig, adapter_name: str, prefix: str, places: Sequence[Place], model: nn.Module
+) -> None:
+    """Refuse an adapter where one of the same name would stay behind at other modules.
+
+    `get_peft_model` does not ask whether the model has an adapter already. One that acts at a place the new
+    configuration does not know would be neither saved with it nor loaded again.
+
+    Args:
+        config: The adapter's configuration.
+        adapter_name: Its name.
+        prefix: What the attributes of the adapter's type begin with.
+        places: Where it is put.
+        model: The model, with the adapters that it has.
+
+    Raises:
+        ValueError: An adapter of this name stands elsewhere.
+    """
+    chosen = {place.name for place in places}
+    endings = tuple(getattr(config, "modules_to_save", None) or ())
+    for name, module in model.named_modules():
+        if isinstance(module, RoutedLayer):
+            left = adapter_name in module.experts and not (module.prefix == prefix and name in chosen)
+        else:
+            left = isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters
+            left = left and isinstance(module, ModulesToSaveWrapper) and not name.endswith(endings or ("\0",))
+        if left:
+            raise ValueError(
+                f"The model has an adapter {shown(adapter_name)} already, at {name}, where the new configuration puts "
+                "none: it would go on acting there, but not be saved. Remove it with base = model.unload(), or load "
+                "the base model again; or give the new adapter another adapter_name. Nothing has been changed."
+            )
+
+
 def check_tensors(
-    prefix: str, expected: dict[str, torch.Tensor], adapter_name: str, loaded: dict[str, torch.Tensor]
+    prefix: str, model: nn.Module, own: Mapping[str, tuple[int, ...]], loaded: Mapping[str, torch.Tensor]
 ) -> None:
     """Refuse an adapter's weights that are not those of the model's places, before any of them is copied.
 
     Args:
         prefix: What the attributes of the adapter's type begin with.
-        expected: The model's tensors by name, those of other adapters among them.
-        adapter_name: The adapter's name.
+        model: The model.
+        own: Shapes of the adapter's tensors by the model's names.
         loaded: The adapter's weights by the model's names.
 
     Raises:
-        ValueError: One is missing, has no place, or has another shape.
+        ValueError: One is missing, has no place, has another shape, or is of the base model.
     """
-    own = {k: v for k, v in expected.items() if f".{prefix}" in k and f".{adapter_name}." in k}
     missing = sorted(own.keys() - loaded.keys())
     if missing:
         raise ValueError(
             f"The adapter's weights lack {len(missing)} of {len(own)} tensors, the first is {missing[0]}. The file is "
             "incomplete, or it was saved for another base model or other target_modules. No weight has been changed."
         )
-    extra = sorted(key for key in loaded if f".{prefix}" in key and key not in own)
+    foreign = loaded.keys() - own.keys()
+    extra = sorted(key for key in foreign if f".{prefix}" in key)
     if extra:
         raise ValueError(
             f"The adapter's weights hold {len(extra)} tensors more than this model has places for, the first is "
             f"{extra[0]}. It was saved for a base model of more layers, or for other modules. No weight has been "
             "changed."
         )
-    for key, tensor in own.items():
-        if loaded[key].shape != tensor.shape:
+    for key, shape in own.items():
+        if tuple(loaded[key].shape) != shape:
             raise ValueError(
-                f"The adapter's tensor {key} has the shape {tuple(loaded[key].shape)}, but this model needs "
-                f"{tuple(tensor.shape)}. It was saved for a base model of other widths, or with another r or "
-                "num_experts. No weight has been changed."
+                f"The adapter's tensor {key} has the shape {tuple(loaded[key].shape)}, but this model needs {shape}. "
+                "It was saved for a base model of other widths, or with another r or num_experts. No weight has been "
+                "changed."
             )

@@ -14,6 +14,22 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 
+from .entries import frame_entries
+from .names import check_form
+from .sources import ROUTED
+
+
+class Prefix(str):
+    """What an adapter type's attributes begin with; peft asks it first whether it contains a new adapter's name."""
+
+    __slots__ = ()
+
+    def __contains__(self, name: object) -> bool:
+        """Refuse a name that is no string with words, as `str` has none that tell what it was asked for."""
+        if not isinstance(name, str):
+            check_form(name)
+        return super().__contains__(name)  # type: ignore[operator]
+
 
 def extend_peft_type(name: str) -> PeftType:
     """Append a member to `peft.PeftType`, or return the one that is there.
@@ -75,9 +91,10 @@ def register(config_cls: type, model_cls: type) -> None:
             )
         PEFT_TYPE_TO_CONFIG_MAPPING[member] = config_cls
         PEFT_TYPE_TO_TUNER_MAPPING[member] = model_cls
+        ROUTED[name] = config_cls
         return
     try:
-        register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=model_cls, prefix=prefix)
+        register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=model_cls, prefix=Prefix(prefix))
     except Exception:
         for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING):
             mapping.pop(member, None)
@@ -85,6 +102,8 @@ def register(config_cls: type, model_cls: type) -> None:
             del PEFT_TYPE_TO_PREFIX_MAPPING[member]
         _remove(name, member)
         raise
+    ROUTED[name] = config_cls
+    frame_entries()
 
 
 def _is_complete(name: str, member: Any) -> bool:

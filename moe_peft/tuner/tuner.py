@@ -16,14 +16,20 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from ..config.config import MoeConfig
 from ..config.patterns import check_patterns
+from ..forward.find import find_trackers
 from ..forward.tracker import ForwardTracker
 from ..layers import LAYERS, RoutedLayer
 from ..places.choose import find_places, resolve_targets
-from .checks import check_groups, check_name, check_neighbours, check_tensors
+from .checks import check_groups, check_leftovers, check_neighbours, check_tensors
 from .further_modules import check_further_modules
+from .incoming import check_incoming, current
 from .merging import Merge, check_merges, merge_layers, plan_merges, quiet_merging
 from .mixed_rows import check_row_names, give_row_names, known_adapters
+from .names import check_form, check_parts
+from .saving import own_tensors, unwrapped
+from .tensors import PEFT_PREFIX, named_tensors, plain_name, planned_tensors
 from .tracking import detach_unused, refuse_in_use, tracker_around
+from .transaction import unchanged_on_error
 
 COMPILED = "_orig_mod."
 
@@ -34,14 +40,27 @@ class RoutedTuner(BaseTuner):
     tuner_layer_cls = RoutedLayer
     target_module_mapping = {}  # noqa: RUF012, peft declares it so
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        with _as_before(model):
+            check_form(adapter_name)
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter into the model, or leave everything as it is; arguments as in peft.
+
+        Patterns are tried first, as peft tries them on all names at once.
+
+        Raises:
+            ValueError: The adapter does not fit the model, its other adapters, or the weights that are to be loaded.
+        """
+        check_form(adapter_name)
+        check_patterns(self.peft_config[adapter_name], dict(model.named_modules()))
+        with unchanged_on_error(self, self.peft_config[adapter_name], *find_trackers(model)):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model, so that its hooks run, which peft 0.20 would pass by."""
         return self.model(*args, **kwargs)
-
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter; arguments as in peft, which tries the configuration's patterns on all names at once."""
-        check_patterns(self.peft_config[adapter_name], dict(model.named_modules()))
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: MoeConfig, model_config: dict) -> MoeConfig:  # type: ignore[override]
         # Places are chosen in _prepare_model, which is given the model.
@@ -56,9 +75,15 @@ class RoutedTuner(BaseTuner):
         self._places = {place.name.removeprefix(COMPILED): place for place in places}
         newest_first = reversed(self.peft_config.items())
         adapter_name = next((name for name, config in newest_first if config is peft_config), None)
-        check_name(adapter_name, self.prefix, places)
         check_neighbours(peft_config, self.prefix, places, model)
         check_groups(peft_config, places, model)
+        tensors = planned_tensors(peft_config, self.prefix, places)
+        if adapter_name is not None:
+            check_parts(adapter_name, tensors, others=[name for name in self.peft_config if name != adapter_name])
+            check_leftovers(peft_config, adapter_name, self.prefix, places, model)
+            incoming = current(adapter_name)
+            if incoming is not None:
+                check_incoming(incoming, peft_config, self.prefix, tensors, model)
         if peft_config.placement != "linear":
             _record_router_outputs(model)
         tracker = tracker_around(model, self._places)
@@ -211,12 +236,52 @@ class RoutedTuner(BaseTuner):
             yield
 
     @classmethod
+    def _get_adapter_state_dict(  # type: ignore[override]
+        cls,
+        model: nn.Module,
+        config: MoeConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        """Select an adapter's tensors by their names without wrappers, all of them or none."""
+        plain = unwrapped(state_dict)
+        # peft looks up the modules that are trained in full by their names in the model, in this dictionary.
+        wrapped = {name: plain_name(name) for name, _ in model.named_parameters()}
+        state_dict.update({name: plain[key] for name, key in wrapped.items() if key in plain})
+        return own_tensors(model, config, adapter_name, plain)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        name: str = super()._remove_adapter_name_from_key(plain_name(key), adapter_name)
+        return name
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]
         cls, model: nn.Module, config: MoeConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_tensors(cls.prefix, model.state_dict(), adapter_name, remapped)
+        """Give tensors of a file the names that the model has for them, wrappers included."""
+        own = named_tensors(model, cls.prefix, adapter_name)
+        names = {}
+        for key in model.state_dict():
+            if plain_name(key) in own:
+                inner = own[plain_name(key)].key
+                names[inner] = names[f"{PEFT_PREFIX}{inner}"] = key
+        remapped = {names.get(plain_name(key), key): tensor for key, tensor in state_dict.items()}
+        check_tensors(cls.prefix, model, {names[tensor.key]: tensor.shape for tensor in own.values()}, remapped)
         return remapped
+
+
+@contextmanager
+def _as_before(model: nn.Module) -> Iterator[None]:
+    """Undo what constructing a tuner does to a model when it fails, also what transformers does before it."""
+    try:
+        with unchanged_on_error(model):
+            yield
+    except BaseException:
+        if not hasattr(model, "peft_config"):
+            model.__dict__.pop("_hf_peft_config_loaded", None)
+        raise
 
 
 def _record_router_outputs(model: nn.Module) -> None:

@@ -1,0 +1,68 @@
+"""A reader and a killed writer meet the old file or the new one, never half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+
+from moe_peft.files import replacing, write_text
+
+WRITER = """
+import itertools, json, sys
+from moe_peft.files import write_text
+print("ready", flush=True)
+for number in itertools.count():
+    write_text(sys.argv[1], json.dumps({"number": number, "text": "x" * 50_000}))
+"""
+
+
+def test_a_writer_that_is_killed_and_readers_beside_it_meet_whole_files(tmp_path):
+    path = tmp_path / "file.json"
+    write_text(path, '{"number": -1, "text": ""}')
+    reads = 0
+    for delay in (0.02, 0.05, 0.11):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE)
+        assert writer.stdout.readline()
+        end = time.monotonic() + delay
+        while time.monotonic() < end or reads == 0:
+            json.loads(path.read_text())
+            reads += 1
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        writer.stdout.close()
+        json.loads(path.read_text())
+    assert reads > 0
+
+
+def test_a_writer_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as file:
+        file.write(b"new")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_permissions_are_those_of_an_ordinary_file_or_of_the_old_one(tmp_path):
+    ordinary, new, old = tmp_path / "ordinary", tmp_path / "new", tmp_path / "old"
+    ordinary.write_text("")
+    old.write_text("")
+    old.chmod(0o600)
+    write_text(new, "a")
+    write_text(old, "b")
+    assert stat.S_IMODE(new.stat().st_mode) == stat.S_IMODE(ordinary.stat().st_mode)
+    assert stat.S_IMODE(old.stat().st_mode) == 0o600
+
+
+def test_what_a_link_points_to_is_replaced(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder" / "file")
+    write_text(tmp_path / "link", "a")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "file").read_text() == "a"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,9 +14,14 @@ from torch import nn
 from .backbone.probe import called_modules
 from .backbone.sizes import num_base_weights
 from .config.config import MoeConfig
+from .config.parts import RoutedParts
+from .experts import Experts
 from .messages import shown
 from .places.choose import find_places, resolve_targets
 from .types import Place
+
+# Tokens of a training batch, and of one step of decoding.
+TOKENS = (2048, 1)
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class Description:
         places: The layers it matches, in the model's order.
         parameters: Trainable parameters at each of them.
         base_parameters: Parameters of the model without adapters.
+        implementations: How the routed sums are computed, by number of tokens: those of a batch, and one that is
+            decoded. Empty for kinds of experts that know one way.
         uncalled: Places that a forward pass on the given inputs did not call, where an adapter learns nothing from
             them; None where no inputs were given.
     """
@@ -36,6 +43,7 @@ class Description:
     places: list[Place]
     parameters: list[int]
     base_parameters: int
+    implementations: dict[int, list[str]] = field(default_factory=dict)
     uncalled: list[str] | None = None
 
     @property
@@ -54,13 +62,19 @@ class Description:
             f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:<{widths[2]}}  {row[3]:>{widths[3]}}"
             for row in rows
         ]
+        if self.implementations:
+            ways = (
+                f"{', '.join(names)} for {tokens:,} token{'s' * (tokens > 1)}"
+                for tokens, names in self.implementations.items()
+            )
+            lines.append(f"routed sums: {'; '.join(ways)}")
+        if self.uncalled:
+            lines.append(f"not called by the given inputs: {', '.join(self.uncalled)}")
         share = 100 * self.num_parameters / max(self.base_parameters, 1)
         lines.append(
             f"{config.method}: {config.summary()}; {len(self.places)} places, {self.num_parameters:,} trainable "
             f"parameters ({share:.2f}% of the base model's {self.base_parameters:,})"
         )
-        if self.uncalled:
-            lines.append(f"not called by the given inputs: {', '.join(self.uncalled)}")
         return "\n".join(lines)
 
 
@@ -98,14 +112,36 @@ def describe(model: nn.Module, config: MoeConfig, inputs: Mapping[str, Any] | No
     config = copy.deepcopy(config)
     resolve_targets(model, config)
     places = find_places(model, config, **get_quantization_kwargs(model))
-    parameters = []
+    parameters: list[int] = []
+    implementations: dict[int, list[str]] = {}
     for place in places:
         with torch.device("meta"):
             parts = config.at(place).build(place)
         modules = [module for module in (parts.router, parts.experts) if module is not None]
+        for tokens in TOKENS:
+            way = _implementation(model, place, parts, tokens)
+            if way is not None and way not in implementations.setdefault(tokens, []):
+                implementations[tokens].append(way)
         parameters.append(sum(p.numel() for module in modules for p in module.parameters()))
     uncalled = None
     if inputs is not None:
         called = called_modules(model, [place.name for place in places], inputs)
         uncalled = [place.name for place in places if place.name not in called]
-    return Description(config, places, parameters, num_base_weights(model), uncalled)
+    return Description(config, places, parameters, num_base_weights(model), implementations, uncalled)
+
+
+def _implementation(model: nn.Module, place: Place, parts: RoutedParts, num_tokens: int) -> str | None:
+    """How the experts of a place compute the sum for a number of tokens; None where they know one way."""
+    bank = parts.experts
+    if not isinstance(bank, Experts):
+        return None
+    if parts.router is not None:
+        num_slots = parts.router.num_slots
+    else:
+        config: Any = getattr(model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        num_slots = getattr(text, "num_experts_per_tok", None) or bank.num_choices
+    parameter = next(model.parameters(), None)
+    device = "cpu" if parameter is None or parameter.is_meta else parameter.device.type
+    dtype = None if parameter is None or not parameter.is_floating_point() else parameter.dtype
+    return bank.implementation(num_tokens, num_slots, dtype=dtype, device_type=device)

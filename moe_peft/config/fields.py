@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from ..experts import Experts, LowRankExperts
 from ..forward.joined_losses import SCOPES
 from ..messages import warn
-from ..ops import IMPLEMENTATIONS
+from ..ops import AUTO, IMPLEMENTATIONS
 from ..routers import router_fields, router_names
 from ..routers.registry import router_parts
 from ..types import Place
@@ -108,14 +108,18 @@ class LowRankConfig(PairConfig):
     experts_args: ClassVar[dict[str, Any] | None] = None
 
     experts_implementation: str = field(
-        default="dense",
-        metadata={"help": "How the routed sum is computed: 'dense' (two GEMMs) or 'eager' (a loop).", **NOT_MEANING},
+        default=AUTO,
+        metadata={
+            "help": "How the routed sum is computed: 'dense' (two GEMMs over all experts), 'grouped' or 'segment' "
+            "(slots sorted by expert), 'gather' (few slots), 'eager' (a loop), or 'auto', which chooses by the sizes.",
+            **NOT_MEANING,
+        },
     )
 
     def validate(self) -> None:
         """Check every field; see `MoeConfig.validate`."""
         super().validate()
-        self._check_choice("experts_implementation", tuple(IMPLEMENTATIONS))
+        self._check_choice("experts_implementation", (AUTO, *IMPLEMENTATIONS))
 
 
 @dataclass

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from ..ops import AUTO
 from ..types import TokenContext
 from .low_rank import LowRankExperts
 
@@ -44,7 +45,7 @@ class BottleneckExperts(LowRankExperts):
         activation: str = "silu",
         lora_dropout: float = 0.0,
         init_weights: bool | str = True,
-        experts_implementation: str = "dense",
+        experts_implementation: str = AUTO,
     ) -> None:
         super().__init__(
             in_features,

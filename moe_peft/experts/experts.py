@@ -132,6 +132,27 @@ class Experts(ModulePart, nn.Module):
         """
         return None
 
+    def implementation(
+        self,
+        num_tokens: int,
+        num_slots: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device_type: str | None = None,
+    ) -> str | None:
+        """Name of the op that computes a routed sum, of kinds that have several.
+
+        Args:
+            num_tokens: T.
+            num_slots: K, experts a token uses.
+            dtype: What is computed in; None takes the parameters' own.
+            device_type: Where, as "cpu"; None takes the parameters' own.
+
+        Returns:
+            A key of `moe_peft.ops.IMPLEMENTATIONS`; None where `combine` is the only way.
+        """
+        return None
+
     def delta_weight(self, weights_E: torch.Tensor) -> torch.Tensor:
         """The matrix that the experts add to the base weight under a constant routing, of kinds that are mergeable.
 

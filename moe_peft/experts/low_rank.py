@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..ops import IMPLEMENTATIONS, combine_experts, project
+from ..ops import AUTO, IMPLEMENTATIONS, Work, choose, combine_experts, project
 from ..types import Routing, TokenContext
 from .experts import Experts, PendingRouting
 
@@ -25,7 +25,8 @@ class LowRankExperts(Experts):
         lora_dropout: Probability that an input element is dropped in training passes; one mask for all experts.
         init_weights: True: A uniform as in `nn.Linear`, B zero, so that the adapter starts as the identity.
             "gaussian": A normal with standard deviation 0.02, B zero. False: both uniform, for tests.
-        experts_implementation: Name of the op that computes the sum, see `moe_peft.ops.IMPLEMENTATIONS`.
+        experts_implementation: Name of the op that computes the sum, see `moe_peft.ops.IMPLEMENTATIONS`; "auto"
+            chooses by the work that each would do.
 
     Attributes:
         A: (E, r, D) down matrices.
@@ -50,7 +51,7 @@ class LowRankExperts(Experts):
         scaling: float,
         lora_dropout: float = 0.0,
         init_weights: bool | str = True,
-        experts_implementation: str = "dense",
+        experts_implementation: str = AUTO,
     ) -> None:
         super().__init__()
         self.scaling = scaling
@@ -107,7 +108,7 @@ class LowRankExperts(Experts):
         if isinstance(routing, PendingRouting):
             return super().forward(x_TD, base_out_TO, routing, in_place=in_place)
         x_TD, act = self.drop(x_TD, routing.context), self.activation(routing.context)
-        op = IMPLEMENTATIONS[self.experts_implementation]
+        op = IMPLEMENTATIONS[self.implementation(*routing.weights.shape, dtype=x_TD.dtype)]
         return op(x_TD, base_out_TO, self.A, self.B, routing, scaling=self.scaling, act=act, in_place=in_place)
 
     def drop(self, x_TD: torch.Tensor, context: TokenContext) -> torch.Tensor:
@@ -122,11 +123,37 @@ class LowRankExperts(Experts):
         """Elementwise function between the two matrices in this pass; None for the identity."""
         return self.act
 
+    def implementation(
+        self,
+        num_tokens: int,
+        num_slots: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device_type: str | None = None,
+    ) -> str:
+        """Name of the op that computes a routed sum; arguments as in `Experts.implementation`."""
+        if self.experts_implementation != AUTO:
+            return self.experts_implementation
+        num_experts, r, in_features = self.A.shape
+        return choose(
+            Work(
+                num_tokens=num_tokens,
+                num_experts=num_experts,
+                num_slots=num_slots,
+                r=r,
+                in_features=in_features,
+                out_features=self.B.shape[-1],
+                dtype=dtype or self.A.dtype,
+                device_type=device_type or self.A.device.type,
+                compiling=torch.compiler.is_compiling(),
+            )
+        )
+
     def shared_rows(self, context: TokenContext) -> torch.Tensor | None:
         """(E * r, D) down matrices, where two GEMMs compute the sum and the input is not dropped; see `Experts`."""
         own = type(self)
         plain = own.prepare is LowRankExperts.prepare and own.forward is LowRankExperts.forward
-        if not plain or self.experts_implementation != "dense" or self.drops(context):
+        if not plain or self.experts_implementation not in ("dense", AUTO) or self.drops(context):
             return None
         return self.A.reshape(-1, self.A.shape[-1])
 

@@ -378,6 +378,8 @@ def _shared_rows(
     """
     if x_TD.dtype.itemsize < 4 or not (is_plain(router) and is_plain(bank)):
         return None
+    if bank.implementation(x_TD.shape[0], router.num_slots) not in (None, "dense"):
+        return None
     weight, rows = router.shared_rows(context), bank.shared_rows(context)
     if weight is None or rows is None or not x_TD.dtype == weight.dtype == rows.dtype:
         return None

@@ -34,6 +34,7 @@ from ..config.fields import (
 from ..config.meaning import NOT_MEANING
 from ..config.parts import AROUND_WEIGHTS, RoutedParts
 from ..experts import ExpertSlices, Selection
+from ..ops import AUTO
 from ..places.blocks import experts_names
 from ..tuner.registration import extend_peft_type, register
 from ..tuner.tuner import RoutedTuner
@@ -44,7 +45,7 @@ from .selected_experts import SelectedExpertsConfig
 PEFT_TYPE = extend_peft_type("ESFT")
 ROUTED_BY_BACKBONE = "the backbone routes; PerftConfig and RoutedConfig have routers of their own"
 ROUTING_GROUPS = (RouterConfig, TopKConfig, CapacityConfig, RouterLossConfig, MixtureConfig)
-LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_weights", "experts_implementation")
+LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_weights")
 
 
 @accepts_absent
@@ -93,6 +94,9 @@ class EsftConfig(SelectedExpertsConfig, LowRankConfig):
         super().validate()
         self._check_choice("expert_adapter", ("full", "lora"))
         if self.expert_adapter == "full":
+            hint = "left at 'auto', as whole matrices are trained; set expert_adapter='lora' for low-rank ones"
+            # Files written before hold 'dense'.
+            self._check(self.experts_implementation in (AUTO, "dense"), "experts_implementation", hint)
             for name in LORA_FIELDS:
                 self._check_left_alone(name, "whole matrices are trained; set expert_adapter='lora' for low-rank ones")
 

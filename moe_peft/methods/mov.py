@@ -44,6 +44,8 @@ from .build import build_router
 PEFT_TYPE = extend_peft_type("MOV")
 NO_MATRICES = "vectors have no rank and no scale"
 INIT_STD = 0.02
+# What files written before hold of a field without meaning here.
+IMPLEMENTATION = {"experts_implementation": "dense"}
 
 
 @accepts_absent
@@ -58,7 +60,7 @@ class MovConfig(RouterLossConfig, TopKConfig, PlacingConfig):
     absent_fields: ClassVar[Absent] = {
         **TARGET_PARAMETERS,
         **{name: own for name, own in absent(PairConfig, NO_MATRICES).items() if name != "init_weights"},
-        **absent(LowRankConfig, NO_MATRICES),
+        **absent(LowRankConfig, NO_MATRICES, **IMPLEMENTATION),
         **absent(MixtureConfig, NO_MATRICES),
         **absent(CapacityConfig, "MoV's routers have no capacity"),
     }

@@ -1,24 +1,40 @@
 """Ways to compute the routed sum of low-rank experts.
 
-`eager` is the definition, `dense` the default: literal names of the config field `experts_implementation`.
+Literal names of the config field `experts_implementation`: `eager` is the definition, `dense` two GEMMs over all
+experts, `grouped`, `segment` and `gather` skip the experts that a token does not use; `auto` chooses among them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from .choice import AUTO, Work, choose
 from .dense import combine_experts, dense_experts, project
 from .dtypes import cast_to_compute_dtype, without_rounding
 from .eager import eager_experts
+from .gather import gather_experts
+from .sorted_slots import grouped_experts, segment_experts
 
-IMPLEMENTATIONS: dict[str, Callable] = {"eager": eager_experts, "dense": dense_experts}
+IMPLEMENTATIONS: dict[str, Callable] = {
+    "eager": eager_experts,
+    "dense": dense_experts,
+    "grouped": grouped_experts,
+    "segment": segment_experts,
+    "gather": gather_experts,
+}
 
 __all__ = [
+    "AUTO",
     "IMPLEMENTATIONS",
+    "Work",
     "cast_to_compute_dtype",
+    "choose",
     "combine_experts",
     "dense_experts",
     "eager_experts",
+    "gather_experts",
+    "grouped_experts",
     "project",
+    "segment_experts",
     "without_rounding",
 ]

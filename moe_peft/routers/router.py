@@ -89,6 +89,12 @@ class Router(ModulePart, nn.Module):
             and not (self.select.gates_extra and self.select.extra_scores)
         )
 
+    @property
+    def num_slots(self) -> int:
+        """K, experts a token uses; E where that is not fixed."""
+        own = None if self.select is None else self.select.num_slots
+        return self.num_experts if own is None else own
+
     def scale(self, weights: torch.Tensor) -> torch.Tensor:
         """Apply `routed_scaling_factor` to combine weights of any shape."""
         return weights if self.routed_scaling_factor == 1.0 else weights * self.routed_scaling_factor

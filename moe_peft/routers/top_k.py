@@ -26,7 +26,7 @@ class TopK(Selector):
     constant_for_one = True
 
     def __init__(self, *, top_k: int, norm_topk_prob: bool = False, expert_dropout: float = 0.0) -> None:
-        self.top_k = top_k
+        self.top_k = self.num_slots = top_k
         self.norm_topk_prob = norm_topk_prob
         self.expert_dropout = expert_dropout
 

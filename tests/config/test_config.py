@@ -28,7 +28,7 @@ CONFIGS = [LoraMoeConfig, MoloraConfig, SiraConfig, RoutedConfig]
         ("router_aux_loss_coef", -0.1, "router_aux_loss_coef=-0.1 must be zero or a positive number"),
         ("router_z_loss_coef", -1, "router_z_loss_coef=-1 must be zero or a positive number"),
         ("routed_scaling_factor", 0, "routed_scaling_factor=0 must be a positive number"),
-        ("experts_implementation", "fast", "experts_implementation='fast' must be one of 'eager', 'dense'"),
+        ("experts_implementation", "fast", "experts_implementation='fast' must be one of 'auto', 'eager', 'dense'"),
         ("init_weights", "zero", "init_weights='zero' must be one of True, False, 'gaussian'"),
         ("target_parameters", ["w"], "experts are adapted as modules; name the modules in target_modules"),
         ("schema_version", 99, "schema_version=99 must be at most 1; upgrade peft-moe"),

@@ -1,0 +1,76 @@
+"""Which op computes a routed sum, by the work that each would do.
+
+Two GEMMs over all experts do E / K times the work of the selected ones, in the fastest form there is. Skipping work
+pays where that is much: on a CPU from (E / K - 1) r > 24, which is what sorting and copying rows cost beside a rank;
+on a GPU from E r > 200 + 360 K. Few slots of a small batch, as of one decoded token, are gathered instead of sorted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+AUTO = "auto"
+# Work beyond that of the selected experts, in ranks, from which skipping it pays on a CPU.
+CPU_SPARE_RANKS = 24
+# Ranks of all experts up to which two GEMMs win on a GPU: a constant, and more for each expert that a token uses.
+GPU_RANKS, GPU_RANKS_PER_SLOT = 200, 360
+# Slots of a batch up to which copying their matrices beats sorting, and ranks up to which two GEMMs beat both.
+FEW_SLOTS, FEW_RANKS = 16, 128
+# Bytes of all rows, in and out, beyond which a product for each expert beats the grouped one on a CPU.
+CPU_GROUPED_BYTES = 28 * 2**20
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a routed sum has to compute.
+
+    Attributes:
+        num_tokens: T.
+        num_experts: E.
+        num_slots: K, experts a token uses; E for a dense decision.
+        r: Rank of one expert.
+        in_features: D.
+        out_features: O.
+        dtype: What is computed in.
+        device_type: Where, as "cpu" or "cuda".
+        compiling: Whether a graph is being made, which is to hold for any number of tokens.
+    """
+
+    num_tokens: int
+    num_experts: int
+    num_slots: int
+    r: int
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+    device_type: str
+    compiling: bool = False
+
+
+def choose(work: Work) -> str:
+    """Choose an op.
+
+    Args:
+        work: What it has to compute.
+
+    Returns:
+        A key of `IMPLEMENTATIONS`.
+    """
+    ranks, on_cpu = work.num_experts * work.r, work.device_type == "cpu"
+    if not work.compiling and work.num_tokens * work.num_slots <= FEW_SLOTS:
+        if work.num_tokens == 0 or ranks <= FEW_RANKS or work.num_slots >= work.num_experts:
+            return "dense"
+        return "gather"
+    if on_cpu and (work.num_experts / work.num_slots - 1) * work.r <= CPU_SPARE_RANKS:
+        return "dense"
+    if not on_cpu and ranks <= GPU_RANKS + GPU_RANKS_PER_SLOT * work.num_slots:
+        return "dense"
+    if not on_cpu:
+        # The grouped product of a GPU takes 16 bits; a product for each expert would wait for their number.
+        return "grouped" if work.dtype in (torch.bfloat16, torch.float16) else "dense"
+    if work.compiling or work.dtype == torch.float64:
+        return "grouped"
+    rows = work.num_tokens * work.num_slots * (work.in_features + work.out_features)
+    return "grouped" if rows * work.dtype.itemsize <= CPU_GROUPED_BYTES else "segment"

@@ -8,24 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from ..forward.joined_losses import WindowSums
 from ..forward.tracker import ForwardTracker
+from ..layers.after_step import after_step
 from ..telemetry.history import FILE_NAME, RoutingHistory
 from ..telemetry.meter import RoutingMeter, metrics_of
+from .adaptive import AdaptiveCoefficients
 from .checks import check_count, check_training
 from .precision import restore_precision, uses_deepspeed
 from .trackers import find_trackers
 from .training_run import RestoringCallback, load_best
 
 
-class MoeCallback(RestoringCallback):
+class MoeCallback(RestoringCallback, ExportableState):
     """Callback for any transformers or TRL trainer of a model with routed adapters.
 
     Router losses are injected with the weight `amp_scale / micro-batches of the accumulation window`, whatever way the
     trainer scales its own loss; never times the number of processes, over which gradients are averaged. Routers that a
     trainer turned to 16 bit are float32 again before the first step. The routing is measured in training passes; its
-    history is saved beside every checkpoint. `moe_peft.attach(trainer)` adds this callback and puts what it measures
+    history is saved beside every checkpoint. After every optimizer step that was not skipped the parts that learn from
+    the decisions do (`moe_peft.after_step`); coefficients that adapt are saved in the trainer's state and resumed from
+    it. `moe_peft.attach(trainer)` adds this callback and puts what it measures
     into the trainer's logs, which a callback alone cannot.
 
     Args:
@@ -43,6 +48,8 @@ class MoeCallback(RestoringCallback):
         self.layer_groups = layer_groups
         self.meter = RoutingMeter()
         self.history = RoutingHistory()
+        self.coefficients: dict[str, float] | None = None
+        self._adaptive = AdaptiveCoefficients()
         self._trackers: list[ForwardTracker] = []
         self._measuring = False
 
@@ -53,11 +60,14 @@ class MoeCallback(RestoringCallback):
         check_training(args, kwargs["model"])
         if not uses_deepspeed(args):
             restore_precision(kwargs["model"])
+        given = self.coefficients
         self.restore()
         self._trackers = find_trackers(kwargs["model"])
         for tracker in self._trackers:
             # Those of a run that was interrupted, of which nobody told.
             tracker.training_observers = [o for o in tracker.training_observers if not _measures(o)]
+        self._adaptive = AdaptiveCoefficients.of(kwargs["model"])
+        self._adaptive.set(given or self._saved_coefficients(state))
         self.history = _resumed_history(args, state) if state.global_step > 0 else RoutingHistory()
         self.meter = RoutingMeter()
 
@@ -86,7 +96,7 @@ class MoeCallback(RestoringCallback):
     ) -> None:
         """Add the router losses of the window's last micro-batch; outside a window the model is a plain loop's."""
         self.on_substep_end(args, state, control, **kwargs)
-        self.restore()
+        self._leave_window()
         if control.should_save:
             self.on_save(args, state, control, **kwargs)
 
@@ -116,7 +126,42 @@ class MoeCallback(RestoringCallback):
         if state.is_world_process_zero and self.history.steps and folder.is_dir():
             self.history.save(folder)
 
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let parts change by what was decided since the last step; one that a scaler skipped leaves no trace."""
+        if getattr(kwargs.get("optimizer"), "step_was_skipped", False):
+            self._forget_decisions()
+        else:
+            after_step(kwargs["model"])
+
+    def state(self) -> dict[str, Any]:
+        """What a trainer saves with its state: the arguments, and the coefficients that have adapted."""
+        return {
+            "args": {"telemetry_steps": int(self.telemetry_steps), "layer_groups": int(self.layer_groups)},
+            "attributes": {"coefficients": self._adaptive.get()},
+        }
+
     def restore(self) -> None:
+        """Leave the model to a plain loop: configured coefficients, losses of weight one, and nobody who measures."""
+        self._leave_window()
+        self._forget_decisions()
+        self._adaptive.restore()
+        self.coefficients = None
+
+    def _saved_coefficients(self, state: TrainerState) -> dict[str, float]:
+        """Those that a checkpoint's state holds; it may hold several callbacks of one name."""
+        # Annotated as a list of callbacks; it holds what they saved, by the name of their class.
+        everything: Any = state.stateful_callbacks
+        saved = everything.get(type(self).__name__, {}) if state.global_step > 0 else {}
+        saved = saved[0] if isinstance(saved, list) else saved
+        return saved.get("attributes", {}).get("coefficients") or {}
+
+    def _forget_decisions(self) -> None:
+        for tracker in self._trackers:
+            tracker.counted = {}
+
+    def _leave_window(self) -> None:
         """Weigh the router losses of forwards to come with one, as a plain loop expects, and measure none of them."""
         self._measure(False)
         for tracker in self._trackers:

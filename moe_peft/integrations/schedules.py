@@ -11,6 +11,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..layers import routed_layers
 from ..messages import shown
+from .adaptive import AdaptiveCoefficients
 from .checks import is_count, is_number
 from .training_run import RestoringCallback
 
@@ -56,10 +57,15 @@ class CoefficientSchedule(RestoringCallback):
         """Remember the configured coefficients.
 
         Raises:
-            ValueError: No adapter of the model has the loss.
+            ValueError: No adapter of the model has the loss, or it changes its coefficient itself.
         """
         self.restore()
         objectives = list(_coefficients(kwargs["model"]))
+        if any(key.endswith(f"/{self.loss}") for key in AdaptiveCoefficients.of(kwargs["model"]).get()):
+            raise ValueError(
+                f"CoefficientSchedule: the loss {self.loss!r} changes its own coefficient after every step, which a "
+                "schedule would undo. Remove the callback."
+            )
         self._configured = [(own, own[self.loss]) for own in objectives if self.loss in own]
         if not self._configured:
             names = sorted({name for own in objectives for name in own})

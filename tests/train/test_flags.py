@@ -63,3 +63,17 @@ def test_the_parser_shows_its_help(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     assert "--moe_router_aux_loss_coef" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["router_args", "experts_args"])
+def test_options_of_parts_reach_the_configuration_which_knows_them(name, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"moe_method: routed\nmoe_{name}: {{unheard_of: 0.4}}\n")
+    for arguments in (["--config", str(path)], ["--moe_method", "routed", f"--moe_{name}", '{"unheard_of": 0.4}']):
+        with pytest.raises(ValueError, match=rf"{name}: 'unheard_of' is no option"):
+            moe_config(parse(*arguments))
+
+
+def test_sizes_by_layer_reach_the_configuration():
+    config = moe_config(parse("--moe_method", "routed", "--moe_per_layer", '{"r": [2, 4]}'))
+    assert config.per_layer == {"r": [2, 4]}

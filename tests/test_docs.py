@@ -123,8 +123,22 @@ def test_examples_run_and_stay_short(example):
         "03_perft_olmoe": "reloaded logits equal: True",
         "04_esft": "nothing but the selected experts changed: True",
         "05_mov_t5": "reloaded logits equal: True",
+        "06_expert_lora": "losses and gradients equal: True",
     }
     assert expected[example.stem] in result.stdout
+
+
+def test_the_programs_of_the_page_on_expert_lora_run_as_printed(tmp_path, capsys):
+    from tests.contract.cases import tiny_olmoe
+
+    stock, own, files = re.findall(r"```python\n(.*?)```", (ROOT / "docs/expert_lora.md").read_text(), re.DOTALL)
+    exec(stock, {"base": tiny_olmoe()})
+    names = {"base": tiny_olmoe()}
+    exec(own, names)
+    assert "pairs of rank 16 on every expert" in capsys.readouterr().out
+    names = {"model": names["model"], "base": tiny_olmoe(), "folder": str(tmp_path)}
+    exec(files, names)
+    assert {path.name for path in tmp_path.iterdir()} == {"stock", "serving"}
 
 
 def test_the_program_of_the_page_on_threads_runs_as_printed():

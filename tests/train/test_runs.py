@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from peft import get_peft_model
-from transformers import DeepseekV2Config, LlamaConfig, OlmoeConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import DeepseekV2Config, GptOssConfig, LlamaConfig, OlmoeConfig, Qwen3Config, Qwen3MoeConfig
 
 import moe_peft
 from moe_peft import describe
@@ -52,6 +52,17 @@ MODELS = {
         num_key_value_heads=8,
         head_dim=128,
         vocab_size=151936,
+    ),
+    "openai/gpt-oss-20b": GptOssConfig(
+        hidden_size=2880,
+        intermediate_size=2880,
+        num_hidden_layers=24,
+        num_local_experts=32,
+        num_experts_per_tok=4,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=64,
+        vocab_size=201088,
     ),
     "Qwen/Qwen3-30B-A3B": Qwen3MoeConfig(
         hidden_size=2048,
@@ -132,6 +143,10 @@ SIZES = {
     "olmoe_1b_7b_esft": (16, 5 * 16 * 3 * 2048 * 1024),
     "deepseek_v2_lite_esft": (26, 5 * 26 * 3 * 2048 * 1408),
     "qwen3_30b_a3b_4bit_esft_lora": (48, 5 * 48 * 2 * 2048 * 16),
+    # every expert of every layer: r (D + 2 I) for gate and up, r (I + D) for down
+    "olmoe_1b_7b_expert_lora": (16, 16 * 64 * 16 * (2048 + 2 * 1024 + 1024 + 2048)),
+    "qwen3_30b_a3b_4bit_expert_lora": (48, 48 * 128 * 16 * (2048 + 2 * 768 + 768 + 2048)),
+    "gpt_oss_20b_expert_lora": (24, 24 * 32 * 16 * (2880 + 2 * 2880 + 2880 + 2880)),
     # keys and values of every layer: a vector of the output's width, and a router of one head's, 128
     "olmoe_1b_7b_mov": (2 * 16, 2 * 16 * 10 * (2048 + 128)),
     "qwen3_30b_a3b_4bit_mov": (2 * 48, 2 * 48 * 10 * (512 + 128)),
@@ -216,7 +231,7 @@ def test_the_adapter_of_a_run_fits_its_model_at_full_size(path, tmp_path):
 
 def test_runs_on_a_mixture_of_experts_backbone_switch_its_own_balance_loss_off():
     sparse = [path for path in HUB_RUNS if "30b_a3b" in path.stem or "olmoe" in path.stem or "v2_lite" in path.stem]
-    assert len(sparse) == 10
+    assert len(sparse) == 12
     assert {yaml.safe_load(path.read_text())["router_aux_loss_coef"] for path in sparse} == {0.0}
 
 

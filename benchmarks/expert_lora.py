@@ -1,0 +1,219 @@
+"""LoRA on fused experts: stock peft, the same accelerated, and the type of its own, against attention-only LoRA.
+
+    python benchmarks/expert_lora.py [--dtype bfloat16] [--experts 8] [--output results.json]
+
+A Qwen3-MoE-like model is trained for a step, decodes one token with a cache, and reads a prompt, by each contestant in
+turn. Losses and gradients are compared in float64 before anything is timed. Printed besides: bytes saved for the
+backward pass beyond those of attention-only LoRA, and by how much a training step raises the peak of resident memory,
+each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from timing import interleave, ratios, report
+from torch import nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, set_seed
+
+import moe_peft
+
+ATTENTION = "attention-only LoRA"
+STOCK, FAST, OWN = "stock target_parameters", "accelerate_expert_lora", "ExpertLoraConfig"
+NAMES = (ATTENTION, STOCK, FAST, OWN)
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def backbone(args: argparse.Namespace, dtype: torch.dtype) -> nn.Module:
+    """A random model of the size that is asked for."""
+    set_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=1024,
+        hidden_size=args.hidden,
+        intermediate_size=2 * args.hidden,
+        moe_intermediate_size=args.hidden // 2,
+        num_hidden_layers=args.layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=args.hidden // 8,
+        num_experts=args.experts,
+        num_experts_per_tok=min(args.top_k, args.experts),
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = Qwen3MoeForCausalLM(config).to(device, dtype)
+    model.set_experts_implementation("eager" if dtype == torch.float64 else "grouped_mm")
+    return model
+
+
+def contestant(name: str, args: argparse.Namespace, dtype: torch.dtype) -> PeftModel:
+    """A model with the adapter of one contestant."""
+    base = backbone(args, dtype)
+    if name == OWN:
+        config = moe_peft.ExpertLoraConfig(r=args.r, lora_alpha=2 * args.r, target_modules=LINEARS)
+    else:
+        parameters = None if name == ATTENTION else moe_peft.expert_parameters(base)
+        config = LoraConfig(r=args.r, lora_alpha=2 * args.r, target_modules=LINEARS, target_parameters=parameters)
+    model = get_peft_model(base, config, autocast_adapter_dtype=False).train()
+    return moe_peft.accelerate_expert_lora(model) if name == FAST else model
+
+
+def step(model: nn.Module, ids: torch.Tensor) -> Callable[[], None]:
+    """Forward and backward of a batch."""
+
+    def run() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return run
+
+
+def reading(model: nn.Module, ids: torch.Tensor, cached: int = 0) -> Callable[[], None]:
+    """One forward without gradients: of a prompt, or of one token after a prompt in the cache."""
+    with torch.no_grad():
+        cache = model(input_ids=ids[:1, :cached], use_cache=True).past_key_values if cached else None
+
+    @torch.no_grad()
+    def run() -> None:
+        if cache is None:
+            model(input_ids=ids, use_cache=False)
+        else:
+            model(input_ids=ids[:1, :1], past_key_values=cache, use_cache=True)
+            cache.crop(cached)
+
+    return run
+
+
+def saved_bytes(model: nn.Module, ids: torch.Tensor) -> int:
+    """Bytes saved for the backward pass, each storage once, without parameters."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(input_ids=ids, labels=ids)
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+def check_agreement(args: argparse.Namespace) -> None:
+    """Compare stock peft with both ways in float64, logits and gradients."""
+    small = argparse.Namespace(**{**vars(args), "hidden": 64, "layers": 2, "experts": 8})
+    stock, own = contestant(STOCK, small, torch.float64), contestant(OWN, small, torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in stock.named_parameters():
+        if ".lora_" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
+    ids = torch.randint(3, 1024, (2, 9), generator=generator).to(stock.device)
+    loss = stock(input_ids=ids, labels=ids).loss
+    trained = [p for p in stock.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(loss, trained)
+    moe_peft.accelerate_expert_lora(stock)
+    fast = stock(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(fast, loss)
+    torch.testing.assert_close(torch.autograd.grad(fast, trained), expected)
+    for layer, twin in zip(moe_peft.routed_layers(own), _places(stock, own), strict=True):
+        bank = layer.experts["default"]
+        for factors, wrapper in twin:
+            A, B = (getattr(wrapper, f"lora_{f}")["default"].weight.data for f in "AB")
+            own_A, own_B = (getattr(bank, name).data for name in factors)
+            own_A.copy_(A.view(own_A.shape))
+            own_B.copy_(B.view(B.shape[0], -1, own_B.shape[0]).permute(2, 1, 0))
+    torch.testing.assert_close(own(input_ids=ids, labels=ids).loss, loss)
+
+
+def _places(stock: PeftModel, own: PeftModel) -> list[list[tuple[tuple[str, str], nn.Module]]]:
+    """Stock's wrappers beside the tensors of each of our layers."""
+    places = []
+    for name, module in own.get_base_model().named_modules():
+        if not hasattr(module, "tracker") or not hasattr(module, "experts"):
+            continue
+        twin, found = stock.get_base_model().get_submodule(name), []
+        if not hasattr(twin, "parameter_name"):
+            found.append((("A", "B"), twin))
+        while hasattr(twin, "parameter_name"):
+            matrix = "down" if twin.parameter_name == "down_proj" else "gate_up"
+            found.append(((f"{matrix}_A", f"{matrix}_B"), twin))
+            twin = twin.base_layer
+        places.append(found)
+    return places
+
+
+def peak_memory(name: str) -> float:
+    """MiB by which a training step of one contestant raises the peak of a process of its own."""
+    command = [sys.executable, *sys.argv, "--alone", name]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def alone(args: argparse.Namespace, dtype: torch.dtype, ids: torch.Tensor) -> None:
+    """Print the rise of the peak of memory in two training steps."""
+    model = contestant(args.alone, args, dtype)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    for _ in range(2):
+        step(model, ids.to(model.device))()
+    after = (
+        torch.cuda.max_memory_allocated()
+        if torch.cuda.is_available()
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    print((after - before) / 2**20)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--top-k", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--r", type=int, default=8)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--alone", choices=NAMES, help="measure the memory of one contestant; used by the benchmark")
+    parser.add_argument("--output")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    dtype = getattr(torch, args.dtype)
+    ids = torch.randint(3, 1024, (1, args.tokens), generator=torch.Generator().manual_seed(0))
+    if args.alone:
+        alone(args, dtype, ids)
+        return
+    check_agreement(args)
+    models = {name: contestant(name, args, dtype) for name in NAMES}
+    ids = ids.to(models[ATTENTION].device)
+    used = {name: saved_bytes(model, ids) for name, model in models.items()}
+    peaks = {name: peak_memory(name) for name in NAMES}
+    works = {
+        "training step": {name: step(model, ids) for name, model in models.items()},
+        "one decoded token": {name: reading(model, ids, cached=32) for name, model in models.items()},
+        "prefill": {name: reading(model, ids) for name, model in models.items()},
+    }
+    shape = f"{args.layers} layers, width {args.hidden}, top {args.top_k} of {args.experts} experts, r={args.r}"
+    times = {work: interleave(own, rounds=args.rounds) for work, own in works.items()}
+    for work, own in times.items():
+        further = {"saved_bytes": used, "peak_mib": peaks, "all_times_s": times} if work == "training step" else None
+        print(f"{STOCK} over {FAST}: {ratios(own, FAST)[STOCK]:.2f}")
+        output = args.output if further else None
+        report(f"{work}, {shape}, {args.tokens} tokens, {args.dtype}", own, ATTENTION, output, further)
+    print("\n| contestant | MiB saved beyond attention-only LoRA | MiB of peak |\n|---|---|---|")
+    for name in NAMES:
+        print(f"| {name} | {(used[name] - used[ATTENTION]) / 2**20:.1f} | {peaks[name]:.0f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -113,6 +113,8 @@ class TokenContext:
         prompt: (T,) bool, True before the first label of a row; None where no part needs it, or without labels.
         cached: Tokens of each row that came before these ones, in the key-value cache; 0 where no part needs it.
         num_rows: B, the number of equal runs of tokens.
+        part: Number of positions of each row that these are, where a backbone runs a module in slices of the rows; 0
+            for whole rows.
     """
 
     training: bool = False
@@ -125,6 +127,7 @@ class TokenContext:
     prompt: torch.Tensor | None = None
     cached: int = 0
     num_rows: int = 1
+    part: int = 0
 
     def rows(self, numbers: Sequence[int]) -> TokenContext:
         """Describe the tokens of some rows of the batch, as batches that mix adapters split it.
@@ -249,10 +252,12 @@ class RouterLoss(Part):
 
     Attributes:
         config_fields: Keyword of the constructor -> field of the configuration that gives it its value.
+        additive: Whether sums over the slices of a batch, by positions, add up to those of the whole.
         adapts: Whether its coefficient follows what the routers decide, so that training passes are counted for it.
     """
 
     config_fields: ClassVar[Mapping[str, str]] = {}
+    additive: bool = True
     adapts: bool = False
 
     def adapt(self, coefficient: float, statistics: Sequence[StepStatistics]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,6 +13,7 @@ from ..types import Routing, Rows, TokenContext
 from .batch import (
     SampleGroups,
     batch_shape,
+    frame_mask_of,
     further_inputs,
     groups_per_sequence,
     number_segments,
@@ -29,6 +31,7 @@ DESCRIPTION = (
     "segments",
     "modalities",
     "groups",
+    "frames",
     "token_ids",
     "prompt",
     "cached",
@@ -47,6 +50,8 @@ class ForwardPass:
         segments: (B, L) document index of each token of packed rows.
         modalities: (B, L) zero at text, where blocks are given the tokens of one modality alone.
         groups: (B,) or (S,) group per sequence, or (B, L) group per token.
+        frames: Makes the (B, F) mask of F frames of sound of a mask of samples, where the stack has such.
+        position: First position and length of the slice of the rows that ran last.
         token_ids: (B, L) ids of the tokens, where a part needs them.
         prompt: (B, L) bool, True before the first label of a row, where a part needs it.
         cached: Tokens in the key-value cache before these, where a part needs it.
@@ -67,6 +72,8 @@ class ForwardPass:
     segments: torch.Tensor | None = None
     modalities: torch.Tensor | None = None
     groups: SampleGroups | None = None
+    frames: Callable[[int], torch.Tensor | None] | None = None
+    position: tuple[int, int] | None = None
     token_ids: torch.Tensor | None = None
     prompt: torch.Tensor | None = None
     cached: int = 0
@@ -104,6 +111,7 @@ class ForwardPass:
             groups=call.groups,
             module=call.module,
             first_node=call.first_node,
+            frames=frame_mask_of(call.module, two_dimensional(inputs.get("attention_mask"))),
             **(further_inputs(inputs, call.whole_inputs or inputs, shape, needs) if needs else {}),
         )
 
@@ -112,6 +120,47 @@ class ForwardPass:
         for name in DESCRIPTION:
             setattr(self, name, getattr(stack, name))
         self.contexts = stack.contexts
+
+    def is_slice(self, leading: tuple[int, ...]) -> bool:
+        """Whether an input has some positions of every row alone."""
+        return (
+            self.shape is not None
+            and len(leading) == 2
+            and leading[0] == self.shape[0]
+            and 0 < leading[1] < self.shape[1]
+        )
+
+    def slice_tokens(self, leading: tuple[int, ...], device: torch.device, first: int | None) -> TokenContext:
+        """Describe some positions of every row.
+
+        Args:
+            leading: (B, c).
+            device: Device of the input.
+            first: The first position; None where the input does not tell, which then is that of the slice before,
+                whose output it is, or unknown.
+        """
+        shape = self.shape
+        assert shape is not None
+        if first is not None:
+            self.position = (first, leading[1])
+        if self.position is None or self.position[1] != leading[1]:
+            return replace(self.tokens(leading, device), part=leading[1])
+        key = ("slice", self.position, device)
+        if key not in self.contexts:
+            whole, (start, size) = self.tokens(shape, device), self.position
+
+            def cut(tensor: torch.Tensor | None) -> torch.Tensor | None:
+                return None if tensor is None else tensor.view(shape)[:, start : start + size].reshape(-1)
+
+            self.contexts[key] = replace(
+                whole,
+                valid=cut(whole.valid),
+                sequences=cut(whole.sequences),
+                token_ids=cut(whole.token_ids),
+                prompt=cut(whole.prompt),
+                part=size,
+            )
+        return self.contexts[key]
 
     def tokens(self, leading: tuple[int, ...], device: torch.device, rows: Rows = "tokens") -> TokenContext:
         """Describe the tokens of an input with the given leading shape.
@@ -157,6 +206,9 @@ class ForwardPass:
         cached = mask is not None and rows == self.shape and mask.shape[0] == rows[0] and mask.shape[1] > rows[1]
         if mask is not None and len(rows) == 2 and (cached or tuple(mask.shape) == tuple(rows)):
             valid_T = mask[:, mask.shape[1] - rows[1] :].reshape(-1).to(device).bool()
+        elif mask is not None and len(rows) == 2 and rows[0] == mask.shape[0] and self.frames is not None:
+            frames_BF = self.frames(rows[1])
+            valid_T = None if frames_BF is None else frames_BF.reshape(-1).to(device)
         if self.segments is not None and not from_encoder and tuple(self.segments.shape) == rows:
             sequences_T, num_sequences = number_segments(self.segments.to(device))
         elif len(rows) >= 2:

@@ -35,6 +35,7 @@ class LayerLosses:
         joined: Name -> (N,) sums of everything the scope covers.
         count: m, the number of sums that were joined.
         gradients: Name -> (N,) derivative of coefficient * loss in its own sums; empty until the stack's forward ends.
+        part: Positions of each row that were measured, where they are a slice; else 0.
     """
 
     losses: Mapping[str, RouterLoss]
@@ -44,6 +45,7 @@ class LayerLosses:
     joined: dict[str, torch.Tensor] = field(default_factory=dict)
     count: int = 1
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    part: int = 0
 
 
 @dataclass

@@ -73,9 +73,19 @@ class RouterObjective:
         Returns:
             The same decision, whose weights must be used.
         """
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise ValueError(
+                f"{place}: router losses put their gradient into the backward pass of autograd, which torch.func's "
+                "transforms (grad, vmap, jvp) do not run. Use loss.backward() or torch.autograd.grad, evaluate the "
+                "model (model.eval()), or set the coefficients of the router losses to 0."
+            )
         sums = {name: loss.sums(routing) for name, loss in self.losses.items()}
         own = {name: value.detach() for name, value in sums.items()}
-        layer = tracker.enter(place, adapter, LayerLosses(self.losses, dict(self.coefficients), self.scope, own))
+        layer = tracker.enter(
+            place,
+            adapter,
+            LayerLosses(self.losses, dict(self.coefficients), self.scope, own, part=routing.context.part),
+        )
         scale = routing.context.loss_scale or LossScale()
         # A training pass without gradients is the first one of reentrant checkpointing; the recomputation attaches.
         scale.attached += int(not torch.is_grad_enabled() or any(value.requires_grad for value in sums.values()))

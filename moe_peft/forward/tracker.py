@@ -25,6 +25,7 @@ from .find import ENTRIES_ATTRIBUTE, TRACKER_ATTRIBUTE, find_stacks, find_tracke
 from .forward_pass import ForwardPass
 from .joined_losses import LayerLosses, WindowSums, finish
 from .recomputation import in_backward
+from .slices import as_one, join_slices, position_in_storage
 from .thread_state import Observer, RowNames
 
 __all__ = [
@@ -127,7 +128,12 @@ class ForwardTracker(CallKeeper):
             self._warn_once(OUTSIDE)
         if forward_pass is None or not (forward_pass.training or self._thread.observers or self.needs):
             return INFERENCE
-        return forward_pass.tokens(tuple(x.shape[:-1]), x.device, rows)
+        leading = tuple(x.shape[:-1])
+        if rows == "tokens" and forward_pass.is_slice(leading):
+            assert forward_pass.shape is not None
+            return forward_pass.slice_tokens(leading, x.device, position_in_storage(x, forward_pass.shape))
+        forward_pass.position = None
+        return forward_pass.tokens(leading, x.device, rows)
 
     def enter(self, place: str, adapter: str, measured: LayerLosses) -> LayerLosses:
         """Keep the router losses of a layer in a training pass.
@@ -271,7 +277,30 @@ class ForwardTracker(CallKeeper):
     @torch.compiler.disable
     def finish(self, forward_pass: ForwardPass) -> None:
         """Join and differentiate the router losses of a pass that has ended."""
-        layers = {(*key, call): layer for key, made in forward_pass.layers.items() for call, layer in enumerate(made)}
+        layers, length = {}, 0 if forward_pass.shape is None else forward_pass.shape[1]
+        slices: list[tuple[LayerLosses, list[LayerLosses]]] = []
+        for key, made in forward_pass.layers.items():
+            groups = (
+                join_slices(made, length, key[0]) if any(layer.part for layer in made) else [[one] for one in made]
+            )
+            for call, group in enumerate(groups):
+                whole = layers[(*key, call)] = group[0] if len(group) == 1 else as_one(group)
+                slices += [(whole, group)] if len(group) > 1 else []
         if self.window is None and any(layer.scope == "accumulation_window" for layer in layers.values()):
             self._warn_once(NO_WINDOW)
         finish(layers, self.window)
+        for whole, group in slices:
+            for layer in group:
+                layer.joined, layer.count, layer.gradients = whole.joined, whole.count, whole.gradients
+        if slices:
+            self._keep_as_one(forward_pass, slices)
+
+    def _keep_as_one(self, forward_pass: ForwardPass, slices: Sequence[tuple[LayerLosses, list[LayerLosses]]]) -> None:
+        """Have one loss of each sliced place in the values, where the layers keep those of the slices."""
+        for key, made in forward_pass.losses.layers.items():
+            for whole, group in slices:
+                if any(layer is group[0] for layer in made):
+                    first = next(number for number, layer in enumerate(made) if layer is group[0])
+                    made = [layer for layer in made if not any(layer is part for part in group)]
+                    made.insert(first, whole)
+            forward_pass.losses.layers[key] = made

@@ -38,6 +38,8 @@ class LocalizedBalancing(RouterLoss):
         "group_column": "group_column",
     }
 
+    additive = False  # a sequence's share of gate mass is not that of its slices
+
     def __init__(
         self,
         *,

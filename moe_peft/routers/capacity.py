@@ -60,6 +60,12 @@ class Capacity(TopK):
         routing = super().__call__(logits_TE, probs_TE, context, num_experts, **own)
         if self.capacity_factor is None or not context.training:
             return routing
+        if context.part:
+            raise ValueError(
+                f"capacity_factor={self.capacity_factor}: the backbone runs the module in slices of the rows, and an "
+                "expert's places are those of whole rows. Set chunk_size_feed_forward=0 in the model's configuration "
+                "(or switch tiling off), or capacity_factor=None."
+            )
         dropped_TK = over_capacity(routing, self.capacity_factor, by_choice=self.capacity_order == "choice")
         return replace(routing, weights=routing.weights.masked_fill(dropped_TK, 0.0), dropped=dropped_TK)
 

@@ -433,3 +433,22 @@ def test_training_steps_under_checkpointing_equal_those_without(checkpointing):
     for name, parameter in trained_for_three_steps(checkpointing).named_parameters():
         torch.testing.assert_close(parameter, expected[name], rtol=1e-6, atol=1e-8)
         assert torch.equal(parameter, start[name]) != parameter.requires_grad, name
+
+
+def test_transforms_of_functions_are_refused_with_router_losses_and_work_without():
+    def call(model, batch):
+        parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+        def loss(own):
+            return torch.func.functional_call(model, own, (), batch).logits.square().mean()
+
+        return torch.func.grad(loss)(parameters)
+
+    batch = batch_of("sira")
+    with pytest.raises(ValueError, match=r"torch\.func's transforms \(grad, vmap, jvp\) do not run"):
+        call(adapted("sira"), batch)
+    model = adapted("sira").eval()
+    found = call(model, batch)
+    model(**batch).logits.square().mean().backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(found[name], gradient)

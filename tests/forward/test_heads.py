@@ -39,10 +39,10 @@ BASES = {
     "gpt2": (tiny_gpt2, ["lm_head", "c_fc"]),
     "t5": (tiny_t5, ["lm_head", "wi_0"]),
     "bert-mlm": (lambda: BertForMaskedLM(BertConfig(**SIZES)), "all-linear"),
-    "roberta": (lambda: RobertaForSequenceClassification(RobertaConfig(**SIZES)), "all-linear"),
+    "roberta": (lambda: RobertaForSequenceClassification(RobertaConfig(**SIZES)), ["query", "classifier.dense"]),
     "electra": (
         lambda: ElectraForSequenceClassification(ElectraConfig(embedding_size=32, **SIZES)),
-        "all-linear",
+        ["query", "classifier.dense"],
     ),
     "distilbert": (
         lambda: DistilBertForSequenceClassification(
@@ -50,7 +50,7 @@ BASES = {
                 vocab_size=VOCAB, dim=32, n_layers=2, n_heads=4, hidden_dim=64, dropout=0.0, seq_classif_dropout=0.0
             )
         ),
-        "all-linear",
+        ["q_lin", "pre_classifier"],
     ),
 }
 
@@ -112,7 +112,7 @@ def test_the_head_of_an_encoder_decoder_reads_the_decoders_tokens():
 
 
 def test_pooled_rows_have_one_sequence_and_group_each():
-    config = LoraMoeConfig(num_experts=4, expert_groups=[0, 0, 1, 1], target_modules="all-linear", r=2)
+    config = LoraMoeConfig(num_experts=4, expert_groups=[0, 0, 1, 1], target_modules=["classifier.dense"], r=2)
     model = get_peft_model(BASES["roberta"][0](), config).train()
     with record(model) as routings:
         model(**padded_batch([6, 4, 5]), task_type=torch.tensor([0, 1, 1]))

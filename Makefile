@@ -53,6 +53,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/train_step.py --output benchmarks/results/train_step.json
 	$(BIN)/python benchmarks/moe_block.py --output benchmarks/results/moe_block.json
 	$(BIN)/python benchmarks/decode.py --output benchmarks/results/decode.json
+	for tokens in 1 256 2048; do $(BIN)/python benchmarks/routed_sum.py --tokens $$tokens \
+		--output benchmarks/results/routed_sum_$$tokens.json || exit 1; done
 
 clean:
 	rm -rf $(VENV) $(VENV)-3.* .cache outputs

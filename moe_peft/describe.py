@@ -101,8 +101,8 @@ def describe(model: nn.Module, config: MoeConfig, inputs: Mapping[str, Any] | No
         )
     if not isinstance(config, MoeConfig):
         raise ValueError(
-            f"describe: config={shown(config)} is no configuration of moe_peft. Give an instance of one, as "
-            "moe_peft.LoraMoeConfig()."
+            f"describe: config={shown(config)} is no configuration of moe_peft. Give an instance of one of its "
+            "configuration classes."
         )
     if inputs is not None and not isinstance(inputs, Mapping):
         raise ValueError(

@@ -11,8 +11,7 @@ from ..experts import Experts, LowRankExperts
 from ..forward.joined_losses import SCOPES
 from ..messages import warn
 from ..ops import AUTO, IMPLEMENTATIONS
-from ..routers import router_fields, router_names
-from ..routers.registry import router_parts
+from ..routers import DEFAULT_GATE, DEFAULT_SCORER, router_fields, router_names, router_parts
 from ..types import Place
 from .config import BACKBONE, MoeConfig
 from .layer_sizes import SIZES, sizes_at, with_sizes, wrong_sizes
@@ -132,8 +131,8 @@ class RouterConfig(MoeConfig):
         router_args: Options of the router's parts by name.
     """
 
-    scorer: ClassVar[str] = "linear"
-    gate: ClassVar[str] = "softmax"
+    scorer: ClassVar[str] = DEFAULT_SCORER
+    gate: ClassVar[str] = DEFAULT_GATE
     router_args: ClassVar[dict[str, Any] | None] = None
 
     num_experts: int = field(default=8, metadata={"help": "Experts at each adapted layer."})

@@ -15,13 +15,14 @@ from torch import nn
 from ..config.parts import RoutedParts, parts_merge
 from ..experts import Experts, PendingRouting
 from ..forward.tracker import ForwardTracker
+from ..messages import shown, warn
 from ..ops import cast_to_compute_dtype, project
 from ..part import ModulePart
 from ..quantization.four_bit import dtype_when_read
 from ..routers import Router
 from ..telemetry.stacked import as_sums
 from ..telemetry.statistics import RoutingStatistics
-from ..types import MoePeftWarning, Place, Routing, TokenContext
+from ..types import Place, Routing, TokenContext
 
 
 class RoutedLayer(nn.Module, BaseTunerLayer):
@@ -341,9 +342,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
     def scale_layer(self, scale: float) -> None:
         """Accept peft's call to rescale the active adapters; only a scale of one can be honoured."""
         if scale != 1:
-            warnings.warn(
-                f"Routed adapters cannot be rescaled; scale={scale} is ignored.", MoePeftWarning, stacklevel=2
-            )
+            warn(f"Routed adapters cannot be rescaled; scale={shown(scale)} is ignored.")
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Accept peft's call to undo a rescaling; there is none to undo."""

@@ -9,7 +9,6 @@ quantized.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -20,8 +19,8 @@ from ..backbone.expert_tensors import expert_tensors, run_experts
 from ..backbone.structure import ExpertsCall, experts_call
 from ..config.parts import RoutedParts
 from ..experts import ExpertSlices
+from ..messages import warn
 from ..routers import backbone_routing
-from ..types import MoePeftWarning
 from .selecting_layer import SelectingLayer
 
 
@@ -40,11 +39,7 @@ class SlicedExperts(SelectingLayer):
     def update_layer(self, adapter_name: str, parts: RoutedParts, *, inference_mode: bool = False) -> None:
         """Add an adapter; arguments as in `RoutedLayer.update_layer`."""
         if self.merged:
-            warnings.warn(
-                f"Adapters are merged into {self.place}, which a new one copies its experts from. Unmerging them.",
-                MoePeftWarning,
-                stacklevel=2,
-            )
+            warn(f"Adapters are merged into {self.place}, which a new one copies its experts from. Unmerging them.")
             self.unmerge()
             tensors = expert_tensors(self.get_base_layer(), self.num_backbone_experts)
             cast(ExpertSlices, parts.experts).copy_from(tensors, tuple(parts.selection or ()))

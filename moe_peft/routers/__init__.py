@@ -9,6 +9,8 @@ from .dense import Dense, DenseRouter
 from .gates import Gate, Softmax
 from .linear import LinearRouter
 from .registry import (
+    DEFAULT_GATE,
+    DEFAULT_SCORER,
     GATES,
     ROUTERS,
     SCORERS,
@@ -26,6 +28,8 @@ from .selector import Selector
 from .top_k import TopK, TopKRouter
 
 __all__ = [
+    "DEFAULT_GATE",
+    "DEFAULT_SCORER",
     "GATES",
     "ROUTERS",
     "SCORERS",

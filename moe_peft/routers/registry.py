@@ -16,6 +16,8 @@ from .router import Router
 from .selector import Selector
 from .top_k import TopK, TopKRouter
 
+# What a configuration means that names neither scorer nor gate.
+DEFAULT_SCORER, DEFAULT_GATE = "linear", "softmax"
 # z = scorer(x)
 SCORERS: dict[str, type[Router]] = {"linear": LinearRouter}
 # p = gate(z)
@@ -36,29 +38,29 @@ def router_names() -> tuple[str, ...]:
     return tuple(dict.fromkeys((*ROUTERS, *SELECTORS)))
 
 
-def router_parts(router: str, scorer: str = "linear", gate: str = "softmax") -> tuple[type[Part], ...]:
+def router_parts(router: str, scorer: str = DEFAULT_SCORER, gate: str = DEFAULT_GATE) -> tuple[type[Part], ...]:
     """The classes that a set of names means: scorer, gate and selector, or the one of a whole router."""
     if router in SELECTORS:
         return SCORERS[scorer], GATES[gate], SELECTORS[router]
     return (ROUTERS[router],)
 
 
-def router_fields(router: str, scorer: str = "linear", gate: str = "softmax") -> frozenset[str]:
+def router_fields(router: str, scorer: str = DEFAULT_SCORER, gate: str = DEFAULT_GATE) -> frozenset[str]:
     """Names of the configuration's fields that a router takes."""
     return frozenset(name for part in router_parts(router, scorer, gate) for name in part.fields)
 
 
-def router_gives(router: str, scorer: str = "linear", gate: str = "softmax") -> frozenset[str]:
+def router_gives(router: str, scorer: str = DEFAULT_SCORER, gate: str = DEFAULT_GATE) -> frozenset[str]:
     """What a router's decision holds for losses and experts, in the words of `Part.gives`."""
     return frozenset().union(*(part.gives for part in router_parts(router, scorer, gate)))
 
 
-def router_needs(router: str, scorer: str = "linear", gate: str = "softmax") -> frozenset[str]:
+def router_needs(router: str, scorer: str = DEFAULT_SCORER, gate: str = DEFAULT_GATE) -> frozenset[str]:
     """What a router asks of the experts, in the words of `Part.gives`."""
     return frozenset().union(*(part.needs for part in router_parts(router, scorer, gate)))
 
 
-def router_learns(router: str, scorer: str = "linear", gate: str = "softmax") -> bool:
+def router_learns(router: str, scorer: str = DEFAULT_SCORER, gate: str = DEFAULT_GATE) -> bool:
     """Whether a router has parameters that training changes."""
     return any(issubclass(part, Router) and part.learns for part in router_parts(router, scorer, gate))
 
@@ -68,8 +70,8 @@ def make_router(
     num_experts: int,
     *,
     router: str,
-    scorer: str = "linear",
-    gate: str = "softmax",
+    scorer: str = DEFAULT_SCORER,
+    gate: str = DEFAULT_GATE,
     init_std: float | None = None,
     values: Mapping[str, Any] | None = None,
     args: Mapping[str, Any] | None = None,

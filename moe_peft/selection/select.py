@@ -29,7 +29,7 @@ MAX_P = 1e30
 NON_EXPERT_MODULES = (
     "non_expert_modules=True trains everything besides the experts as well (attention, norms, embeddings, routers), "
     "which an adapter of selected experts does not. Write false there, and name what to train beside the experts in "
-    "the configuration: EsftConfig(experts=..., modules_to_save=['q_proj', 'v_proj'], train_router=True)."
+    "the adapter's configuration: modules_to_save=['q_proj', 'v_proj'], train_router=True."
 )
 
 

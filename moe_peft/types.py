@@ -42,6 +42,8 @@ class Place:
         num_layers: Number of layers of that stack.
         base: The module itself, for adapters that start from its weights.
         rows: What the rows of its input are.
+        block: Name of the decision that it shares with other places; None where it decides alone.
+        leader: Full name of the place that makes that decision; None where this one does.
     """
 
     name: str
@@ -53,6 +55,8 @@ class Place:
     num_layers: int | None = None
     base: nn.Module | None = field(default=None, repr=False, compare=False)
     rows: Rows = "tokens"
+    block: str | None = None
+    leader: str | None = None
 
 
 @dataclass(frozen=True)

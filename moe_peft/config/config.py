@@ -117,6 +117,11 @@ class MoeConfig(PeftConfig):
         return self.placement
 
     @property
+    def shares_decisions(self) -> bool:
+        """Whether the places of a block follow the decision of its first."""
+        return False
+
+    @property
     def layer_selection(self) -> tuple[list[int] | int | None, list[str] | str | None]:
         """Indices of the layers that are adapted, and the module list they count in; None where nothing is said."""
         return None, None

@@ -70,6 +70,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = place.in_features, place.out_features
         self.num_backbone_experts = place.num_experts or 0
         self.rows = place.rows
+        self.block = place.block
         self.tracker = tracker
         self.adapter_layer_names = (f"{prefix}experts", f"{prefix}router")
         self.make_storage()
@@ -157,6 +158,8 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         if objective and routing.context.training:
             routing = objective(routing, self.tracker, self.place, adapter_name)
         self.tracker.record(self.place, adapter_name, routing)
+        if self.block is not None:
+            self.tracker.led[self.block, adapter_name] = routing
         if routing.context.training and self._counts(adapter_name):
             self.tracker.count(self.place, adapter_name, as_sums(RoutingStatistics.of(routing)))
         return routing
@@ -194,6 +197,8 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         if routing is not None:
             return bank(read_TD, out_TO, routing, in_place=in_place)
         router = self.router[adapter_name]
+        if router.reads == "block":
+            return bank(read_TD, out_TO, router(self._led(adapter_name, x_TD), context), in_place=in_place)
         if router.reads == "activations":
             decide = partial(self.route, adapter_name, context=context)
             return bank(read_TD, out_TO, PendingRouting(context, decide), in_place=in_place)
@@ -205,6 +210,21 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             return bank.combine(h_TR, out_TO, routing, in_place=in_place)
         # A router reads the input as it comes: autocast's rounding would change which experts are selected.
         return bank(read_TD, out_TO, self.route(adapter_name, x_TD, context), in_place=in_place)
+
+    def _led(self, adapter_name: str, x_TD: torch.Tensor) -> Routing:
+        """The decision that the first place of the block has made about the same tokens.
+
+        Raises:
+            ValueError: There is none, as the model runs this place first.
+        """
+        led = None if self.block is None else self.tracker.led.get((self.block, adapter_name))
+        if led is None or led.probs.shape[0] != x_TD.shape[0]:
+            raise ValueError(
+                f"{self.place} follows the decision of its block's first place, which has not decided about these "
+                "tokens: the model runs them in another order. Leave one of them out of target_modules, or set "
+                "router_scope='place'."
+            )
+        return led
 
     def route(self, adapter_name: str, x_TD: torch.Tensor, context: TokenContext) -> Routing:
         """Let an adapter's own router decide, and note the decision.

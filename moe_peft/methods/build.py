@@ -10,7 +10,7 @@ from ..config.parts import RoutedParts
 from ..experts import EXPERTS, Experts
 from ..forward.objective import Loss, RouterObjective
 from ..options import option_values
-from ..routers import Router, make_router
+from ..routers import FollowingRouter, Router, make_router
 from ..types import Place
 
 
@@ -78,6 +78,8 @@ def build_parts(
     bank = build_experts(config, place, num_experts, experts)
     if follows:
         return RoutedParts(experts=bank)
+    if place.leader is not None:
+        return RoutedParts(experts=bank, router=FollowingRouter(place.in_features, bank.num_choices))
     router = build_router(config, place.in_features, bank.num_choices, init_std=router_init_std)
     return RoutedParts(
         router=router, experts=bank, objective=RouterObjective(losses, scope=config.load_balancing_scope)

@@ -54,6 +54,13 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
     gate: str = field(  # type: ignore[misc]
         default="softmax", metadata={"help": "Name of the gate function of the scores, see moe_peft.routers.GATES."}
     )
+    router_scope: str = field(
+        default="place",
+        metadata={
+            "help": "'place': every place has a router of its own. 'block': the first adapted linear layer of a "
+            "module decides for the others in it, as for the three of an FFN."
+        },
+    )
     top_k: int | None = field(
         default=None,
         metadata={"help": "Experts a token uses; None means 2 with a sparse router, and all with the dense one."},
@@ -106,9 +113,17 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
         """See `MoeConfig.placement`."""
         return self.wraps
 
+    @property
+    def shares_decisions(self) -> bool:
+        """See `MoeConfig.shares_decisions`."""
+        return self.router_scope == "block"
+
     def validate(self) -> None:
         """Check every field; see `MoeConfig.validate`."""
         self._check_choice("wraps", ("linear", "block", "experts"))
+        self._check_choice("router_scope", ("place", "block"))
+        alone = self.router_scope == "place" or self.wraps == "linear"
+        self._check(alone, "router_scope", f"'place': wraps={self.wraps!r} has one place in a block")
         self._check_choice("scorer", tuple(SCORERS))
         self._check_choice("gate", tuple(GATES))
         super().validate()

@@ -28,6 +28,7 @@ from .linear import (
     shortest_endings,
     text_linear_names,
 )
+from .sharing import share_decisions
 
 if TYPE_CHECKING:
     from ..config.config import MoeConfig
@@ -131,7 +132,7 @@ def find_places(model: nn.Module, config: MoeConfig, **quantization: Any) -> lis
     if not places:
         raise NoMatchingPeftModuleError(_all_excluded(unmatched) if excluded else _no_match(model, config))
     _warn_of_unknown(config, modules)
-    return places
+    return share_decisions(places) if config.shares_decisions else places
 
 
 def _warn_of_unknown(config: MoeConfig, modules: Collection[str]) -> None:

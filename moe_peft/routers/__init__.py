@@ -6,6 +6,7 @@ from .backbone import backbone_routing
 from .capacity import Capacity, CapacityRouter
 from .constant import ConstantRouter
 from .dense import Dense, DenseRouter
+from .following import FollowingRouter
 from .gates import Gate, Softmax
 from .linear import LinearRouter
 from .registry import (
@@ -39,6 +40,7 @@ __all__ = [
     "ConstantRouter",
     "Dense",
     "DenseRouter",
+    "FollowingRouter",
     "Gate",
     "LinearRouter",
     "Router",

@@ -25,6 +25,7 @@ class Positive(Selector):
 
 class ActiveL1(RouterLoss):
     needs = frozenset({"selection"})
+    adapts = True
     options = (Option("active", 2, "a number of experts above zero", lambda v: v > 0, "Experts of a token, k."),)
 
     def __init__(self, *, active: float = 2) -> None:

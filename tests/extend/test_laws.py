@@ -67,14 +67,8 @@ def batch_for(place, choice, *, labels=False):
     return {key: value for key, value in batch.items() if labels or key != "labels"} | groups
 
 
-def needs_no_context(choice):
-    if context_needs(choice):
-        pytest.skip("decides by what the context holds, not by the tokens")
-
-
 @cases
 def test_the_adapted_model_starts_as_the_base_bit_for_bit(place, choice):
-    needs_no_context(choice)
     model, batch = make(place, choice, random=False), batch_for(place, choice)
     with torch.no_grad():
         found = model(**batch).logits
@@ -153,7 +147,6 @@ def test_a_saved_adapter_loads_bit_for_bit(place, choice, tmp_path):
 
 @cases
 def test_scores_are_float32_in_a_16_bit_model(place, choice):
-    needs_no_context(choice)
     model, batch = make(place, choice, dtype=torch.bfloat16), batch_for(place, choice)
     for part in parts_of(model):
         for parameter in part.parameters():
@@ -166,7 +159,6 @@ def test_scores_are_float32_in_a_16_bit_model(place, choice):
 
 @cases
 def test_rows_with_adapter_names_equal_those_of_the_adapter_alone(place, choice):
-    needs_no_context(choice)
     model, batch = make(place, choice), batch_for(place, choice)
     names = ["default", "__base__", "default"]
     with torch.no_grad():

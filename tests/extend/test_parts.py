@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from moe_peft import RoutedConfig, routed_layers
+from moe_peft import RoutedConfig, after_step, routed_layers
 from moe_peft.extend import GATES, SELECTORS, ConstantRouter, LinearRouter, RoutingStatistics, TokenContext
 from moe_peft.forward.joined_losses import LayerLosses, finish
 from tests.compare import assert_same, random_routing
@@ -47,6 +47,18 @@ def test_the_weight_of_the_loss_grows_while_more_experts_are_active_than_wanted(
     made, x = router(Positive(), Relu())
     statistics = [RoutingStatistics.of(made(x, TokenContext()))] * 2
     assert ActiveL1(active=active).adapt(0.5, statistics) == pytest.approx(0.5 * factor)
+
+
+def test_after_a_step_every_place_has_the_adapted_weight():
+    with registered():
+        losses = {"active_l1": 0.5}
+        config = RoutedConfig(router="positive", gate="relu", router_aux_loss_coef=0.0, losses=losses, num_experts=E)
+        model = get_peft_model(tiny_llama(), config).train()
+    batch = padded_batch([5, 3])
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    after_step(model)
+    weights = {layer.objectives["default"].coefficients["active_l1"] for layer in routed_layers(model)}
+    assert len(weights) == 1 and weights <= {0.5 * 1.2, 0.5 / 1.2}
 
 
 @pytest.mark.parametrize("normalise", [False, True])

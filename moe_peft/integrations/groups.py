@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..config.config import MoeConfig
+from ..layers import routed_layers
 from .collator import GroupCollator
 
 
@@ -26,13 +27,17 @@ def routed_configs(model: nn.Module) -> list[MoeConfig]:
 
 
 def group_columns(model: nn.Module) -> set[str]:
-    """Batch columns that the adapters of a model need: those of configurations with `expert_groups`.
+    """Batch columns that the adapters of a model need: for `expert_groups`, and for routers that read the groups.
 
     Args:
         model: An adapted model, or one that contains some.
     """
     configs = [config for config in routed_configs(model) if getattr(config, "expert_groups", None) is not None]
-    return {config.group_column for config in configs}  # type: ignore[attr-defined]
+    columns = {config.group_column for config in configs}  # type: ignore[attr-defined]
+    for layer in routed_layers(model):
+        if any("groups" in router.context_needs for router in layer.router.values()):
+            columns |= set(layer.tracker.group_columns)
+    return columns
 
 
 def check_groups(trainer: Any) -> None:

@@ -36,7 +36,7 @@ def expert_parameters(model: nn.Module) -> list[str]:
     if any(parametrize.is_parametrized(base_of(model.get_submodule(holder))) for holder in holders):
         raise ValueError(
             f"The experts of {type(model).__name__} are quantized to 4 bits, where stock peft's LoRA has no effect on "
-            "all but one of their matrices. Use moe_peft.ExpertLoraConfig, or load the experts in 16 bit."
+            "all but one of their matrices. Use the expert LoRA of moe_peft, or load the experts in 16 bit."
         )
     if not names:
         reason = "its experts are no 3-D parameters" if holders else unsupported_reason(model) or "it is a dense model"

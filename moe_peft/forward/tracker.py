@@ -252,7 +252,8 @@ class ForwardTracker(CallKeeper):
 
     def _warn_accumulation(self, model: nn.Module) -> None:
         """Warn where a plain loop adds up gradients of several forwards without weighing the router losses."""
-        if self.managed or ACCUMULATION in self._warned:
+        latest = self._thread.latest
+        if self.managed or ACCUMULATION in self._warned or (latest is not None and not latest.scale.attached):
             return
         parameter = None if self._watched is None else self._watched()
         if parameter is None or not parameter.requires_grad:
@@ -260,7 +261,7 @@ class ForwardTracker(CallKeeper):
             if parameter is None:
                 return
             self._watched = weakref.ref(parameter)
-        seen, latest = (id(parameter), parameter._version), self._thread.latest
+        seen = (id(parameter), parameter._version)
         unweighed = latest is not None and latest.scale.injected > 0 and not latest.scale.replaced
         if unweighed and self.loss_scale == 1.0 and parameter.grad is not None and seen == self._last_parameter:
             self._warn_once(ACCUMULATION)

@@ -12,7 +12,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from moe_peft import LoraMoeConfig, MoePeftWarning, SiraConfig, router_loss
+from moe_peft import LoraMoeConfig, MoePeftWarning, RoutedConfig, SiraConfig, router_loss
 from moe_peft.forward.tracker import TRACKER_ATTRIBUTE, find_stacks, find_tracker, in_backward
 from moe_peft.layers import RoutedLayer
 from moe_peft.telemetry.functions import record
@@ -415,3 +415,13 @@ def test_one_vector_per_row_counts_as_a_sequence_each():
     (pooled,) = routings["bert.pooler.dense"]
     assert pooled.context.num_sequences == 3 and pooled.context.valid is None
     assert torch.equal(pooled.context.groups, torch.tensor([0, 1, 1]))
+
+
+def test_a_model_without_router_losses_is_searched_for_parameters_once(monkeypatch):
+    model = get_peft_model(tiny_llama(), RoutedConfig(router="constant", num_experts=2, router_aux_loss_coef=0.0))
+    base, calls = model.get_base_model(), []
+    search = base.named_parameters
+    monkeypatch.setattr(base, "named_parameters", lambda *args, **kwargs: calls.append(1) or search(*args, **kwargs))
+    for _ in range(4):
+        model.train()(**padded_batch([5])).logits.sum().backward()
+    assert len(calls) <= 1

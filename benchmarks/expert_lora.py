@@ -84,7 +84,7 @@ def reading(model: nn.Module, ids: torch.Tensor, cached: int = 0) -> Callable[[]
             model(input_ids=ids, use_cache=False)
         else:
             model(input_ids=ids[:1, :1], past_key_values=cache, use_cache=True)
-            cache.crop(cached)
+            cache.crop(-1)
 
     return run
 

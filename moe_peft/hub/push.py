@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig, PeftModel
 from torch import nn
 
-from ..config.adapter_files import WEIGHTS, check_adapter_files, num_parameters
+from ..config.adapter_files import WEIGHTS, check_adapter_files, num_parameters, read_json_object
 from ..config.config import MoeConfig
 from ..messages import shown
 from ..types import MoePeftWarning
@@ -136,17 +136,18 @@ def _routed_model(model: nn.Module) -> tuple[PeftModel, str]:
 
 def _read_config(folder: Path) -> MoeConfig:
     path = folder / CONFIG
+    _refuse_outside(folder, CONFIG, path)
+    _refuse_outside(folder, CARD, folder / CARD)
     if not path.is_file():
         raise ValueError(
             f"{folder} holds no {CONFIG}, so it is not the folder of an adapter. Name the folder that "
             "model.save_pretrained or trainer.save_model wrote."
         )
+    found = read_json_object(path).get("peft_type")
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Save the adapter again.") from error
-    except KeyError as error:
-        raise ValueError(f"{path} has the unknown peft_type {error}. Upgrade peft-moe, or peft.") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} has the unknown peft_type {shown(found)}. Upgrade peft-moe, or peft.") from error
     _check_routed(config, str(path))
     check_adapter_files(str(folder), None, config.expected_shapes())
     if not (folder / WEIGHTS).is_file():
@@ -171,11 +172,28 @@ def _contents(folder: Path, include: Sequence[str], base_model: str | None) -> d
         if pattern in include and not found:
             raise ValueError(f"include={shown(pattern)} matches no file inside {folder}. Correct it, or leave it out.")
         contents |= {path.relative_to(folder).as_posix(): path for path in found}
+    for name, path in contents.items():
+        _refuse_outside(folder, name, path)
     if base_model is not None:
         fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         fields["base_model_name_or_path"] = base_model
         contents[CONFIG] = json.dumps(fields, indent=2, sort_keys=True).encode()
     return contents
+
+
+def _refuse_outside(folder: Path, name: str, path: bytes | Path) -> None:
+    """Refuse a link that leads out of the folder, as what lies there was not meant to be published."""
+    if isinstance(path, Path) and not path.resolve().is_relative_to(folder.resolve()) and not _is_cached(folder, path):
+        raise ValueError(
+            f"{folder / name} is a link to {path.resolve()}, outside of the folder, and would publish what lies "
+            "there. Put a copy of the file into the folder, or take the link out."
+        )
+
+
+def _is_cached(folder: Path, path: Path) -> bool:
+    """Whether a link leads to the file's content in the same download cache, as all links in a snapshot do."""
+    repository = folder.resolve().parent.parent
+    return folder.resolve().parent.name == "snapshots" and path.resolve().is_relative_to(repository / "blobs")
 
 
 def _warn_of_local_base(base_model: str | None) -> None:

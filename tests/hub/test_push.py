@@ -56,6 +56,33 @@ def test_an_unknown_type_and_a_file_that_is_no_json(folder):
     refused("is not valid JSON", folder)
 
 
+@pytest.mark.parametrize("text", ["[]", "null", '{"peft_type": []}', "{}", "[" * 100_000])
+def test_a_configuration_that_is_none(text, folder):
+    (folder / "adapter_config.json").write_text(text)
+    refused(r"adapter_config\.json", folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json", "notes/a.txt"]
+)
+def test_a_link_that_leaves_the_folder_is_not_published(name, folder, tmp_path):
+    outside, inside = tmp_path / "outside", folder / name
+    inside.parent.mkdir(exist_ok=True)
+    outside.write_bytes(inside.read_bytes() if inside.exists() else b"secret")
+    inside.unlink(missing_ok=True)
+    inside.symlink_to(outside)
+    refused(
+        rf"{name} is a link to .*outside, outside of the folder", folder, include=["notes/*"] if "/" in name else []
+    )
+
+
+def test_a_linked_folder_of_files_is_not_published(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.txt").write_text("secret")
+    (folder / "notes").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    refused(r"a\.txt is a link to .*elsewhere", folder, include=["notes/*"])
+
+
 def test_a_model_without_an_adapter_or_with_several_active_ones():
     refused(r"takes a PeftModel or a folder, not LlamaForCausalLM", tiny_llama())
     model = get_peft_model(tiny_llama(), LoraMoeConfig(num_experts=2))

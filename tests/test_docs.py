@@ -158,3 +158,13 @@ def test_the_program_of_the_page_on_threads_runs_as_printed():
     for user, adapter in (("ann", "law"), ("bob", "code")):
         model.set_adapter(adapter)
         assert torch.equal(names["answers"][user], model.generate(**requests[user], max_new_tokens=8))
+
+
+def test_every_row_on_robustness_names_tests_that_exist():
+    rows = [line for line in (ROOT / "docs/robustness.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if not row.startswith("| fault |")]
+    assert len(rows) >= 35
+    for row in rows:
+        files = re.findall(r"tests/[\w/]+\.py", row.rsplit("|", 2)[-2])
+        assert files, row
+        assert all("def test_" in (ROOT / name).read_text() for name in files), row

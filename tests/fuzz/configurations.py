@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 import moe_peft
 from moe_peft.config.config import MoeConfig
+from moe_peft.experts import EXPERTS
+from moe_peft.ops import IMPLEMENTATIONS
+from moe_peft.routers import GATES, SCORERS
 
 from .worlds import World
 
@@ -20,6 +23,12 @@ class Drawn(NamedTuple):
     def build(self) -> MoeConfig:
         """The configuration."""
         return getattr(moe_peft, self.name)(**self.fields)
+
+    @property
+    def copies_modules(self) -> bool:
+        """Whether peft lets only one such adapter act at a time."""
+        copies = ("modules_to_save", "trainable_token_indices")
+        return self.name == "EsftConfig" or "SEQ_CLS" in self.fields.values() or any(n in self.fields for n in copies)
 
     def __str__(self) -> str:
         return f"{self.name}({', '.join(f'{name}={value!r}' for name, value in self.fields.items())})"
@@ -78,7 +87,7 @@ def _extras(rng: random.Random, world: World) -> dict[str, Any]:
 def _targets(rng: random.Random, world: World) -> dict[str, Any]:
     chosen = rng.choice((None, None, "all-linear", "some"))
     if chosen == "some":
-        return {"target_modules": sorted(rng.sample(world.linears, rng.randint(1, 2)))}
+        return {"target_modules": sorted(rng.sample(world.linears, rng.randint(1, min(2, len(world.linears)))))}
     return {} if chosen is None else {"target_modules": chosen}
 
 
@@ -110,14 +119,15 @@ def _sira(rng: random.Random, world: World) -> dict[str, Any]:
 def _routed(rng: random.Random, world: World) -> dict[str, Any]:
     fields = _shared(rng, world)
     fields["router"] = rng.choice(("dense", "top_k", "top_k", "capacity", "constant"))
-    fields["experts"] = rng.choice(("low_rank", "low_rank", "bottleneck"))
+    fields["experts"] = rng.choice(("low_rank", *EXPERTS))
     if fields["router"] in ("top_k", "capacity"):
         fields.update(_top_k(rng, fields["num_experts"]))
     if fields["experts"] == "bottleneck":
         for name in ("lora_alpha", "use_rslora"):
             fields.pop(name, None)
         _maybe(rng, fields, 0.5, activation=rng.choice(("relu", "gelu")))
-    _maybe(rng, fields, 0.3, experts_implementation="eager")
+    _maybe(rng, fields, 0.3, experts_implementation=rng.choice(list(IMPLEMENTATIONS)))
+    _maybe(rng, fields, 0.3, scorer=rng.choice(list(SCORERS)), gate=rng.choice(list(GATES)))
     _maybe(rng, fields, 0.3, router_aux_loss_coef=0.3)
     wraps = rng.choice(("linear", "linear", "block")) if world.has_blocks else "linear"
     return {**fields, **(_targets(rng, world) if wraps == "linear" else {"wraps": wraps})}

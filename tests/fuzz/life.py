@@ -76,6 +76,11 @@ class Life:
         return any("_experts.*" not in key and "_router.*" not in key for key in keys)
 
     @property
+    def exclusive(self) -> bool:
+        """Whether one adapter acts at a time: each copies whole modules, or replaces the backbone's experts."""
+        return self.saves_modules or any(known.drawn.name == "EsftConfig" for known in self.known.values())
+
+    @property
     def tolerance(self) -> float:
         return ROUNDED if self.was_merged else EXACT
 

@@ -35,7 +35,8 @@ def add(life: Life, rng: random.Random) -> None:
     def action() -> None:
         life.model = life.door.add(life.model, drawn.build(), name)
         if life.door.name != "peft":
-            life.door.activate(life.model, [*active, name])
+            alone = life.exclusive or drawn.copies_modules
+            life.door.activate(life.model, [name] if alone else [*active, name])
 
     torch.manual_seed(rng.randrange(1000))
     if life.attempt(f"add {name!r}: {drawn}", action):
@@ -57,7 +58,7 @@ def add_badly(life: Life, rng: random.Random) -> None:
 def activate(life: Life, rng: random.Random) -> None:
     if life.known:
         names = list(life.known)
-        names = [rng.choice(names)] if rng.random() < 0.6 or life.saves_modules else names
+        names = [rng.choice(names)] if rng.random() < 0.6 or life.exclusive else names
         text = f"activate {names}"
         if life.attempt(text, lambda: life.door.activate(life.model, names)) and set(life.active) != set(names):
             raise BrokenLawError("activating makes exactly these active", f"{life.active} instead of {names}")
@@ -77,7 +78,7 @@ def disable(life: Life, rng: random.Random) -> None:
 def merge(life: Life, rng: random.Random) -> None:
     if not life.known or not life.door.merges:
         return
-    names = None if rng.random() < 0.5 or life.saves_modules else rng.sample(list(life.known), 1)
+    names = None if rng.random() < 0.5 or life.exclusive else rng.sample(list(life.known), 1)
     safe = rng.random() < 0.5
     text = f"merge_adapter(adapter_names={names}, safe_merge={safe})"
     if life.attempt(text, lambda: life.model.merge_adapter(adapter_names=names, safe_merge=safe)):

@@ -89,7 +89,7 @@ WORLDS = {
             "bert", tiny_bert, "SEQ_CLS", ("query", "value", "intermediate.dense"), has_blocks=False, generates=False
         ),
         World("t5", tiny_t5, "SEQ_2_SEQ_LM", ("q", "v", "wi_0", "wo")),
-        World("mamba", tiny_mamba, "CAUSAL_LM", ("in_proj", "x_proj"), has_blocks=False),
+        World("mamba", tiny_mamba, "CAUSAL_LM", ("in_proj",), has_blocks=False),
         World("olmoe", tiny_olmoe, "CAUSAL_LM", ATTENTION, num_experts=4),
         World("mixtral", tiny_mixtral, "CAUSAL_LM", ATTENTION, num_experts=4),
         World("deepseek_v2", tiny_deepseek_v2, "CAUSAL_LM", ("kv_b_proj", "o_proj"), num_experts=4),

@@ -57,7 +57,10 @@ def draw(rng: random.Random, world: World, kind: str | None = None) -> Drawn:
 
 def fits(name: str, world: World) -> bool:
     """Whether an architecture has what a class wraps."""
-    return {"EsftConfig": world.num_experts > 0, "PerftConfig": world.has_blocks}.get(name, True)
+    has_experts = world.num_experts > 0
+    return {"EsftConfig": has_experts, "ExpertLoraConfig": has_experts, "PerftConfig": world.has_blocks}.get(
+        name, True
+    )
 
 
 def _shared(rng: random.Random, world: World) -> dict[str, Any]:
@@ -165,6 +168,18 @@ def _esft(rng: random.Random, world: World) -> dict[str, Any]:
     return fields
 
 
+def _expert_lora(rng: random.Random, world: World) -> dict[str, Any]:
+    fields: dict[str, Any] = {"r": rng.choice((1, 2, 3)), "init_weights": rng.choice((True, False))}
+    _maybe(rng, fields, 0.3, lora_dropout=0.25)
+    _maybe(rng, fields, 0.3, use_rslora=True)
+    _maybe(rng, fields, 0.3, lora_alpha=rng.choice((1, 3.5, 16)))
+    _maybe(rng, fields, 0.3, target_matrices=[rng.choice(("gate_up", "down"))])
+    _maybe(rng, fields, 0.4, target_modules=sorted(rng.sample(world.linears, 2)))
+    if rng.random() < 0.5:
+        fields["experts"] = _esft(rng, world)["experts"]
+    return fields
+
+
 KINDS = {
     "LoraMoeConfig": _loramoe,
     "MoloraConfig": _molora,
@@ -173,4 +188,5 @@ KINDS = {
     "MovConfig": _mov,
     "PerftConfig": _perft,
     "EsftConfig": _esft,
+    "ExpertLoraConfig": _expert_lora,
 }

@@ -70,6 +70,7 @@ CLASSES = (
     "MovConfig",
     "PerftConfig",
     "EsftConfig",
+    "ExpertLoraConfig",
 )
 NEEDED = {
     "EsftConfig": {"experts": {"1": [0, 1]}},
@@ -180,5 +181,5 @@ def _check_message(case: Case, error: Exception) -> None:
 
 def base_for(cls: str) -> nn.Module:
     """A frozen model that the class fits."""
-    base = tiny_olmoe() if cls in ("EsftConfig", "PerftConfig") else tiny_llama()
+    base = tiny_olmoe() if cls in ("EsftConfig", "ExpertLoraConfig", "PerftConfig") else tiny_llama()
     return base.eval().requires_grad_(False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -95,6 +95,7 @@ class MoeConfig(PeftConfig):
             )
         self._fill_in()
         self._make_sets()
+        self._make_lists()
         self.validate()
         self.advise()
 
@@ -106,6 +107,14 @@ class MoeConfig(PeftConfig):
         for name in ("target_modules", *names):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
+
+    def _make_lists(self) -> None:
+        """Keep token ids that were given as sets as lists, with which peft indexes an embedding."""
+        tokens = self.trainable_token_indices
+        if isinstance(tokens, Mapping):
+            self.trainable_token_indices = {layer: _in_order(ids) for layer, ids in tokens.items()}
+        elif tokens is not None:
+            self.trainable_token_indices = _in_order(tokens)
 
     @property
     def placement(self) -> str:
@@ -288,3 +297,7 @@ class MoeConfig(PeftConfig):
             settings=settings,
             base_model=self.base_model_name_or_path,
         )
+
+
+def _in_order(ids: list[int] | set[int]) -> list[int]:
+    return sorted(ids) if isinstance(ids, (set, frozenset)) else list(ids)

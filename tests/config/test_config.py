@@ -250,3 +250,12 @@ def test_loramoe_on_llama_2_7b_trains_the_known_number_of_parameters(num_experts
     assert len(described.places) == 96
     assert described.base_parameters == 6_738_415_616
     assert f"96 places, {total:,} trainable parameters" in str(described)
+
+
+@pytest.mark.parametrize("tokens", [{5, 3}, [3, 5], (3, 5), {"embed_tokens": {5, 3}}, {"model.embed_tokens": (3, 5)}])
+def test_token_ids_may_be_given_in_any_container(tokens):
+    config = RoutedConfig(num_experts=2, trainable_token_indices=tokens)
+    model = get_peft_model(tiny_llama(), config)
+    (wrapper,) = [module for module in model.modules() if hasattr(module, "token_adapter")]
+    assert wrapper.token_adapter.token_indices["default"] == [3, 5]
+    assert torch.isfinite(model(torch.tensor([[3, 4, 5]])).logits).all()

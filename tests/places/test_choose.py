@@ -116,7 +116,7 @@ def test_a_choice_of_layers_without_effect_is_refused(fields, message):
         (
             tiny_llama,
             PerftConfig(layers_to_transform=[7]),
-            r"in the layers \[7\] \(layers_pattern names the list.*\['mlp'\]",
+            r"in the layers \[7\] \(layers_to_transform; layers_pattern says which list.*\['mlp'\]",
         ),
     ],
 )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -54,8 +54,9 @@ class _TooManyError(Exception):
 def pattern_fields(config: Any) -> Iterator[tuple[str, str, str]]:
     """The regular expressions in a configuration, as peft puts them together.
 
-    A field holds some where its metadata has a "pattern", the template that a value is put into. Of a list every item
-    is one where the metadata says `"patterns_in_lists": True`, and none elsewhere.
+    A field holds some where its metadata has a "pattern", the template that a value is put into. Of a list every item,
+    and of a dict every key, is one where the metadata says `"patterns_in_lists": True`, and none elsewhere. A field
+    that a subclass declares anew holds the same.
 
     Args:
         config: A dataclass.
@@ -64,15 +65,22 @@ def pattern_fields(config: Any) -> Iterator[tuple[str, str, str]]:
         Field name, what was written, and the expression.
     """
     for field in dataclasses.fields(config):
-        template, value = field.metadata.get("pattern"), getattr(config, field.name)
+        metadata = _metadata(type(config), field.name)
+        template, value = metadata.get("pattern"), getattr(config, field.name)
         if template is None or not value:
             continue
         if isinstance(value, str):
             if value.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
                 yield field.name, value, template.replace("{}", value)
-        elif field.metadata.get("patterns_in_lists", False):
+        elif metadata.get("patterns_in_lists", False):
             for item in value:
                 yield field.name, item, template.replace("{}", item)
+
+
+def _metadata(cls: type, name: str) -> Mapping[str, Any]:
+    """What is said of a field by the nearest class that says which patterns it holds."""
+    declared = (getattr(base, "__dataclass_fields__", {}).get(name) for base in cls.__mro__)
+    return next((own.metadata for own in declared if own is not None and "pattern" in own.metadata), {})
 
 
 def check_patterns(config: Any, names: Iterable[str] | None = None) -> None:

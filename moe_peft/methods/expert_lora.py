@@ -48,6 +48,7 @@ from ..tuner.tuner import RoutedTuner
 from ..types import MoeLayer, Place
 from .selected_experts import SelectedExpertsConfig
 
+RANK_PATTERN = r"(.*\.)?({})$"  # which modules a key of rank_pattern means
 PEFT_TYPE = extend_peft_type("EXPERT_LORA")
 ROUTED_BY_BACKBONE = "the backbone routes; PerftConfig and RoutedConfig have routers of their own"
 ROUTING_GROUPS = (RouterConfig, TopKConfig, CapacityConfig, RouterLossConfig, MixtureConfig)
@@ -86,7 +87,9 @@ class ExpertLoraConfig(SelectedExpertsConfig, PairConfig, PlacingConfig):
         default=None,
         metadata={
             "help": "Ranks that differ from r, by the end of a module's name or a regex for it, as in peft: "
-            "{'layers.0.mlp.experts': 4, 'q_proj': 8}."
+            "{'layers.0.mlp.experts': 4, 'q_proj': 8}.",
+            "pattern": RANK_PATTERN,
+            "patterns_in_lists": True,
         },
     )
     target_matrices: list[str] | None = field(
@@ -160,7 +163,9 @@ class ExpertLoraConfig(SelectedExpertsConfig, PairConfig, PlacingConfig):
             name: Its full name.
         """
         patterns = self.rank_pattern or {}
-        return next((r for pattern, r in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)), self.r)
+        return next(
+            (r for pattern, r in patterns.items() if re.match(RANK_PATTERN.replace("{}", pattern), name)), self.r
+        )
 
     def scaling_at(self, name: str) -> float:
         """Factor s at a module; argument as in `rank_at`."""
@@ -180,7 +185,7 @@ class ExpertLoraConfig(SelectedExpertsConfig, PairConfig, PlacingConfig):
         for name in chosen:
             self._check_experts(name, base_of(modules[name]))
         for pattern in self.rank_pattern or {}:
-            found = any(re.match(rf"(.*\.)?({pattern})$", name) for name in modules)
+            found = any(_means(pattern, name) for name in modules)
             self._check(found, "rank_pattern", f"of names of the model's modules; none is called {shown(pattern)}")
         self._add_targets(model, chosen, modules)
 
@@ -263,3 +268,8 @@ class ExpertLoraModel(RoutedTuner):
 
 
 register(ExpertLoraConfig, ExpertLoraModel)
+
+
+def _means(pattern: str, name: str) -> bool:
+    """Whether a key of `rank_pattern` means a module."""
+    return re.match(RANK_PATTERN.replace("{}", pattern), name) is not None

@@ -230,9 +230,7 @@ def _no_match(model: nn.Module, config: MoeConfig) -> str:
     layers, default = "", " Leave target_modules None to take them all." if config.placement in NAMES else ""
     indices, _ = config.layer_selection
     if indices is not None:
-        layers = (
-            f" in the layers {shown(indices)} (layers_to_transform; layers_pattern says which list it counts in)"
-        )
+        layers = f" in the layers {shown(indices)} (layers_to_transform; layers_pattern says which list it counts in)"
     return (
         f"Target modules {shown(targets)} not found in the base model{layers}. {hint}"
         f"{kind} of {type(model).__name__} are called {leaves}.{default}"

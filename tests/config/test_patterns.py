@@ -9,7 +9,16 @@ import time
 import pytest
 from peft import get_peft_model
 
-from moe_peft import LoraMoeConfig, MovConfig, PerftConfig, RoutedConfig
+from moe_peft import (
+    EsftConfig,
+    ExpertLoraConfig,
+    LoraMoeConfig,
+    MoloraConfig,
+    MovConfig,
+    PerftConfig,
+    RoutedConfig,
+    SiraConfig,
+)
 from moe_peft.config.patterns import check_patterns, count_ways, sre_parse
 from moe_peft.layers import RoutedLayer
 from tests.tiny import tiny_llama, tiny_mixtral
@@ -85,6 +94,21 @@ def test_broken_patterns_are_refused_with_the_field(pattern):
         with pytest.raises(ValueError, match=rf"{list(fields)[-1]}=.*regular expression") as error:
             RoutedConfig(**fields)
         assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("cls", [EsftConfig, ExpertLoraConfig, MoloraConfig, MovConfig, PerftConfig, SiraConfig])
+def test_fields_that_a_type_declares_anew_hold_patterns_all_the_same(cls):
+    needed = {"experts": {"0": [0]}} if cls.__name__ == "EsftConfig" else {}
+    for field in ("target_modules", "exclude_modules"):
+        for pattern in ("(", "(a+)+b"):
+            with pytest.raises(ValueError, match=f"{field}"):
+                cls(**needed, **{field: pattern})
+
+
+@pytest.mark.parametrize("pattern", ["(", "(a+)+b", "(.*)*x"])
+def test_keys_that_are_patterns_are_checked_as_well(pattern):
+    with pytest.raises(ValueError, match=r"rank_pattern=.*regular expression"):
+        ExpertLoraConfig(rank_pattern={"q_proj": 2, pattern: 3})
 
 
 def test_a_pattern_that_is_endless_on_the_names_of_a_model_alone_is_refused_before_anything_changes():

@@ -27,8 +27,15 @@ class Drawn(NamedTuple):
     @property
     def copies_modules(self) -> bool:
         """Whether peft lets only one such adapter act at a time."""
-        copies = ("modules_to_save", "trainable_token_indices")
+        copies = ("modules_to_save", "trainable_token_indices", "train_router")
         return self.name == "EsftConfig" or "SEQ_CLS" in self.fields.values() or any(n in self.fields for n in copies)
+
+    @property
+    def further(self) -> dict[str, Any]:
+        """What is trained beside the adapter itself."""
+        names = ("modules_to_save", "trainable_token_indices", "train_router")
+        further = {name: self.fields[name] for name in names if name in self.fields}
+        return {**further, **({"experts": self.fields["experts"]} if "train_router" in further else {})}
 
     def __str__(self) -> str:
         return f"{self.name}({', '.join(f'{name}={value!r}' for name, value in self.fields.items())})"

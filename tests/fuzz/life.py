@@ -75,6 +75,10 @@ class Life:
         keys = [key for known in self.known.values() for key in known.tensors]
         return any("_experts.*" not in key and "_router.*" not in key for key in keys)
 
+    def alike(self, drawn: Drawn) -> bool:
+        """Whether a new adapter trains the same further modules as those that are known."""
+        return all(known.drawn.further == drawn.further for known in self.known.values())
+
     @property
     def exclusive(self) -> bool:
         """Whether one adapter acts at a time: each copies whole modules, or replaces the backbone's experts."""

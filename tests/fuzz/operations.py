@@ -31,6 +31,8 @@ def add(life: Life, rng: random.Random) -> None:
     kind = next(iter(kinds), None) if life.door.name == "peft" else None
     name, drawn = rng.choice(free), draw(rng, life.world, kind)
     active = life.door.active(life.model)
+    if life.known and (drawn.copies_modules or life.saves_modules) and not life.alike(drawn):
+        return  # peft saves, and transformers activates, adapters beside ones that train other modules with errors
 
     def action() -> None:
         life.model = life.door.add(life.model, drawn.build(), name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -54,9 +55,14 @@ class RoutedTuner(BaseTuner):
             ValueError: The adapter does not fit the model, its other adapters, or the weights that are to be loaded.
         """
         check_form(adapter_name)
-        check_patterns(self.peft_config[adapter_name], dict(model.named_modules()))
-        with unchanged_on_error(self, self.peft_config[adapter_name], *find_trackers(model)):
+        given: Any = self.peft_config[adapter_name]
+        check_patterns(given, dict(model.named_modules()))
+        with unchanged_on_error(self, given, *find_trackers(model)):
+            # Places and sizes of this model go into a copy: the configuration may serve another model as well.
+            self.peft_config[adapter_name] = resolved = copy(given)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if hasattr(resolved, "modules_to_save"):  # which PeftModel reads from the one that it was given
+                given.modules_to_save = resolved.modules_to_save
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model, so that its hooks run, which peft 0.20 would pass by."""

@@ -312,7 +312,7 @@ def test_stock_lora_on_the_same_parameters_is_refused_and_adapters_beside_the_ex
     inner = get_peft_model(tiny_olmoe().double(), METHODS["perft-e"]())
     randomize(inner)
     with pytest.warns(UserWarning, match="adapter of another type"):
-        outer = get_peft_model(inner.base_model.model, ExpertLoraConfig(r=2, init_weights=False))
+        outer = get_peft_model(inner.base_model.model, ExpertLoraConfig(r=2, init_weights=False), adapter_name="outer")
     found = outer(**BATCH).logits
     with outer.disable_adapter():
         assert not torch.equal(outer(**BATCH).logits, found)

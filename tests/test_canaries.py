@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -92,6 +93,7 @@ NAMES = [
     ("torch._C", "_current_graph_task_id", None, "forward/recomputation.py knows a backward by it"),
     ("torch._C", "_current_autograd_node", None, "forward/recomputation.py knows what a backward repeats by it"),
 ]
+SINCE_0_21 = ("_get_adapter_state_dict", "_remove_adapter_name_from_key", "_remap_adapter_state_dict_for_load")
 FRAMED = {
     ("peft", "PeftModel.from_pretrained"): ["model", "model_id", "adapter_name", "config", "key_mapping"],
     ("peft", "PeftModel.load_adapter"): ["model_id", "adapter_name", "key_mapping"],
@@ -123,6 +125,8 @@ def found(module: str, name: str) -> object:
 
 @pytest.mark.parametrize(("module", "name", "parameters", "why"), NAMES)
 def test_a_name_is_where_it_was(module, name, parameters, why):
+    if name.endswith(SINCE_0_21) and version("peft").startswith("0.20."):
+        pytest.skip("peft has it since 0.21; before, tuner/entries.py checks alone")
     value = found(module, name)
     assert value is not None, f"{module}.{name} is gone, on which the package stands: {why}."
     if parameters:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from peft import utils as peft_utils
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, NoMatchingPeftModuleError
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
 from ..backbone.encoders import encoder_names
@@ -33,6 +34,8 @@ from .sharing import share_decisions
 if TYPE_CHECKING:
     from ..config.config import MoeConfig
 
+# peft 0.20 raises a plain ValueError where nothing matches.
+NoMatchingPeftModuleError: type[ValueError] = getattr(peft_utils, "NoMatchingPeftModuleError", ValueError)
 DUMMY_TARGETS = "dummy-target-modules"
 
 

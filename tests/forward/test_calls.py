@@ -145,7 +145,7 @@ def test_an_adapter_around_an_adapted_model_tracks_its_own_places():
 
     config = CONFIGS["top_k"]()
     config.target_modules = ["up"]
-    model = get_peft_model(Around(), config).double().train()
+    model = get_peft_model(Around(), config, adapter_name="around").double().train()
     assert len(find_trackers(model)) == 2
     with record(model) as routings:
         model(**batch_of())

@@ -80,6 +80,8 @@ class MoeCallback(RestoringCallback, ExportableState):
         else:
             micro_batches = _micro_batches(args, state, kwargs.get("train_dataloader"))
         scale = _amp_scale(kwargs.get("optimizer")) / max(micro_batches, 1)
+        # A loop of one's own may begin with a step.
+        self._trackers = self._trackers or find_trackers(kwargs["model"])
         for tracker in self._trackers:
             tracker.loss_scale, tracker.window, tracker.managed = scale, WindowSums(), True
         self._measure(self.telemetry_steps > 0 and state.global_step % self.telemetry_steps == 0)

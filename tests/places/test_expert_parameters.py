@@ -63,5 +63,5 @@ def test_four_bit_experts_are_refused_with_what_to_use():
     model = tiny_olmoe()
     experts = model.model.layers[0].mlp.experts
     dequantize_on_read(experts, "down_proj", *quantize(experts.down_proj))
-    with pytest.raises(ValueError, match="ExpertLoraConfig"):
+    with pytest.raises(ValueError, match="Use the expert LoRA of moe_peft"):
         expert_parameters(model)

@@ -124,6 +124,7 @@ def test_the_backbones_own_balance_loss_reaches_the_routers_that_train(tmp_path)
     assert len(routers) == 2 and not any(torch.allclose(p, q, atol=1e-3) for p, q in zip(routers, other, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:DPOTrainer compares passes")
 @pytest.mark.parametrize("method", ["perft-r", "esft", "esft-routers"])
 def test_preference_training_starts_from_a_reference_equal_to_the_policy(method, tmp_path):
     config = CONFIGS[method]()

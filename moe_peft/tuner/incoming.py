@@ -132,13 +132,21 @@ def _refuse_foreign(file: AdapterFile, foreign: list[str], prefix: str, model: n
             f"{extra[0]}. It was saved for a base model of more layers, or for other modules. No weight has been "
             "changed."
         )
-    allowed = {key for key in saved_embeddings(file) if base_key(key.removeprefix(PEFT_PREFIX)) in _embeddings(model)}
+    embeddings = _embeddings(model)
+    allowed = {key for key in saved_embeddings(file) if _bare(key.removeprefix(PEFT_PREFIX)) in embeddings}
     base = sorted(set(foreign) - allowed)
     if base:
         raise ValueError(
             f"{file.name} holds {len(base)} tensors that are not the adapter's, the first is {shown(base[0])}; "
             "loading would write them into the base model. Take them out of the file. No weight has been changed."
         )
+
+
+def _bare(key: str) -> str:
+    """The name that a weight of an embedding has without what peft puts around it."""
+    for wrapper in (".token_adapter.", ".modules_to_save.", ".original_module."):
+        key = key.replace(wrapper, ".")
+    return base_key(key)
 
 
 def _embeddings(model: nn.Module) -> set[str]:

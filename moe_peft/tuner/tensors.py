@@ -143,4 +143,4 @@ def base_key(key: str) -> str:
     Args:
         key: Its name.
     """
-    return key.replace(".token_adapter.", ".").replace(".base_layer.", ".")
+    return key.replace(".base_layer.", ".")

@@ -79,11 +79,16 @@ def test_registering_twice_changes_nothing():
 def test_reloading_a_method_keeps_its_member():
     import moe_peft.methods.sira as sira
 
-    member, old = PeftType["SIRA"], sira.SiraConfig
-    importlib.reload(sira)
-    assert PeftType["SIRA"] is member
-    assert PEFT_TYPE_TO_CONFIG_MAPPING[member] is sira.SiraConfig
-    PEFT_TYPE_TO_CONFIG_MAPPING[member] = old
+    member, before, registered = PeftType["SIRA"], dict(vars(sira)), [dict(mapping) for mapping in MAPPINGS]
+    try:
+        importlib.reload(sira)
+        assert PeftType["SIRA"] is member
+        assert PEFT_TYPE_TO_CONFIG_MAPPING[member] is sira.SiraConfig
+    finally:
+        # The classes of before are those that everything else has imported, and that can be pickled.
+        vars(sira).update(before)
+        for mapping, entries in zip(MAPPINGS, registered, strict=True):
+            mapping.update(entries)
 
 
 def test_a_type_of_another_package_is_not_taken_over():

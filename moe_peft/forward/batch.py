@@ -136,10 +136,12 @@ class SampleGroups:
     Attributes:
         values: int64, one per sequence, or one per token of packed rows.
         may_repeat: Whether they were given for rows that generation repeats.
+        optional: Whether nothing needs them, so that groups of another shape are left out.
     """
 
     values: torch.Tensor
     may_repeat: bool = False
+    optional: bool = False
 
 
 def take_groups(
@@ -148,6 +150,7 @@ def take_groups(
     *,
     given: Mapping[str, torch.Tensor],
     needed: bool,
+    watched: bool = False,
     checked: set[str],
 ) -> SampleGroups | None:
     """Take the sample groups out of a model's arguments.
@@ -157,6 +160,7 @@ def take_groups(
         columns: Column -> groups that experts belong to; empty allows any.
         given: Column -> groups that a context manager gives to calls without them.
         needed: Whether anything reads them in this call; else the columns may hold whatever they hold.
+        watched: Whether somebody looks at the routings, who sees the groups where they are good ones.
         checked: Columns whose values on a device were looked at before; looking waits for the device.
 
     Returns:
@@ -169,6 +173,7 @@ def take_groups(
     for column, allowed in columns.items():
         value = kwargs.pop(column, None)
         if not needed:
+            found = (_good_groups(value, column, allowed) if watched else None) or found
             continue
         if value is not None:
             groups = as_groups(value, column)
@@ -179,6 +184,16 @@ def take_groups(
         elif column in given:
             found = SampleGroups(given[column], may_repeat=True)
     return found
+
+
+def _good_groups(value: Any, column: str, allowed: frozenset[int]) -> SampleGroups | None:
+    """Sample groups that nothing needs; None where there are none, or not such as training takes."""
+    try:
+        groups = as_groups(value, column)
+        check_groups(groups, column, allowed)
+    except ValueError:
+        return None
+    return SampleGroups(groups, optional=True)
 
 
 def as_groups(value: Any, column: str) -> torch.Tensor:
@@ -228,6 +243,8 @@ def groups_per_sequence(
         return values.new_zeros(num_sequences).scatter(0, sequences_T, values.reshape(-1))
     if groups.may_repeat and values.numel() and num_sequences % values.numel() == 0:
         return values.repeat_interleave(num_sequences // values.numel())
+    if groups.optional:
+        return None
     raise ValueError(
         f"The batch brings sample groups of shape {tuple(values.shape)}, but it holds {num_sequences} sequences in "
         f"rows of shape {rows}. Give one group per sequence (shape ({num_sequences},)), or one per token "

@@ -87,7 +87,8 @@ class CallKeeper:
                 kwargs,
                 self.group_columns,
                 given=self._thread.given_groups,
-                needed=call.training or "groups" in self.needs or bool(self._thread.observers),
+                needed=call.training or "groups" in self.needs,
+                watched=bool(self._thread.observers),
                 checked=self._checked_columns,
             )
         call.inputs = named_inputs(entry.module, args, kwargs)

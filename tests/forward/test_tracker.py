@@ -234,6 +234,13 @@ def test_evaluation_does_not_look_at_groups(groups):
         assert model.train()(**batch, task_type=groups).logits.shape == expected.shape
 
 
+def test_who_watches_an_evaluation_sees_its_groups():
+    model = llama(expert_groups=[1, 0]).eval()
+    with record(model) as routings:
+        model(**padded_batch([3, 5]), task_type=torch.tensor([1, 0]))
+    assert all(made[0].context.groups.tolist() == [1, 0] for made in routings.values())
+
+
 @pytest.mark.parametrize("groups", [[None, 1], ["law", "code"], torch.tensor([0.0, 1.0]), [True, False]])
 def test_groups_that_are_no_integers_are_refused_in_training(groups):
     with pytest.raises(ValueError, match="'task_type' must hold the group of every sample as an integer"):

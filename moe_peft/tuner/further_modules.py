@@ -6,7 +6,7 @@ peft wraps these after the adapter's own layers, and skips over names that no mo
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
@@ -18,6 +18,8 @@ from ..messages import shown
 
 # Heads that peft adds to `modules_to_save` for some tasks, whether the model has them or not.
 ADDED_BY_PEFT = frozenset({*SEQ_CLS_HEAD_NAMES, "qa_outputs"})
+# TRL adds the head of a language model where a chat template brings new tokens, also to a reward model, which has none.
+ADDED_BY_TRL = frozenset({"lm_head"})
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
@@ -35,8 +37,9 @@ def check_further_modules(config: MoeConfig, model: nn.Module) -> None:
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     kind = type(config).__name__
     saved: set[str] = set()
+    added = ADDED_BY_PEFT | (ADDED_BY_TRL if config.task_type == "SEQ_CLS" else frozenset())
     for entry in config.modules_to_save or []:
-        saved.update(_saved_by(entry, modules, kind))
+        saved.update(_saved_by(entry, modules, kind, added))
     indices = config.trainable_token_indices
     if indices is None:
         return
@@ -49,12 +52,12 @@ def check_further_modules(config: MoeConfig, model: nn.Module) -> None:
         _check_tokens(_input_embeddings(model, kind), indices, modules, saved, kind)
 
 
-def _saved_by(entry: object, modules: Mapping[str, nn.Module], kind: str) -> list[str]:
-    """The modules that an entry of `modules_to_save` makes peft train."""
+def _saved_by(entry: object, modules: Mapping[str, nn.Module], kind: str, added: Set[str]) -> list[str]:
+    """The modules that an entry of `modules_to_save` makes peft train; none for an added one that the model lacks."""
     if not isinstance(entry, str) or not entry:
         raise ValueError(f"{kind}: modules_to_save holds {shown(entry)}. Write the names of modules to train in full.")
     names = [name for name in modules if name.endswith(entry)]
-    if not names and entry not in ADDED_BY_PEFT:
+    if not names and entry not in added:
         raise ValueError(
             f"{kind}: modules_to_save holds {shown(entry)}, but no module of the model is called so."
             f"{_near(entry, modules)}"

@@ -64,6 +64,13 @@ def test_modules_that_do_not_exist_or_cannot_be_trained_are_refused_before_anyth
         refused(tiny_olmoe(), EsftConfig(experts={"0": [1]}, modules_to_save=names), error, message)
 
 
+def test_a_reward_model_may_lack_the_language_models_head_that_trl_adds():
+    """Where a chat template brings new tokens, whatever the task."""
+    config = RoutedConfig(num_experts=2, modules_to_save=["lm_head"], task_type="SEQ_CLS")
+    get_peft_model(tiny_bert(), config)
+    refused(tiny_bert(), RoutedConfig(num_experts=2, modules_to_save=["lm_head"]), ValueError, "no module of the model")
+
+
 def test_a_layer_is_trained_in_full_or_for_some_tokens():
     config = RoutedConfig(num_experts=2, modules_to_save=["embed_tokens"], trainable_token_indices=[3])
     refused(tiny_llama(), config, ValueError, "Take one of the two")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
@@ -17,6 +17,9 @@ from ..config.config import MoeConfig
 from ..layers import LAYERS, AdaptedExperts, RoutedLayer, SlicedExperts
 from ..messages import shown
 from ..types import MoePeftWarning, Place
+
+# In the names of what peft trains beside an adapter.
+BESIDE = (".modules_to_save.", ".token_adapter.")
 
 
 def check_neighbours(config: MoeConfig, prefix: str, places: Sequence[Place], model: nn.Module) -> None:
@@ -126,7 +129,11 @@ def check_leftovers(
 
 
 def check_tensors(
-    prefix: str, model: nn.Module, own: Mapping[str, tuple[int, ...]], loaded: Mapping[str, torch.Tensor]
+    prefix: str,
+    model: nn.Module,
+    own: Mapping[str, tuple[int, ...]],
+    loaded: Mapping[str, torch.Tensor],
+    embeddings: Set[str] = frozenset(),
 ) -> None:
     """Refuse an adapter's weights that are not those of the model's places, before any of them is copied.
 
@@ -135,6 +142,7 @@ def check_tensors(
         model: The model.
         own: Shapes of the adapter's tensors by the model's names.
         loaded: The adapter's weights by the model's names.
+        embeddings: Names of the base model's weights that peft saves with an adapter of a resized vocabulary.
 
     Raises:
         ValueError: One is missing, has no place, has another shape, or is of the base model.
@@ -152,6 +160,13 @@ def check_tensors(
             f"The adapter's weights hold {len(extra)} tensors more than this model has places for, the first is "
             f"{extra[0]}. It was saved for a base model of more layers, or for other modules. No weight has been "
             "changed."
+        )
+    of_base = model.state_dict().keys() - embeddings
+    base = sorted(key for key in foreign if key in of_base and not any(part in key for part in BESIDE))
+    if base:
+        raise ValueError(
+            f"The adapter's weights hold {shown(base[0])} (and {len(base) - 1} more), which is a weight of the base "
+            "model. Take it out, and load it with model.load_state_dict if it is meant. No weight has been changed."
         )
     for key, shape in own.items():
         if tuple(loaded[key].shape) != shape:

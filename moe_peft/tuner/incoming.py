@@ -132,7 +132,7 @@ def _refuse_foreign(file: AdapterFile, foreign: list[str], prefix: str, model: n
             f"{extra[0]}. It was saved for a base model of more layers, or for other modules. No weight has been "
             "changed."
         )
-    embeddings = _embeddings(model)
+    embeddings = embedding_names(model)
     allowed = {key for key in saved_embeddings(file) if _bare(key.removeprefix(PEFT_PREFIX)) in embeddings}
     base = sorted(set(foreign) - allowed)
     if base:
@@ -149,7 +149,7 @@ def _bare(key: str) -> str:
     return base_key(key)
 
 
-def _embeddings(model: nn.Module) -> set[str]:
+def embedding_names(model: nn.Module) -> set[str]:
     """Names of the weights of a model's input and output embeddings."""
     found = set()
     for getter in ("get_input_embeddings", "get_output_embeddings"):

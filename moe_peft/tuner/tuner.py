@@ -23,7 +23,7 @@ from ..layers import LAYERS, RoutedLayer
 from ..places.choose import find_places, resolve_targets
 from .checks import check_groups, check_leftovers, check_neighbours, check_tensors
 from .further_modules import check_further_modules
-from .incoming import check_incoming, current
+from .incoming import check_incoming, current, embedding_names
 from .merging import Merge, check_merges, merge_layers, plan_merges, quiet_merging
 from .mixed_rows import check_row_names, give_row_names, known_adapters
 from .names import check_form, check_parts
@@ -274,7 +274,9 @@ class RoutedTuner(BaseTuner):
                 inner = own[plain_name(key)].key
                 names[inner] = names[f"{PEFT_PREFIX}{inner}"] = key
         remapped = {names.get(plain_name(key), key): tensor for key, tensor in state_dict.items()}
-        check_tensors(cls.prefix, model, {names[tensor.key]: tensor.shape for tensor in own.values()}, remapped)
+        embeddings = {f"{prefix}{name}" for name in embedding_names(model) for prefix in ("", PEFT_PREFIX)}
+        shapes = {names[tensor.key]: tensor.shape for tensor in own.values()}
+        check_tensors(cls.prefix, model, shapes, remapped, embeddings)
         return remapped
 
 

@@ -31,6 +31,11 @@ class Drawn(NamedTuple):
         return self.name == "EsftConfig" or "SEQ_CLS" in self.fields.values() or any(n in self.fields for n in copies)
 
     @property
+    def wraps_blocks(self) -> bool:
+        """Whether whole blocks or experts modules are wrapped, and the linear layers in them with them."""
+        return self.name in ("PerftConfig", "EsftConfig", "ExpertLoraConfig") or "wraps" in self.fields
+
+    @property
     def further(self) -> dict[str, Any]:
         """What is trained beside the adapter itself."""
         names = ("modules_to_save", "trainable_token_indices", "train_router")

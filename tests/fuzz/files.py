@@ -24,7 +24,7 @@ def _saved(life: Life, name: str) -> Path:
 
 def save_and_load(life: Life, rng: random.Random) -> None:
     """A saved adapter loads on a fresh base, under any name, and is the same to the last bit."""
-    if not life.known or life.merged:
+    if not life.known or life.merged or life.is_stacked:
         return
     name, batch = rng.choice(list(life.known)), life.world.batch(rng)
     other = rng.choice((name, "default", "loaded"))
@@ -36,7 +36,7 @@ def save_and_load(life: Life, rng: random.Random) -> None:
 
 def load(life: Life, rng: random.Random) -> None:
     """Load an adapter that was made elsewhere, under a new or a taken name."""
-    if not life.known or life.merged:
+    if not life.known or life.merged or life.is_stacked:
         return
     kind = next(iter(life.known.values())).drawn.name
     source = Life(life.world_name, life.door_name, life.folder)
@@ -61,7 +61,7 @@ def load(life: Life, rng: random.Random) -> None:
 
 def load_damaged(life: Life, rng: random.Random) -> None:
     """A file that is not what was saved is refused, whichever way it comes in."""
-    if not life.known or life.merged:
+    if not life.known or life.merged or life.is_stacked:
         return
     name, damage = rng.choice(list(life.known)), rng.choice(list(DAMAGES))
     folder = _saved(life, name)

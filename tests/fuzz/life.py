@@ -80,6 +80,16 @@ class Life:
         return all(known.drawn.further == drawn.further for known in self.known.values())
 
     @property
+    def written(self) -> list[Drawn]:
+        """Configurations of the known adapters."""
+        return [known.drawn for known in self.known.values()]
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether adapters of several types may wrap one another, of which the inner ones are saved by other names."""
+        return len({known.drawn.name for known in self.known.values()}) > 1
+
+    @property
     def exclusive(self) -> bool:
         """Whether one adapter acts at a time: each copies whole modules, or replaces the backbone's experts."""
         return self.saves_modules or any(known.drawn.name == "EsftConfig" for known in self.known.values())

@@ -31,6 +31,8 @@ def add(life: Life, rng: random.Random) -> None:
     kind = next(iter(kinds), None) if life.door.name == "peft" else None
     name, drawn = rng.choice(free), draw(rng, life.world, kind)
     active = life.door.active(life.model)
+    if len({drawn.name, *kinds}) > 1 and any(one.wraps_blocks for one in (drawn, *life.written)):
+        return  # linear layers inside a wrapped block are nobody's default place
     if life.known and (drawn.copies_modules or life.saves_modules) and not life.alike(drawn):
         return  # peft saves, and transformers activates, adapters beside ones that train other modules with errors
 
@@ -48,7 +50,9 @@ def add(life: Life, rng: random.Random) -> None:
 
 def add_badly(life: Life, rng: random.Random) -> None:
     kinds = {known.drawn.name for known in life.known.values()}
-    name, drawn = rng.choice((*BAD_NAMES, *life.known)), draw(rng, life.world, next(iter(kinds), None))
+    # transformers takes no name, and an empty one, for "default".
+    bad = BAD_NAMES if life.door.name == "peft" else tuple(name for name in BAD_NAMES if name)
+    name, drawn = rng.choice((*bad, *life.known)), draw(rng, life.world, next(iter(kinds), None))
 
     def action() -> None:
         life.door.add(life.model, drawn.build(), name)

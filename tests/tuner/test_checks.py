@@ -7,10 +7,12 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
-from moe_peft import EsftConfig, PerftConfig
+from moe_peft import EsftConfig, MoloraConfig, PerftConfig
 from moe_peft.layers import RoutedLayer
 from tests.contract.cases import tiny_olmoe
+from tests.tiny import tiny_llama
 
 
 @pytest.fixture
@@ -40,3 +42,22 @@ def test_a_name_by_which_saving_would_lose_weights_is_refused(base, name):
     layers = [module for module in model.modules() if isinstance(module, RoutedLayer)]
     assert len(layers) == 2 and all(list(layer.experts) == ["default"] for layer in layers)
     model.add_adapter(f"adapter_{name}", PerftConfig())
+
+
+@pytest.mark.parametrize("key", ["model.norm.weight", "model.layers.0.mlp.up_proj.base_layer.weight"])
+def test_weights_of_the_base_are_no_part_of_an_adapters_state_dict(key):
+    model = get_peft_model(tiny_llama(), MoloraConfig(num_experts=2, r=2, target_modules=["up_proj"]))
+    tensors = get_peft_model_state_dict(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    foreign = {f"base_model.model.{key}": torch.zeros_like(before[f"base_model.model.{key}"])}
+    with pytest.raises(ValueError, match=f"{key}.*is a weight of the base model"):
+        set_peft_model_state_dict(model, {**tensors, **foreign})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_is_trained_and_saved_beside_an_adapter_is_part_of_its_state_dict():
+    config = MoloraConfig(num_experts=2, r=2, modules_to_save=["norm"], trainable_token_indices=[3])
+    model = get_peft_model(tiny_llama(), config)
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=True)
+    set_peft_model_state_dict(model, {name: torch.ones_like(tensor) for name, tensor in tensors.items()})
+    assert all((tensor == 1).all() for tensor in get_peft_model_state_dict(model).values())

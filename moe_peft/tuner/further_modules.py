@@ -18,7 +18,7 @@ from ..messages import shown
 
 # Heads that peft adds to `modules_to_save` for some tasks, whether the model has them or not.
 ADDED_BY_PEFT = frozenset({*SEQ_CLS_HEAD_NAMES, "qa_outputs"})
-# TRL adds the head of a language model where a chat template brings new tokens, also to a reward model, which has none.
+# TRL adds a language model's head where a chat template brings new tokens, also to reward models, which have none.
 ADDED_BY_TRL = frozenset({"lm_head"})
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 

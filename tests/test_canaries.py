@@ -157,7 +157,7 @@ def test_modules_keep_their_parts_under_the_names_that_are_read():
             f"torch.nn.Module keeps {name} elsewhere: mend backbone/expert_tensors.py and layers."
         )
     everywhere = importlib.import_module("torch.nn.modules.module")
-    assert hasattr(everywhere, "_global_forward_hooks"), "global hooks have moved: mend layers/routed_layer.py."
+    assert hasattr(everywhere, "_global_forward_hooks"), "global hooks have moved: mend layers/shared_rows.py."
 
 
 def test_wrappers_put_the_names_that_saving_strips():

@@ -92,7 +92,7 @@ class AdaptedExperts(SelectingLayer):
             self.note(name, backbone_routing(call.index, call.weights, self.num_backbone_experts, context))
 
     def check_merge(self, adapter_names: Sequence[str], safe_merge: bool = False) -> None:
-        """Refuse a merge that could not be stored; see `RoutedLayer.check_merge`."""
+        """Refuse a merge that could not be stored; see `MergingLayer.check_merge`."""
         names = [name for name in adapter_names if name in self.experts and name not in self.merged_adapters]
         if names and parametrize.is_parametrized(self.get_base_layer()):
             raise ValueError(
@@ -112,7 +112,7 @@ class AdaptedExperts(SelectingLayer):
         self._add(adapter_name, 1.0)
 
     def unmerge_to(self, adapter_names: Sequence[str]) -> None:
-        """Subtract merged adapters from the matrices; see `RoutedLayer.unmerge_to`."""
+        """Subtract merged adapters from the matrices; see `MergingLayer.unmerge_to`."""
         while len(self.merged_adapters) > len(adapter_names):
             self._add(self.merged_adapters.pop(), -1.0)
 

@@ -20,7 +20,7 @@ class RoutedBlock(RoutedLayer):
     """Wraps a module whose first floating tensor argument is its input."""
 
     def update_layer(self, adapter_name: str, parts: RoutedParts, *, inference_mode: bool = False) -> None:
-        """Add an adapter; arguments as in `RoutedLayer.update_layer`."""
+        """Add an adapter; arguments as in `AdapterLayer.update_layer`."""
         self.jitters = _jitters(self.base_layer)
         super().update_layer(adapter_name, parts, inference_mode=inference_mode)
 

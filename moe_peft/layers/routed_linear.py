@@ -74,7 +74,7 @@ class RoutedLinear(RoutedLayer):
         return result
 
     def check_merge(self, adapter_names: Sequence[str], safe_merge: bool = False) -> None:
-        """Refuse a merge that could not be stored, or not be exact; see `RoutedLayer.check_merge`."""
+        """Refuse a merge that could not be stored, or not be exact; see `MergingLayer.check_merge`."""
         check_weight(self.get_base_layer(), self.quantization_backend, self.place)
         for name in adapter_names:
             check_constant(self.router[name], self.in_features, name, self.place)
@@ -93,7 +93,7 @@ class RoutedLinear(RoutedLayer):
         self.set_base_weight(self._merged(self.get_base_weight(), adapter_name, sign=1.0))
 
     def unmerge_to(self, adapter_names: Sequence[str]) -> None:
-        """Subtract merged adapters from the base weight; see `RoutedLayer.unmerge_to`."""
+        """Subtract merged adapters from the base weight; see `MergingLayer.unmerge_to`."""
         while len(self.merged_adapters) > len(adapter_names):
             name = self.merged_adapters.pop()
             self.set_base_weight(self._merged(self.get_base_weight(), name, sign=-1.0))

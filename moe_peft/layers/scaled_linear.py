@@ -110,7 +110,7 @@ class ScaledLinear(RoutedLayer):
         return result
 
     def check_merge(self, adapter_names: Sequence[str], safe_merge: bool = False) -> None:
-        """Refuse a merge that could not be stored, or not be exact; see `RoutedLayer.check_merge`."""
+        """Refuse a merge that could not be stored, or not be exact; see `MergingLayer.check_merge`."""
         check_weight(self.get_base_layer(), self.quantization_backend, self.place)
         for name in adapter_names:
             check_constant(self.router[name], self._router_width(name), name, self.place)
@@ -132,7 +132,7 @@ class ScaledLinear(RoutedLayer):
 
     @torch.no_grad()
     def unmerge_to(self, adapter_names: Sequence[str]) -> None:
-        """Restore the base weight as it was before any merge; see `RoutedLayer.unmerge_to`.
+        """Restore the base weight as it was before any merge; see `MergingLayer.unmerge_to`.
 
         A quantized one is restored to its rounding.
         """

@@ -21,12 +21,12 @@ class SelectingLayer(RoutedLayer):
     selections: dict[str, Selection]
 
     def make_storage(self) -> None:
-        """See `RoutedLayer.make_storage`."""
+        """See `AdapterLayer.make_storage`."""
         super().make_storage()
         self.selections = {}
 
     def update_layer(self, adapter_name: str, parts: RoutedParts, *, inference_mode: bool = False) -> None:
-        """Add an adapter; arguments as in `RoutedLayer.update_layer`."""
+        """Add an adapter; arguments as in `AdapterLayer.update_layer`."""
         if parts.selection is not None:
             self.selections[adapter_name] = parts.selection
         self._keep_tables()

@@ -31,13 +31,13 @@ class SlicedExperts(SelectingLayer):
     adds_to_output = False
 
     def make_storage(self) -> None:
-        """See `RoutedLayer.make_storage`."""
+        """See `AdapterLayer.make_storage`."""
         super().make_storage()
         # What merging overwrote, by adapter: the experts, and their tensors by name.
         self.originals: dict[str, tuple[list[int], dict[str, torch.Tensor]]] = {}
 
     def update_layer(self, adapter_name: str, parts: RoutedParts, *, inference_mode: bool = False) -> None:
-        """Add an adapter; arguments as in `RoutedLayer.update_layer`."""
+        """Add an adapter; arguments as in `AdapterLayer.update_layer`."""
         if self.merged:
             warn(f"Adapters are merged into {self.place}, which a new one copies its experts from. Unmerging them.")
             self.unmerge()
@@ -104,7 +104,7 @@ class SlicedExperts(SelectingLayer):
             seen.update(self.selections[name])
 
     def check_merge(self, adapter_names: Sequence[str], safe_merge: bool = False) -> None:
-        """Refuse a merge that `merge` would refuse; see `RoutedLayer.check_merge`."""
+        """Refuse a merge that `merge` would refuse; see `MergingLayer.check_merge`."""
         names = [name for name in adapter_names if name in self.experts and name not in self.merged_adapters]
         self._check_disjoint([*self.merged_adapters, *names])
         if names and parametrize.is_parametrized(self.get_base_layer()):
@@ -122,7 +122,7 @@ class SlicedExperts(SelectingLayer):
         self.originals[adapter_name] = (ids, self._exchange(ids, dict(self.experts[adapter_name].named_parameters())))
 
     def unmerge_to(self, adapter_names: Sequence[str]) -> None:
-        """Write the backbone's own experts back; see `RoutedLayer.unmerge_to`."""
+        """Write the backbone's own experts back; see `MergingLayer.unmerge_to`."""
         while len(self.merged_adapters) > len(adapter_names):
             self._exchange(*self.originals.pop(self.merged_adapters.pop()))
 

@@ -1,78 +1,116 @@
-"""Single tensors that their part never trains stay frozen, whatever switches the adapter on."""
+"""Parts are called, not read: hooks fire once, weights that arrive with a call arrive, scores are float32."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from accelerate import cpu_offload
+from peft import get_peft_model
+from torch import nn
 
-from moe_peft import RoutedConfig, routed_layers
-from moe_peft.extend import SELECTORS, TopK
-from tests.tiny import padded_batch, tiny_llama
+from moe_peft.layers import RoutedLayer
+from moe_peft.layers.shared_rows import is_plain
+from moe_peft.routers import Router
+from moe_peft.telemetry import record
+from tests.contract.cases import METHODS, MODELS, groups_for, randomize
 
-
-class Biased(TopK):
-    """The k largest, beside a bias that nothing trains."""
-
-    def tensors(self, num_experts):
-        return {"bias": torch.zeros(num_experts)}
-
-    def __call__(self, logits_TE, probs_TE, context, num_experts, *, bias):
-        return super().__call__(logits_TE, probs_TE + bias, context, num_experts)
+CASES = [(model, method) for model in ("llama", "olmoe") for method in METHODS if MODELS[model].supports(method)]
+IMPLEMENTATIONS = ("dense", "eager")
 
 
-@pytest.fixture(autouse=True)
-def _registered(monkeypatch):
-    monkeypatch.setitem(SELECTORS, "biased", Biased)
+def adapted(model, method, dtype=torch.float64, **fields):
+    case = MODELS[model]
+    config = case.config(method, **fields)
+    torch.manual_seed(0)
+    peft_model = get_peft_model(case.build(), config).eval().to(dtype)
+    randomize(peft_model)
+    batch = {name: value for name, value in case.batch().items() if name != "labels"}
+    return peft_model, {**batch, **groups_for(config, batch)}
 
 
-def config():
-    return RoutedConfig(router="biased", num_experts=3, target_modules=["q_proj"])
+def parts_of(model) -> dict[str, nn.Module]:
+    layers = [module for module in model.modules() if isinstance(module, RoutedLayer)]
+    return {
+        f"{layer.place}.{kind}": bank["default"]
+        for layer in layers
+        for kind, bank in (("experts", layer.experts), ("router", layer.router))
+        if "default" in bank
+    }
 
 
-def assert_frozen(model):
-    for layer in routed_layers(model):
-        router = layer.router["default"]
-        assert router.weight.requires_grad and not router.bias.requires_grad
+def fields_of(model, method, implementation):
+    try:
+        MODELS[model].config(method, experts_implementation=implementation)
+    except ValueError:  # a type without matrices
+        return {} if implementation == "dense" else None
+    return {"experts_implementation": implementation}
 
 
-def enter_and_leave(model):
-    with model.disable_adapter():
-        pass
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("model", "method"), CASES)
+def test_hooks_on_routers_and_experts_fire_once_per_call_and_change_nothing(model, method, implementation):
+    fields = fields_of(model, method, implementation)
+    if fields is None:
+        pytest.skip("no sum of matrices to compute")
+    peft_model, batch = adapted(model, method, **fields)
+    calls: dict[str, int] = {}
+    with torch.no_grad():
+        expected = peft_model(**batch).logits
+        for name, part in parts_of(peft_model).items():
+            part.register_forward_hook(lambda *args, name=name: calls.update({name: calls.get(name, 0) + 1}))
+        torch.testing.assert_close(peft_model(**batch).logits, expected)
+    assert calls == dict.fromkeys(parts_of(peft_model), 1)
 
 
-def switch_between_two(model):
-    model.add_adapter("other", config())
-    for name in ("other", "default"):
-        model.set_adapter(name)
-    model.delete_adapter("other")
+@pytest.mark.parametrize(("model", "method"), CASES)
+def test_weights_that_a_call_brings_arrive(model, method):
+    peft_model, batch = adapted(model, method)
+    with torch.no_grad():
+        expected = peft_model(**batch).logits
+        for part in parts_of(peft_model).values():
+            cpu_offload(part, torch.device("cpu"))
+            assert not is_plain(part)
+        torch.testing.assert_close(peft_model(**batch).logits, expected)
 
 
-SWITCHES = {
-    "made": lambda model: None,
-    "set_adapter": lambda model: model.set_adapter("default"),
-    "disable_adapter": enter_and_leave,
-    "set_requires_grad": lambda model: model.set_requires_grad("default", True),
-    "layer": lambda model: [layer.requires_grad_(True) for layer in routed_layers(model)],
-    "another adapter": switch_between_two,
-}
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("model", "method"), CASES)
+def test_scores_are_float32_where_everything_has_been_cast_to_16_bit(model, method, dtype):
+    peft_model, batch = adapted(model, method, torch.float32)
+    for parameter in peft_model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    inputs, logits = {}, {}
+    for layer in (module for module in peft_model.modules() if isinstance(module, RoutedLayer)):
+        for router in layer.router.values():
+            router.register_forward_pre_hook(lambda m, args, place=layer.place: inputs.update({place: (m, args[0])}))
+    with torch.no_grad(), record(peft_model) as hooked:
+        peft_model(**batch)
+    for layer in (module for module in peft_model.modules() if isinstance(module, RoutedLayer)):
+        for router in layer.router.values():
+            router._forward_pre_hooks.clear()
+    with torch.no_grad(), record(peft_model) as plain:
+        peft_model(**batch)
+    for place, routings in plain.items():
+        logits[place] = routings[0].logits
+        assert logits[place].dtype == torch.float32 and torch.equal(logits[place], hooked[place][0].logits)
+        if place in inputs and router_reads_linear(inputs[place][0]):
+            router, x = inputs[place]
+            assert torch.equal(logits[place], x.float() @ router.weight.float().T)
 
 
-@pytest.mark.parametrize("switch", SWITCHES)
-def test_a_frozen_tensor_stays_frozen(switch):
-    model = get_peft_model(tiny_llama(), config())
-    SWITCHES[switch](model)
-    assert_frozen(model)
+def router_reads_linear(router: Router) -> bool:
+    return hasattr(router, "weight")
 
 
-def test_a_frozen_tensor_is_saved_and_no_optimizer_moves_it(tmp_path):
-    model = get_peft_model(tiny_llama(), config()).train()
-    for layer in routed_layers(model):
-        layer.router["default"].bias.data.fill_(3.0)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)
-    model(**padded_batch([5, 3]), labels=padded_batch([5, 3])["input_ids"]).loss.backward()
-    optimizer.step()
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True)
-    assert_frozen(again)
-    assert all((layer.router["default"].bias == 3).all() for layer in routed_layers(again))
+@pytest.mark.parametrize("method", ["routed", "perft-r", "mov"])
+def test_scores_of_a_float32_input_are_not_rounded_by_autocast(method):
+    peft_model, batch = adapted("llama", method, torch.float32)
+    routers = [part for name, part in parts_of(peft_model).items() if name.endswith(".router")]
+    seen = []
+    for router in routers:
+        router.register_forward_hook(lambda m, args, out: seen.append((m, args[0], out.logits)))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        peft_model(**batch)
+    assert len(seen) == len(routers)
+    for router, x, logits in seen:
+        assert torch.equal(logits, x.float() @ router.weight.T)

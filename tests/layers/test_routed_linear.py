@@ -87,14 +87,6 @@ def test_adapter_names_are_refused_on_merged_layers():
         layer(torch.randn(2, 12), adapter_names=["default", "__base__"])
 
 
-def test_merging_several_experts_is_refused_by_the_layer_too():
-    layer = layer_of(nn.Linear(12, 8))
-    before = layer.base_layer.weight.clone()
-    with pytest.raises(ValueError, match="weighs its experts by the input"):
-        layer.merge()
-    assert torch.equal(layer.base_layer.weight, before)
-
-
 def test_weights_that_are_not_finite_are_not_merged_safely():
     layer = layer_of(nn.Linear(12, 8), LoraMoeConfig(target_modules=["0"], num_experts=1))
     layer.experts["default"].A.data[0, 0, 0] = float("nan")
@@ -102,15 +94,6 @@ def test_weights_that_are_not_finite_are_not_merged_safely():
     with pytest.raises(ValueError, match="NaNs detected"):
         layer.merge(safe_merge=True)
     assert torch.equal(layer.base_layer.weight, before) and not layer.merged
-
-
-def test_rescaling_is_ignored_with_a_warning():
-    from moe_peft import MoePeftWarning
-
-    layer = layer_of(nn.Linear(12, 8))
-    layer.scale_layer(1)
-    with pytest.warns(MoePeftWarning, match="scale=2 is ignored"):
-        layer.scale_layer(2)
 
 
 def test_training_a_layer_outside_its_models_forward_warns_once():

@@ -17,8 +17,8 @@ from .config.config import MoeConfig
 from .config.parts import RoutedParts
 from .experts import Experts
 from .messages import shown
+from .place import Place
 from .places.choose import find_places, resolve_targets
-from .types import Place
 
 # Tokens of a training batch, and of one step of decoding.
 TOKENS = (2048, 1)

@@ -16,17 +16,10 @@ A program that loads an adapter of such parts must import that file first.
 from __future__ import annotations
 
 from .config.config import MoeConfig
-from .config.fields import (
-    CapacityConfig,
-    LowRankConfig,
-    MixtureConfig,
-    PlacingConfig,
-    RoutedMoeConfig,
-    RouterConfig,
-    RouterLossConfig,
-    TopKConfig,
-)
+from .config.fields import MixtureConfig, PlacingConfig, RoutedMoeConfig, RouterLossConfig
+from .config.pair_fields import LowRankConfig
 from .config.parts import RoutedParts
+from .config.router_fields import CapacityConfig, RouterConfig, TopKConfig
 from .experts import EXPERTS, Experts, LowRankExperts, PendingRouting
 from .forward.objective import RouterObjective
 from .layers import RoutedLayer, routed_layers
@@ -36,6 +29,7 @@ from .methods.build import build_experts, build_parts, build_router
 from .ops import combine_experts, project
 from .options import check_options
 from .part import Option, Part
+from .place import Place
 from .routers import (
     GATES,
     ROUTERS,
@@ -55,7 +49,7 @@ from .routers import (
 from .telemetry.statistics import RoutingStatistics
 from .tuner.registration import extend_peft_type, register
 from .tuner.tuner import RoutedTuner
-from .types import Place, RouterLoss, Routing, TokenContext
+from .types import RouterLoss, Routing, TokenContext
 
 __all__ = [
     "EXPERTS",

@@ -1,6 +1,6 @@
-"""What a router decides, what it may know, a loss on it, and where it acts.
+"""What a router decides, what it may know, and a loss on it.
 
-`Routing`, `TokenContext`, `RouterLoss`, `StepStatistics`, `Place`, `MoeLayer`.
+`Routing`, `TokenContext`, `RouterLoss`, `StepStatistics`.
 
 Shape suffixes of local tensors:
     B batch rows, L positions of a row, T tokens (B * L flattened), S sequences (rows, or documents of a packed row),
@@ -12,76 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Protocol
 
 import torch
-from torch import nn
 
 from .part import Part
-
-# What the rows of a layer's input are: tokens of the text, encoder states that cross-attention reads, or patches of
-# images and frames of sound.
-Rows = Literal["tokens", "encoder_states", "media"]
 
 
 class MoePeftWarning(UserWarning):
     """Every warning this package gives."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """A module of the backbone that an adapter wraps.
-
-    Attributes:
-        name: Full module name.
-        in_features: D.
-        out_features: O.
-        kind: Class name of the module.
-        num_experts: Experts of the backbone there; None where it has none.
-        layer_index: Index of the layer it belongs to, in its stack; None for a place outside of numbered layers.
-        num_layers: Number of layers of that stack.
-        base: The module itself, for adapters that start from its weights.
-        rows: What the rows of its input are.
-        block: Name of the decision that it shares with other places; None where it decides alone.
-        leader: Full name of the place that makes that decision; None where this one does.
-    """
-
-    name: str
-    in_features: int
-    out_features: int
-    kind: str = "Linear"
-    num_experts: int | None = None
-    layer_index: int | None = None
-    num_layers: int | None = None
-    base: nn.Module | None = field(default=None, repr=False, compare=False)
-    rows: Rows = "tokens"
-    block: str | None = None
-    leader: str | None = None
-
-
-@dataclass(frozen=True)
-class MoeLayer:
-    """One sparse layer of a backbone.
-
-    Attributes:
-        index: Index of the decoder layer.
-        experts: Full name of the fused experts module.
-        block: Full name of the block that owns them; None where the decoder layer itself does.
-        router: Full name of the router beside the experts.
-        shared_experts: Full names of the modules beside them that every token uses.
-        num_experts: E.
-        in_features: Width of the experts' input.
-        out_features: Width of their output.
-    """
-
-    index: int
-    experts: str
-    block: str | None
-    router: str | None
-    shared_experts: tuple[str, ...]
-    num_experts: int
-    in_features: int
-    out_features: int
 
 
 class LossScale:

@@ -191,7 +191,7 @@ def test_fused_experts_have_the_attributes_of_the_interface():
         "hidden_states",
         "top_k_index",
         "top_k_weights",
-    ], "experts are called in another way: mend backbone/structure.py (experts_call)."
+    ], "experts are called in another way: mend backbone/experts_call.py."
 
 
 def test_trainers_keep_their_metrics_and_their_callbacks_where_they_are_read():

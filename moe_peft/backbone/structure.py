@@ -3,38 +3,32 @@
     R1  experts: a module that is called with (hidden, index, weights) and owns one slice of weights per expert
     R2  block: the module that owns the experts; none where that is a decoder layer, which owns attention as well
     R3  router: called `gate` or `router`, beside the experts
-    R4  routing: the inputs of the experts module
+    R4  routing: the inputs of the experts module (see `experts_call`)
     R5  widths and number of experts: those of the experts' weights
     R6  linear adapters stay out of routers
     R7  experts of an encoder of images or sound are not those of the language model
-    R8  attention: a module called so, or one that owns projections of queries, keys and values
+    R8  attention is no part of a block (see `attention`)
 
 No rule asks for the name of a class, as quantization replaces classes.
 """
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..types import MoeLayer
+from ..place import MoeLayer
+from .attention import attention_names
 from .encoders import encoder_names
+from .experts_call import takes_routing
 
 # Names of the modules that decide about experts: anywhere, and where `experts` stands beside them.
 ROUTER_NAMES = ("router", "router_gate")
 ROUTER_NAMES_BESIDE_EXPERTS = ("gate", "shared_expert_gate", *ROUTER_NAMES)
-ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-# What projections of queries, keys and values are called, and ones that hold all three.
-PROJECTION = re.compile(r"(?:to_?|w_?|c_?)?(q|k|v|query|key|value)(?:_?(?:proj|lin|linear|layer|project\w*))?", re.I)
-FUSED_PROJECTION = re.compile(r"c_attn|w?_?qkv(?:_?(?:proj|lin|linear))?|query_key_value", re.I)
 # The first matrix of fused experts, and what modules without fused matrices call the width of their input.
 FIRST_MATRICES = ("gate_up_proj", "up_proj")
 WIDTHS = ("hidden_size", "hidden_dim", "d_model")
@@ -69,72 +63,6 @@ def is_below(name: str, ancestors: set[str]) -> bool:
     """Whether a module name is one of the ancestors or lies below one of them."""
     parts = name.split(".")
     return any(".".join(parts[:end]) in ancestors for end in range(1, len(parts) + 1))
-
-
-@dataclass(frozen=True)
-class ExpertsCall:
-    """What an experts module is called with: the routing that the backbone really uses.
-
-    Attributes:
-        hidden: (T, D) or (B, L, D) input.
-        index: (T, K) integer expert of each slot; an index of E or more is a slot without an expert.
-        weights: (T, K) its combine weight.
-    """
-
-    hidden: torch.Tensor
-    index: torch.Tensor
-    weights: torch.Tensor
-
-
-def experts_call(args: tuple, kwargs: dict[str, Any]) -> ExpertsCall:
-    """Tell the inputs of an experts module apart by their types.
-
-    Args:
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-
-    Raises:
-        ValueError: They are not hidden states, integer indices and floating weights.
-    """
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
-    integer = [tensor for tensor in tensors if not tensor.is_floating_point()]
-    if len(floating) != 2 or len(integer) != 1 or floating[1].shape != integer[0].shape:
-        found = [(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors]
-        raise ValueError(
-            f"An experts module was called with {found}, not with (T, D) hidden states, (T, K) integer indices and "
-            "(T, K) weights. Use an adapter with a router of its own, around blocks or linear layers."
-        )
-    return ExpertsCall(floating[0], integer[0], floating[1])
-
-
-def attention_names(model: nn.Module) -> set[str]:
-    """Names of the attention modules of a model.
-
-    A module is one by its name, or where it projects queries, keys and values, whatever it is called, as `mixer`.
-
-    Args:
-        model: Any model, with or without adapters.
-
-    Returns:
-        Full module names; what lies below them belongs to the attention too.
-    """
-    names: set[str] = set()
-    for name, module in model.named_modules():
-        if ATTENTION.search(name.rpartition(".")[2]) or projects_queries_keys_values(module):
-            names.add(name)
-    return names
-
-
-def projects_queries_keys_values(module: nn.Module) -> bool:
-    """Whether a module owns projections of queries, keys and values, apart or in one matrix.
-
-    Args:
-        module: Any module; only the names of its children are looked at.
-    """
-    children = [name for name, _ in module.named_children()]
-    kinds = {match.group(1)[0] for name in children if (match := PROJECTION.fullmatch(name))}
-    return len(kinds) == 3 or any(FUSED_PROJECTION.fullmatch(name) for name in children)
 
 
 def layer_of(name: str, modules: Mapping[str, nn.Module]) -> tuple[int, int] | None:
@@ -267,13 +195,6 @@ def _is_experts(leaf: str, module: nn.Module) -> bool:
     fused = all(any(len(shape) == 3 for shape in _shapes(module, names)) for names in (FIRST_MATRICES, ("down_proj",)))
     counted = leaf == "experts" and isinstance(getattr(module, "num_experts", None), int)
     return (fused or (counted and _named_width(module) is not None)) and takes_routing(module)
-
-
-def takes_routing(module: nn.Module) -> bool:
-    """Whether a module is called with hidden states, indices and weights."""
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(parameter.kind in positional for parameter in parameters) >= 3
 
 
 def _sizes(experts: nn.Module) -> tuple[int, int, int]:

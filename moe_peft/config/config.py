@@ -15,11 +15,11 @@ from torch import nn
 
 from ..files import write_text
 from ..messages import LIMIT, shown
-from ..types import MoeLayer, Place
+from ..place import MoeLayer, Place
 from .absent import TARGET_PARAMETERS, Absent
 from .adapter_files import CONFIG, check_adapter_files
 from .card_section import SETTINGS, AdapterFacts, write_section
-from .field_types import wrong_types
+from .checked import CheckedConfig
 from .meaning import NOT_MEANING, meaning_of
 from .parts import AROUND_WEIGHTS, RoutedParts
 from .patterns import NAMES_OR_PATTERN, PARTS_OF_NAMES, check_patterns
@@ -31,7 +31,7 @@ PEFT_FIELDS = frozenset(own.name for own in dataclasses.fields(PeftConfig))
 
 
 @dataclass
-class MoeConfig(PeftConfig):
+class MoeConfig(CheckedConfig):
     """Base of the configurations of all adapter types; use one of its subclasses.
 
     A subclass is composed from the groups of fields that mean something for it (see `fields`), overrides defaults with
@@ -199,21 +199,6 @@ class MoeConfig(PeftConfig):
             Field name -> value of JSON's types; equal for configurations under which tensors may be exchanged.
         """
         return meaning_of(self, skipped=PEFT_FIELDS)
-
-    def _check_types(self) -> None:
-        for name, hint in wrong_types(self):
-            self._check(False, name, hint)
-
-    def _check(self, condition: bool, name: str, expected: str) -> None:
-        if not condition:
-            raise ValueError(f"{type(self).__name__}: {name}={shown(getattr(self, name))} must be {expected}.")
-
-    def _check_left_alone(self, name: str, reason: str, of: type[MoeConfig] | None = None) -> None:
-        default = next(f for f in dataclasses.fields(of or type(self)) if f.name == name).default
-        self._check(getattr(self, name) == default, name, f"left at {default!r}: {reason}")
-
-    def _check_choice(self, name: str, choices: Sequence[object]) -> None:
-        self._check(getattr(self, name) in choices, name, f"one of {', '.join(map(repr, choices))}")
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from ..messages import shown
-from ..types import Place
+from ..place import Place
 
 # Fields that may differ between layers, where a type has them.
 SIZES = ("num_experts", "top_k", "r")

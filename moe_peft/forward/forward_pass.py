@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from ..types import Routing, Rows, TokenContext
+from ..place import Rows
+from ..types import Routing, TokenContext
 from .batch import (
     SampleGroups,
     batch_shape,

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..types import MoePeftWarning, Routing, Rows, TokenContext
+from ..place import Rows
+from ..types import MoePeftWarning, Routing, TokenContext
 from .calls import CallKeeper
 from .entry import ModuleEntry
 from .find import ENTRIES_ATTRIBUTE, TRACKER_ATTRIBUTE, find_stacks, find_tracker, find_trackers

@@ -24,7 +24,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ..backbone.structure import experts_call
+from ..backbone.experts_call import experts_call
 from ..ops.expert_lora import expert_lora
 from ..ops.expert_stacks import LowRankPairs
 from ..types import MoePeftWarning

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..backbone.structure import ExpertsCall, experts_call
+from ..backbone.experts_call import ExpertsCall, experts_call
 from ..experts.expert_pairs import MATRICES
 from ..ops.expert_lora import expert_lora
 from ..ops.expert_stacks import LowRankPairs

@@ -13,9 +13,9 @@ from torch import nn
 from ..config.parts import RoutedParts
 from ..forward.tracker import ForwardTracker
 from ..part import ModulePart
+from ..place import Place
 from ..quantization.four_bit import dtype_when_read
 from ..routers import Router
-from ..types import Place
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):

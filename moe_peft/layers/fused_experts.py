@@ -14,7 +14,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
-from ..backbone.structure import FIRST_MATRICES, takes_routing
+from ..backbone.experts_call import takes_routing
+from ..backbone.structure import FIRST_MATRICES
 from ..ops.expert_lora import expert_lora
 from ..ops.expert_stacks import AdaptedMatrix, FusedExperts, LowRankPairs, PlainStack
 from ..quantization.packed_stack import packed_stack

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..backbone.structure import experts_call
+from ..backbone.experts_call import experts_call
 from ..routers import backbone_routing
 from ..types import Routing, TokenContext
 from .routed_block import RoutedBlock

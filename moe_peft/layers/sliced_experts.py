@@ -16,7 +16,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from ..backbone.expert_tensors import expert_tensors, run_experts
-from ..backbone.structure import ExpertsCall, experts_call
+from ..backbone.experts_call import ExpertsCall, experts_call
 from ..config.parts import RoutedParts
 from ..experts import ExpertSlices
 from ..messages import warn

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..config.config import BACKBONE
-from ..config.fields import LowRankConfig, MixtureConfig, RouterConfig
+from ..config.fields import MixtureConfig
+from ..config.pair_fields import LowRankConfig
 from ..config.parts import RoutedParts
+from ..config.router_fields import RouterConfig
 from ..experts import EXPERTS, Experts
 from ..forward.objective import Loss, RouterObjective
 from ..options import option_values
+from ..place import Place
 from ..routers import FollowingRouter, Router, make_router
-from ..types import Place
 
 
 def build_router(config: RouterConfig, in_features: int, num_experts: int, *, init_std: float | None = None) -> Router:

@@ -22,23 +22,17 @@ from ..backbone.expert_tensors import expert_tensors, keeps_slices
 from ..backbone.structure import base_of
 from ..config.absent import TARGET_PARAMETERS, Absent, absent, accepts_absent
 from ..config.config import BACKBONE
-from ..config.fields import (
-    CapacityConfig,
-    LowRankConfig,
-    MixtureConfig,
-    PlacingConfig,
-    RouterConfig,
-    RouterLossConfig,
-    TopKConfig,
-)
+from ..config.fields import MixtureConfig, PlacingConfig, RouterLossConfig
 from ..config.meaning import NOT_MEANING
+from ..config.pair_fields import LowRankConfig
 from ..config.parts import AROUND_WEIGHTS, RoutedParts
+from ..config.router_fields import CapacityConfig, RouterConfig, TopKConfig
 from ..experts import ExpertSlices, Selection
 from ..ops import AUTO
+from ..place import MoeLayer, Place
 from ..places.blocks import experts_names
 from ..tuner.registration import extend_peft_type, register
 from ..tuner.tuner import RoutedTuner
-from ..types import MoeLayer, Place
 from .build import build_experts
 from .selected_experts import SelectedExpertsConfig
 

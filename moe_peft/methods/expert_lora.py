@@ -23,29 +23,22 @@ from torch.distributed.tensor import DTensor
 from ..backbone.structure import base_of
 from ..config.absent import TARGET_PARAMETERS, Absent, absent, accepts_absent
 from ..config.config import BACKBONE
-from ..config.fields import (
-    MAX_RANK,
-    CapacityConfig,
-    LowRankConfig,
-    MixtureConfig,
-    PairConfig,
-    PlacingConfig,
-    RouterConfig,
-    RouterLossConfig,
-    TopKConfig,
-)
+from ..config.fields import MixtureConfig, PlacingConfig, RouterLossConfig
 from ..config.meaning import NOT_MEANING
+from ..config.pair_fields import LowRankConfig, PairConfig
 from ..config.parts import RoutedParts
+from ..config.ranges import MAX_RANK
+from ..config.router_fields import CapacityConfig, RouterConfig, TopKConfig
 from ..experts import LowRankExperts, Selection
 from ..experts.expert_pairs import MATRICES, ExpertPairs
 from ..layers.fused_experts import matrix_names, stored_shape, why_not_fused
 from ..messages import shown
+from ..place import MoeLayer, Place
 from ..places.blocks import experts_names
 from ..places.linear import linear_names, shortest_endings
 from ..routers.constant import ConstantRouter
 from ..tuner.registration import extend_peft_type, register
 from ..tuner.tuner import RoutedTuner
-from ..types import MoeLayer, Place
 from .selected_experts import SelectedExpertsConfig
 
 RANK_PATTERN = r"(.*\.)?({})$"  # which modules a key of rank_pattern means

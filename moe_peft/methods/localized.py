@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..config.fields import RouterConfig
 from ..config.meaning import NOT_MEANING
+from ..config.router_fields import RouterConfig
 from ..losses import LocalizedBalancing
 from ..losses.localized_balancing import MODES
 from ..messages import LIMIT, warn

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from ..config.absent import TARGET_PARAMETERS, Absent, absent, accepts_absent
-from ..config.fields import CapacityConfig, MixtureConfig, TopKConfig
+from ..config.fields import MixtureConfig
 from ..config.parts import RoutedParts
+from ..config.router_fields import CapacityConfig, TopKConfig
 from ..forward.objective import Loss
 from ..losses import z_loss
+from ..place import Place
 from ..tuner.registration import extend_peft_type, register
 from ..tuner.tuner import RoutedTuner
-from ..types import Place
 from .build import build_parts
 from .localized import LocalizedBalancingConfig
 

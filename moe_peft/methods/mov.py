@@ -19,26 +19,20 @@ from typing import ClassVar
 from torch import nn
 
 from ..config.absent import TARGET_PARAMETERS, Absent, absent, accepts_absent
-from ..config.fields import (
-    CapacityConfig,
-    LowRankConfig,
-    MixtureConfig,
-    PairConfig,
-    PlacingConfig,
-    RouterLossConfig,
-    TopKConfig,
-)
+from ..config.fields import MixtureConfig, PlacingConfig, RouterLossConfig
 from ..config.meaning import NOT_MEANING
+from ..config.pair_fields import LowRankConfig, PairConfig
 from ..config.parts import RoutedParts
 from ..config.patterns import NAMES_OR_PATTERN
+from ..config.router_fields import CapacityConfig, TopKConfig
 from ..experts import VectorExperts
 from ..forward.objective import Loss, RouterObjective
 from ..losses import importance, z_loss
+from ..place import MoeLayer, Place
 from ..places.key_value_ffn import ffn_output_names, head_widths, key_value_names
 from ..places.linear import linear_names, shortest_endings, text_linear_names
 from ..tuner.registration import extend_peft_type, register
 from ..tuner.tuner import RoutedTuner
-from ..types import MoeLayer, Place
 from .build import build_router
 
 PEFT_TYPE = extend_peft_type("MOV")

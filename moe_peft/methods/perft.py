@@ -28,10 +28,10 @@ from ..experts import EXPERTS, Experts, LowRankExperts
 from ..experts.bottleneck import ACTIVATIONS
 from ..forward.objective import Loss
 from ..losses import load_balancing, z_loss
+from ..place import Place
 from ..routers import router_gives, router_learns, router_names
 from ..tuner.registration import extend_peft_type, register
 from ..tuner.tuner import RoutedTuner
-from ..types import Place
 from .build import build_parts
 
 PEFT_TYPE = extend_peft_type("PERFT")

@@ -15,18 +15,20 @@ from typing import Any, ClassVar, Literal
 from ..config.absent import accepts_absent
 from ..config.config import BACKBONE
 from ..config.field_types import fits
-from ..config.fields import IN_RANGE, RoutedMoeConfig, is_coefficient
+from ..config.fields import RoutedMoeConfig
 from ..config.meaning import NOT_MEANING
 from ..config.parts import RoutedParts
+from ..config.ranges import IN_RANGE, is_coefficient
 from ..experts import EXPERTS, Experts
 from ..experts.bottleneck import ACTIVATIONS
 from ..losses import LOSSES
 from ..options import check_options, option_values
+from ..place import Place
 from ..routers import GATES, SCORERS, router_gives, router_learns, router_names, router_needs
 from ..routers.registry import router_parts
 from ..tuner.registration import extend_peft_type, register
 from ..tuner.tuner import RoutedTuner
-from ..types import Place, RouterLoss
+from ..types import RouterLoss
 from .build import build_parts
 from .localized import LocalizedBalancingConfig
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config.config import MoeConfig
+from ..place import MoeLayer
 from ..selection.files import wrong_experts
-from ..types import MoeLayer
 
 
 @dataclass

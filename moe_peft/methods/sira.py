@@ -18,9 +18,9 @@ from ..config.fields import RoutedMoeConfig
 from ..config.parts import RoutedParts
 from ..forward.objective import Loss
 from ..losses import gshard_load_balancing, z_loss
+from ..place import Place
 from ..tuner.registration import extend_peft_type, register
 from ..tuner.tuner import RoutedTuner
-from ..types import Place
 from .build import build_parts
 
 PEFT_TYPE = extend_peft_type("SIRA")

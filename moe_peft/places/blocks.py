@@ -8,9 +8,10 @@ from typing import Any, cast
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..backbone.attention import attention_names
 from ..backbone.encoders import encoder_names
-from ..backbone.structure import attention_names, base_of, block_width, is_below, opaque_blocks, unsupported_reason
-from ..types import MoeLayer, Place
+from ..backbone.structure import base_of, block_width, is_below, opaque_blocks, unsupported_reason
+from ..place import MoeLayer, Place
 
 
 def block_names(model: nn.Module, layers: list[MoeLayer], linears: list[str]) -> list[str]:

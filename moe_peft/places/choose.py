@@ -18,7 +18,8 @@ from ..backbone.read_weights import read_weights
 from ..backbone.structure import find_moe_layers, is_below, layer_of, router_names
 from ..config.patterns import check_patterns
 from ..messages import shown
-from ..types import MoeLayer, MoePeftWarning, Place, Rows
+from ..place import MoeLayer, Place, Rows
+from ..types import MoePeftWarning
 from .blocks import block_names, block_place, experts_names, experts_place
 from .linear import (
     default_target_modules,

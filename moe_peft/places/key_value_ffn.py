@@ -9,8 +9,9 @@ import re
 
 from torch import nn
 
+from ..backbone.attention import attention_names
 from ..backbone.encoders import encoder_names
-from ..backbone.structure import attention_names, is_below
+from ..backbone.structure import is_below
 from .linear import linear_features, linear_names, text_linear_names
 
 KEY_VALUE_NAMES = ("k_proj", "v_proj", "k", "v", "key", "value", "key_proj", "value_proj", "k_lin", "v_lin")

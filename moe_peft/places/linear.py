@@ -13,10 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..backbone.attention import attention_names
 from ..backbone.encoders import encoder_names
 from ..backbone.read_weights import read_weights
-from ..backbone.structure import attention_names, base_of, find_moe_layers, is_below, router_names
-from ..types import MoeLayer, Place
+from ..backbone.structure import base_of, find_moe_layers, is_below, router_names
+from ..place import MoeLayer, Place
 
 # Second projections of gated FFNs: they scale what the first one lets through, and the kind "all" leaves them out.
 UNGATED_NAMES = ("up_proj", "wi_1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..types import Place
+from ..place import Place
 
 
 def share_decisions(places: Sequence[Place]) -> list[Place]:

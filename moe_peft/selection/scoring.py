@@ -20,11 +20,12 @@ from torch import nn
 from tqdm import tqdm
 
 from ..backbone.expert_tensors import expert_tensors
+from ..backbone.experts_call import experts_call
 from ..backbone.sizes import num_base_weights
-from ..backbone.structure import base_of, experts_call, find_moe_layers, unsupported_reason
+from ..backbone.structure import base_of, find_moe_layers, unsupported_reason
 from ..forward.processes import num_processes
 from ..messages import shown
-from ..types import MoeLayer
+from ..place import MoeLayer
 from .scores import ExpertScores
 from .tally import MASKS, ExpertTally, scored_tokens
 

@@ -16,7 +16,8 @@ from ..forward.batch import batch_shape, segments_of, two_dimensional
 from ..forward.forward_pass import ForwardPass
 from ..forward.joined_losses import ForwardLosses
 from ..forward.processes import sum_over_processes
-from ..types import LossScale, MoeLayer
+from ..place import MoeLayer
+from ..types import LossScale
 from .scores import LayerScores
 
 MASKS = ("all", "completion")

@@ -16,7 +16,8 @@ from ..backbone.encoders import encoder_names, encoder_pattern
 from ..config.config import MoeConfig
 from ..layers import LAYERS, AdaptedExperts, RoutedLayer, SlicedExperts
 from ..messages import shown
-from ..types import MoePeftWarning, Place
+from ..place import Place
+from ..types import MoePeftWarning
 
 # In the names of what peft trains beside an adapter.
 BESIDE = (".modules_to_save.", ".token_adapter.")

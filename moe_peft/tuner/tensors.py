@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config.config import MoeConfig
 from ..layers import RoutedLayer
-from ..types import Place
+from ..place import Place
 
 PEFT_PREFIX = "base_model.model."
 TOKENS = ".token_adapter.trainable_tokens_delta"

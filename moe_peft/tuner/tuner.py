@@ -12,8 +12,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from ..config.config import MoeConfig
 from ..config.patterns import check_patterns
@@ -27,6 +25,7 @@ from .incoming import check_incoming, current, embedding_names
 from .merging import Merge, check_merges, merge_layers, plan_merges, quiet_merging
 from .mixed_rows import check_row_names, give_row_names, known_adapters
 from .names import check_form, check_parts
+from .router_outputs import record_router_outputs
 from .saving import own_tensors, unwrapped
 from .tensors import PEFT_PREFIX, named_tensors, plain_name, planned_tensors
 from .tracking import detach_unused, refuse_in_use, tracker_around
@@ -91,7 +90,7 @@ class RoutedTuner(BaseTuner):
             if incoming is not None:
                 check_incoming(incoming, peft_config, self.prefix, tensors, model)
         if peft_config.placement != "linear":
-            _record_router_outputs(model)
+            record_router_outputs(model)
         tracker = tracker_around(model, self._places)
         if tracker is None:
             tracker = ForwardTracker()
@@ -290,22 +289,3 @@ def _as_before(model: nn.Module) -> Iterator[None]:
         if not hasattr(model, "peft_config"):
             model.__dict__.pop("_hf_peft_config_loaded", None)
         raise
-
-
-def _record_router_outputs(model: nn.Module) -> None:
-    """Install the hooks of `output_router_logits` where they look a router up by a path that wrapping changes.
-
-    Elsewhere transformers installs them when they are asked for; without them a model compiles to one graph. A second
-    set of hooks, of a model around one that has them, would record every router twice.
-    """
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and not _records(module):
-            recorders = (module._can_record_outputs or {}).get("router_logits", [])
-            recorders = recorders if isinstance(recorders, list) else [recorders]
-            if any(getattr(recorder, "layer_name", None) for recorder in recorders):
-                maybe_install_capturing_hooks(module)
-
-
-def _records(model: nn.Module) -> bool:
-    """Whether the hooks are installed in a model, or in one that is part of it."""
-    return any(getattr(part, "_output_capturing_hooks_installed", False) for part in model.modules())

@@ -11,14 +11,11 @@ from torch import nn
 
 from moe_peft import PerftConfig, describe
 from moe_peft.backbone.structure import (
-    attention_names,
     block_width,
-    experts_call,
     find_moe_layers,
     is_below,
     layer_of,
     opaque_blocks,
-    projects_queries_keys_values,
     router_names,
     unsupported_reason,
 )
@@ -176,45 +173,6 @@ def test_packed_experts_are_found_without_unpacking_them(monkeypatch):
             parametrize.replace_parameter_4bit(model.get_submodule(layer.experts), name)
     monkeypatch.setattr(parametrize.Bnb4bitParametrization, "forward", lambda *args: pytest.fail("unpacked"))
     assert find_moe_layers(model) == expected
-
-
-def test_inputs_of_experts_are_told_apart_by_their_types():
-    hidden, index, weights = torch.randn(3, 4), torch.zeros(3, 2, dtype=torch.long), torch.rand(3, 2)
-    for args, kwargs in (
-        ((hidden, index, weights), {}),
-        ((hidden, weights, index), {}),
-        ((hidden,), {"i": index, "w": weights}),
-    ):
-        call = experts_call(args, kwargs)
-        assert call.hidden is hidden and call.index is index and call.weights is weights
-    with pytest.raises(ValueError, match="router of its own"):
-        experts_call((hidden,), {})
-    with pytest.raises(ValueError, match="router of its own"):
-        experts_call((hidden, index, weights[:, :1]), {})
-
-
-@pytest.mark.parametrize(
-    ("children", "expected"),
-    [
-        (("q_proj", "k_proj", "v_proj", "o_proj"), True),
-        (("q", "k", "v", "o"), True),
-        (("query", "key", "value"), True),
-        (("q_lin", "k_lin", "v_lin", "out_lin"), True),
-        (("to_q", "to_k", "to_v"), True),
-        (("wq", "wk", "wv", "wo"), True),
-        (("qkv_proj", "o_proj"), True),
-        (("query_key_value", "dense"), True),
-        (("Wqkv", "Wo"), True),
-        (("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj"), False),
-        (("key", "value", "receptance"), False),
-        (("gate_proj", "up_proj", "down_proj"), False),
-    ],
-)
-def test_attention_is_what_projects_queries_keys_and_values(children, expected):
-    mixer = nn.ModuleDict({name: nn.Linear(4, 4) for name in children})
-    assert projects_queries_keys_values(mixer) is expected
-    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mixer": mixer})])})
-    assert attention_names(model) == ({"layers.0.mixer"} if expected else set())
 
 
 def test_layers_are_counted_in_their_own_stack():

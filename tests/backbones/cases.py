@@ -12,7 +12,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from moe_peft import EsftConfig, ExpertLoraConfig, MoloraConfig, MovConfig, PerftConfig
-from moe_peft.backbone.structure import experts_call, find_moe_layers
+from moe_peft.backbone.experts_call import experts_call
+from moe_peft.backbone.structure import find_moe_layers
 from moe_peft.config.config import MoeConfig
 from tests.backbones.models import FOLLOWED, NO_SLICES, OPAQUE, TYPES, VOCAB, known, tiny_model
 

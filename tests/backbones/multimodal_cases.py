@@ -11,7 +11,8 @@ from peft import get_peft_model
 from torch import nn
 
 from moe_peft import EsftConfig, LoraMoeConfig, MoloraConfig, MovConfig, PerftConfig
-from moe_peft.backbone.structure import experts_call, find_moe_layers, opaque_blocks
+from moe_peft.backbone.experts_call import experts_call
+from moe_peft.backbone.structure import find_moe_layers, opaque_blocks
 from moe_peft.config.config import MoeConfig
 from tests.backbones.cases import marked as _marked
 from tests.backbones.models import known

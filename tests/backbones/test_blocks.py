@@ -36,14 +36,6 @@ def test_output_router_logits_are_those_of_the_base_model(model_type, method):
         torch.testing.assert_close(found.aux_loss, expected.aux_loss, rtol=1e-5, atol=1e-6)
 
 
-def test_router_logits_that_were_recorded_before_are_not_recorded_twice():
-    model = tiny_model("minimax").requires_grad_(False)
-    batch = batch_for(model)
-    before = len(model(**batch, output_router_logits=True).router_logits)
-    adapted = get_peft_model(model, PerftConfig(task_type="CAUSAL_LM"))
-    assert before > 0 and len(adapted(**batch, output_router_logits=True).router_logits) == before
-
-
 def _tensors(value) -> list[torch.Tensor]:
     return [value] if isinstance(value, torch.Tensor) else [t for entry in value for t in _tensors(entry)]
 

@@ -6,7 +6,8 @@ import pytest
 from peft import NoMatchingPeftModuleError
 
 from moe_peft import LoraMoeConfig, MoloraConfig, MovConfig, describe
-from moe_peft.backbone.structure import attention_names, is_below, layer_of
+from moe_peft.backbone.attention import attention_names
+from moe_peft.backbone.structure import is_below, layer_of
 from tests.backbones.cases import base_model, batch_for, marked
 from tests.backbones.models import TYPES
 

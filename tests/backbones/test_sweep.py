@@ -8,7 +8,8 @@ import pytest
 import torch
 from peft import PeftModel
 
-from moe_peft.backbone.structure import ExpertsCall, experts_call, is_below, router_names
+from moe_peft.backbone.experts_call import ExpertsCall, experts_call
+from moe_peft.backbone.structure import is_below, router_names
 from moe_peft.layers import RoutedLayer
 from tests.backbones.cases import (
     CASES,

@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model
 
 from moe_peft import LoraMoeConfig, MovConfig, PerftConfig, RoutedConfig, SiraConfig, describe
 from moe_peft.config.layer_sizes import sizes_at
-from moe_peft.types import Place
+from moe_peft.place import Place
 from tests.tiny import padded_batch, tiny_llama
 
 LAYERS = 4

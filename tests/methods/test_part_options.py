@@ -10,9 +10,9 @@ from moe_peft import RoutedConfig
 from moe_peft.experts import EXPERTS, LowRankExperts
 from moe_peft.losses import LOSSES, LoadBalancing
 from moe_peft.part import Option
+from moe_peft.place import Place
 from moe_peft.routers import GATES
 from moe_peft.routers.gates import Softmax
-from moe_peft.types import Place
 from tests.tiny import tiny_llama
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from moe_peft.place import Place
 from moe_peft.places.sharing import share_decisions
-from moe_peft.types import Place
 
 
 def test_the_first_place_of_a_parent_leads_the_others_that_read_the_same_rows():

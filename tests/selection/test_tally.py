@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moe_peft.place import MoeLayer
 from moe_peft.selection.tally import ExpertTally, ScoredTokens, scored_tokens
-from moe_peft.types import MoeLayer
 
 LAYER = MoeLayer(3, "experts", None, None, (), num_experts=4, in_features=1, out_features=1)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 
 from moe_peft.types import Routing, TokenContext
@@ -71,3 +73,20 @@ def chosen_of(routing: Routing) -> list[list[int]]:
     if routing.experts is None:
         return [list(range(routing.num_experts))] * routing.probs.shape[0]
     return [[int(e) for e in row if int(e) < routing.num_experts] for row in routing.experts]
+
+
+def saved_for_backward(compute: Callable[[], object], besides: Iterable[torch.Tensor] = ()) -> list[torch.Tensor]:
+    """Tensors that a computation keeps for its backward pass, one for each storage that is not among `besides`."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in besides}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() not in known:
+            kept.setdefault(storage.data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = compute()  # the graph keeps the storages alive while they are compared
+    del result
+    return list(kept.values())

@@ -38,15 +38,20 @@ class Experts(ModulePart, nn.Module):
 
     Attributes:
         num_choices: Columns of the decision that the bank expects.
+        casts_input: Whether the bank brings its input to the compute dtype itself, so that it can keep what comes for
+            the backward pass instead of a copy; others are given a copy where autocast asks for one.
     """
 
     num_choices: int
+    casts_input: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Let no class inherit the promise that it can be merged: what it overrides may break it."""
+        """Let no class inherit a promise that what it overrides may break: to be mergeable, or to cast its input."""
         super().__init_subclass__(**kwargs)
         if "mergeable" not in cls.__dict__:
             cls.mergeable = False
+        if "casts_input" not in cls.__dict__ and {"prepare", "forward"} & set(cls.__dict__):
+            cls.casts_input = False
 
     @classmethod
     def shapes(cls, num_experts: int, r: int) -> dict[str, tuple[int, ...]]:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..ops import AUTO, IMPLEMENTATIONS, Work, choose, combine_experts, project
+from ..ops import (
+    AUTO,
+    IMPLEMENTATIONS,
+    Work,
+    choose,
+    combine_experts,
+    compute_dtype,
+    project,
+)
 from ..types import Routing, TokenContext
 from .experts import Experts, PendingRouting
 
@@ -39,6 +48,7 @@ class LowRankExperts(Experts):
     gives = frozenset({"activations"})
     up = ("B",)
     mergeable = True
+    casts_input = True
     act: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __init__(
@@ -83,7 +93,10 @@ class LowRankExperts(Experts):
 
     def prepare(self, x_TD: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """(T, E * r) down projections of all experts; arguments as in `Experts.prepare`."""
-        return project(self.drop(x_TD, context), self.A.reshape(-1, self.A.shape[-1]))
+        dtype = compute_dtype(x_TD)
+        if self.drops(context):
+            x_TD = self.drop(x_TD.to(dtype), context)
+        return project(x_TD, self.A.reshape(-1, self.A.shape[-1]), dtype=dtype)
 
     def activations(self, h: torch.Tensor) -> torch.Tensor:
         """(T, E, r) of (T, E * r) down projections."""
@@ -107,9 +120,15 @@ class LowRankExperts(Experts):
         """Add the routed sum of the experts to the base output; arguments as in `Experts.forward`."""
         if isinstance(routing, PendingRouting):
             return super().forward(x_TD, base_out_TO, routing, in_place=in_place)
-        x_TD, act = self.drop(x_TD, routing.context), self.activation(routing.context)
-        op = IMPLEMENTATIONS[self.implementation(*routing.weights.shape, dtype=x_TD.dtype)]
-        return op(x_TD, base_out_TO, self.A, self.B, routing, scaling=self.scaling, act=act, in_place=in_place)
+        dtype, act, own = compute_dtype(x_TD), self.activation(routing.context), dict[str, Any]()
+        name = self.implementation(*routing.weights.shape, dtype=dtype)
+        if name == "dense" and not self.drops(routing.context):
+            own["dtype"] = dtype  # it keeps the input as it came
+        else:
+            x_TD = self.drop(x_TD.to(dtype), routing.context)
+        op = IMPLEMENTATIONS[name]
+        settings = {"scaling": self.scaling, "act": act, "in_place": in_place, **own}
+        return op(x_TD, base_out_TO, self.A, self.B, routing, **settings)
 
     def drop(self, x_TD: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """Apply `lora_dropout` to the input in training passes."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ops import outside_autocast
 from ..types import Routing, TokenContext
 from .experts import Experts
 
@@ -105,12 +106,12 @@ class _Scale(torch.autograd.Function):
         u, gates, offsets = ctx.saved_tensors
         grad_u = torch.addcmul(grad, grad, _mix(gates, offsets))
         grad_mix = grad * u
-        with torch.autocast(u.device.type, enabled=False):
+        with outside_autocast(u.device.type):
             grad_gates = torch.einsum("thd,ehd->the", grad_mix, offsets)
             grad_offsets = torch.einsum("the,thd->ehd", gates, grad_mix)
         return grad_u, grad_gates, grad_offsets
 
 
 def _mix(gates: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    with torch.autocast(gates.device.type, enabled=False):
+    with outside_autocast(gates.device.type):
         return torch.einsum("the,ehd->thd", gates, offsets)

@@ -67,7 +67,8 @@ class RoutedLayer(MergingLayer):
         Returns:
             (T, O) in the dtype of `out_TO`.
         """
-        bank, read_TD = self.experts[adapter_name], cast_to_compute_dtype(x_TD)
+        bank = self.experts[adapter_name]
+        read_TD = x_TD if bank.casts_input else cast_to_compute_dtype(x_TD)
         if routing is not None:
             return bank(read_TD, out_TO, routing, in_place=in_place)
         router = self.router[adapter_name]

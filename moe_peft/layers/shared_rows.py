@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..experts import Experts
+from ..ops import compute_dtype, joins
 from ..routers import Router
 from ..types import TokenContext
 
@@ -16,9 +17,12 @@ def shared_rows(
     """Rows of experts and router that one GEMM on x may compute without calling either module.
 
     Both read the same input in this pass, in one dtype that holds float32 scores, and nothing of what a call does
-    would be missed: hooks, weights that arrive when their module is called, a forward of somebody else's.
+    would be missed: hooks, weights that arrive when their module is called, a forward of somebody else's. For few rows
+    two products cost less than joining the matrices.
     """
-    if x_TD.dtype.itemsize < 4 or not (is_plain(router) and is_plain(bank)):
+    if not joins(x_TD.shape[0]) or compute_dtype(x_TD).itemsize < 4:
+        return None
+    if not (is_plain(router) and is_plain(bank)):
         return None
     if bank.implementation(x_TD.shape[0], router.num_slots) not in (None, "dense"):
         return None

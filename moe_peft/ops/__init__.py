@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .choice import AUTO, Work, choose
-from .dense import combine_experts, dense_experts, project
-from .dtypes import cast_to_compute_dtype, without_rounding
+from .choice import AUTO, Work, choose, joins
+from .dense import combine_experts, dense_experts
+from .dtypes import cast_to_compute_dtype, compute_dtype, outside_autocast, without_rounding
 from .eager import eager_experts
 from .gather import gather_experts
+from .project import project
 from .sorted_slots import grouped_experts, segment_experts
 
 IMPLEMENTATIONS: dict[str, Callable] = {
@@ -30,10 +31,13 @@ __all__ = [
     "cast_to_compute_dtype",
     "choose",
     "combine_experts",
+    "compute_dtype",
     "dense_experts",
     "eager_experts",
     "gather_experts",
     "grouped_experts",
+    "joins",
+    "outside_autocast",
     "project",
     "segment_experts",
     "without_rounding",

@@ -18,6 +18,8 @@ CPU_SPARE_RANKS = 24
 GPU_RANKS, GPU_RANKS_PER_SLOT = 200, 360
 # Slots of a batch up to which copying their matrices beats sorting, and ranks up to which two GEMMs beat both.
 FEW_SLOTS, FEW_RANKS = 16, 128
+# Rows up to which two products, of the experts and of the router, cost less than joining their matrices for one.
+SEPARATE_ROWS = 512
 # Bytes of all rows, in and out, beyond which a product for each expert beats the grouped one on a CPU.
 CPU_GROUPED_BYTES = 28 * 2**20
 
@@ -47,6 +49,15 @@ class Work:
     dtype: torch.dtype
     device_type: str
     compiling: bool = False
+
+
+def joins(num_tokens: int) -> bool:
+    """Whether matrices that read the same input are to be joined for one product; in a graph for any number of rows.
+
+    Args:
+        num_tokens: Rows of the input.
+    """
+    return torch.compiler.is_compiling() or num_tokens > SEPARATE_ROWS
 
 
 def choose(work: Work) -> str:

@@ -5,32 +5,20 @@
     y = base + s * h B_all   added in place on the frozen layer's fresh output
 
 Exact for dense and sparse gates alike: static shapes, no sort, every parameter used in every step. The gradient of the
-gates is a dot product in rank space, so nothing of size tokens x experts x width is made or saved.
+gates is a dot product in rank space, so nothing of size tokens x experts x width is made or saved; and what is saved
+besides x is h and G, as h * G is made again in the backward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from ..types import Routing
-
-
-def project(x_TD: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-    """Apply several matrices that read the same input in one GEMM.
-
-    Args:
-        x_TD: (T, D) input; its dtype is the compute dtype.
-        *weights: (rows, D) matrices.
-
-    Returns:
-        (T, sum of rows).
-    """
-    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-    with torch.autocast(x_TD.device.type, enabled=False):
-        return F.linear(x_TD, weight.to(x_TD.dtype))
+from .dtypes import outside_autocast
+from .project import keeps_a_graph, project
 
 
 def combine_experts(
@@ -57,17 +45,13 @@ def combine_experts(
     Returns:
         (T, O) in the dtype of `base_out_TO`.
     """
-    num_experts, r, out_features = B.shape
     h_TR = h_TR if act is None else act(h_TR)
-    gated_TER = h_TR.view(-1, num_experts, r) * gates_TE.to(h_TR.dtype).unsqueeze(-1)
-    gated_TR = gated_TER.reshape(-1, num_experts * r)
-    B_RO = B.reshape(-1, out_features).to(h_TR.dtype)
-    with torch.autocast(h_TR.device.type, enabled=False):
-        if base_out_TO.dtype != h_TR.dtype:
-            return base_out_TO + (scaling * (gated_TR @ B_RO)).to(base_out_TO.dtype)
-        if in_place:
-            return base_out_TO.addmm_(gated_TR, B_RO, alpha=scaling)
-        return torch.addmm(base_out_TO, gated_TR, B_RO, alpha=scaling)
+    if keeps_a_graph(h_TR, B, gates_TE):
+        # What is written in place must not be a view, whose graph a Function cannot rebase.
+        in_place = in_place and not base_out_TO._is_view()
+        out: torch.Tensor = _Combine.apply(base_out_TO, h_TR, gates_TE, B, scaling, in_place)
+        return out
+    return _combined(base_out_TO, h_TR, gates_TE, B, scaling, in_place)
 
 
 def dense_experts(
@@ -80,6 +64,7 @@ def dense_experts(
     scaling: float,
     act: Callable[[torch.Tensor], torch.Tensor] | None = None,
     in_place: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Add the weighted output of every expert to the base output; arguments as in `eager_experts`.
 
@@ -92,9 +77,71 @@ def dense_experts(
         scaling: s, the factor of the routed sum.
         act: Elementwise function of the down projections; None for the identity.
         in_place: Whether `base_out_TO` may be overwritten.
+        dtype: Compute dtype; None takes the input's.
 
     Returns:
         (T, O) in the dtype of `base_out_TO`.
     """
-    h_TR = project(x_TD, A.reshape(-1, A.shape[-1]))
+    h_TR = project(x_TD, A.reshape(-1, A.shape[-1]), dtype=dtype)
     return combine_experts(h_TR, base_out_TO, B, routing.gate_matrix(), scaling=scaling, act=act, in_place=in_place)
+
+
+def _gated(h_TR: torch.Tensor, gates_TE: torch.Tensor) -> torch.Tensor:
+    by_expert_TEr = h_TR.unflatten(-1, (gates_TE.shape[-1], -1))
+    return (by_expert_TEr * gates_TE.to(h_TR.dtype).unsqueeze(-1)).reshape(h_TR.shape)
+
+
+def _combined(
+    base_out_TO: torch.Tensor,
+    h_TR: torch.Tensor,
+    gates_TE: torch.Tensor,
+    B: torch.Tensor,
+    scaling: float,
+    in_place: bool,
+) -> torch.Tensor:
+    gated_TR, B_RO = _gated(h_TR, gates_TE), B.reshape(-1, B.shape[-1]).to(h_TR.dtype)
+    with outside_autocast(h_TR.device.type):
+        if base_out_TO.dtype != h_TR.dtype:
+            return base_out_TO + (scaling * (gated_TR @ B_RO)).to(base_out_TO.dtype)
+        if in_place:
+            return base_out_TO.addmm_(gated_TR, B_RO, alpha=scaling)
+        return torch.addmm(base_out_TO, gated_TR, B_RO, alpha=scaling)
+
+
+class _Combine(torch.autograd.Function):
+    """base + s (h * G) B, which keeps h, G and B as they came."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        base_out: torch.Tensor,
+        h: torch.Tensor,
+        gates: torch.Tensor,
+        B: torch.Tensor,
+        scaling: float,
+        in_place: bool,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(h, gates, B)
+        ctx.scaling = scaling
+        out = _combined(base_out, h, gates, B, scaling, in_place)
+        if out is base_out:
+            ctx.mark_dirty(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        h_TR, gates_TE, B = ctx.saved_tensors
+        (gradient_TO,) = gradients
+        needs_base, needs_h, needs_gates, needs_B, *_ = ctx.needs_input_grad
+        of_h = of_gates = of_B = None
+        with outside_autocast(h_TR.device.type):
+            scaled_TO = gradient_TO.to(h_TR.dtype)
+            if needs_h or needs_gates:
+                B_RO = B.reshape(-1, B.shape[-1]).to(h_TR.dtype)
+                of_gated_TR = (scaled_TO @ B_RO.T) * ctx.scaling
+                of_h = _gated(of_gated_TR, gates_TE) if needs_h else None
+            if needs_gates:
+                of_gates = (of_gated_TR * h_TR).unflatten(-1, (gates_TE.shape[-1], -1)).sum(-1).to(gates_TE.dtype)
+            if needs_B:
+                of_B = ((_gated(h_TR, gates_TE).T @ scaled_TO) * ctx.scaling).view(B.shape).to(B.dtype)
+        return gradient_TO if needs_base else None, of_h, of_gates, of_B, None, None

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from ..types import Routing
+from .dtypes import outside_autocast
 
 
 def eager_experts(
@@ -42,7 +43,7 @@ def eager_experts(
     """
     gates_TE = routing.gate_matrix().to(x_TD.dtype)
     delta_TO = x_TD.new_zeros(base_out_TO.shape)
-    with torch.autocast(x_TD.device.type, enabled=False):
+    with outside_autocast(x_TD.device.type):
         for e in range(A.shape[0]):
             h_Tr = x_TD @ A[e].to(x_TD.dtype).T
             h_Tr = h_Tr if act is None else act(h_Tr)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from ..types import Routing
+from .dtypes import outside_autocast
 from .slots import slots_of
 
 
@@ -45,7 +46,7 @@ def gather_experts(
     num_tokens, num_slots = index_TK.shape
     r, out_features = B.shape[1:]
     flat_N = index_TK.reshape(-1)
-    with torch.autocast(x_TD.device.type, enabled=False):
+    with outside_autocast(x_TD.device.type):
         # The slots of a token side by side: one product down, one product up that adds them.
         A_TXD = A.index_select(0, flat_N).to(x_TD.dtype).view(num_tokens, num_slots * r, A.shape[-1])
         B_TXO = B.index_select(0, flat_N).to(x_TD.dtype).view(num_tokens, num_slots * r, out_features)

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 from ..types import Routing
+from .dtypes import outside_autocast
 from .grouped import grouped_mm, padded_rank
 from .slots import slots_of
 
@@ -40,7 +41,7 @@ def _sorted_experts(
     counted_E = torch.arange(num_experts, device=experts_N.device)
     ends_E = torch.searchsorted(experts_N, counted_E, right=True, out_int32=True)
     tokens_N = order_N // index_TK.shape[1]
-    with torch.autocast(x_TD.device.type, enabled=False):
+    with outside_autocast(x_TD.device.type):
         A, B = padded_rank(A.to(x_TD.dtype), B.to(x_TD.dtype))
         h_Nr = product(x_TD.index_select(0, tokens_N), A.transpose(1, 2), ends_E)
         if act is not None:

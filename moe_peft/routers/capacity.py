@@ -9,6 +9,7 @@ packed row count on their own. Outside training passes there is no capacity, so 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -119,15 +120,16 @@ def over_capacity(routing: Routing, capacity_factor: float, *, by_choice: bool =
     """
     experts_TK, context = routing.experts, routing.context
     assert experts_TK is not None
+    if context.num_sequences == context.num_rows and not torch.compiler.is_compiling():
+        return _over_capacity_of_rows(routing, capacity_factor, by_choice)
     (num_tokens, top_k), num_experts = experts_TK.shape, routing.num_experts
     sequences_T = context.sequences
     if sequences_T is None:
         sequences_T = experts_TK.new_zeros(num_tokens)
     valid_T = torch.ones_like(sequences_T, dtype=torch.bool) if routing.valid is None else routing.valid
     lengths_S = sequences_T.new_zeros(context.num_sequences).index_add(0, sequences_T, valid_T.long())
-    # The small term keeps a product that is whole but for rounding from taking one place more.
-    shares_S = capacity_factor * top_k * lengths_S.double() / num_experts
-    capacity_S = (shares_S - 1e-9).ceil().clamp_min(1).long()
+    capacity_S = _places(lengths_S, capacity_factor * top_k, num_experts)
+    assert isinstance(capacity_S, torch.Tensor)
 
     # Requests in the order in which they are served, as one-hot rows; a column E takes slots without an expert.
     order = experts_TK.T.reshape(-1) if by_choice else experts_TK.reshape(-1)
@@ -140,6 +142,38 @@ def over_capacity(routing: Routing, capacity_factor: float, *, by_choice: bool =
     rank = rank.gather(1, order[:, None]).squeeze(1)
     full = (rank > capacity_S[owner]) & counts & (order < num_experts)
     return full.view(top_k, num_tokens).T if by_choice else full.view(num_tokens, top_k)
+
+
+def _over_capacity_of_rows(routing: Routing, capacity_factor: float, by_choice: bool) -> torch.Tensor:
+    """The same where each row of the batch is one sequence: one running count along the rows."""
+    experts_TK, num_rows, num_experts = routing.experts, routing.context.num_rows, routing.num_experts
+    assert experts_TK is not None
+    num_tokens, top_k = experts_TK.shape
+    length = num_tokens // num_rows
+    experts_BLK = experts_TK.view(num_rows, length, top_k)
+    order_BN = (experts_BLK.mT if by_choice else experts_BLK).reshape(num_rows, -1)  # as they are served
+    requests = torch.zeros(*order_BN.shape, num_experts + 1, dtype=torch.int32, device=order_BN.device)
+    lengths_B: torch.Tensor | int = length
+    if routing.valid is None:
+        requests.scatter_(2, order_BN[..., None], 1)
+    else:
+        valid_BL = routing.valid.view(num_rows, length)
+        lengths_B = valid_BL.sum(1, keepdim=True)
+        counted_BN = valid_BL.repeat(1, top_k) if by_choice else valid_BL.repeat_interleave(top_k, dim=1)
+        requests.scatter_(2, order_BN[..., None], counted_BN.int()[..., None])
+    rank_BN = requests.cumsum(1, dtype=torch.int32).gather(2, order_BN[..., None]).squeeze(2)
+    full_BN = (rank_BN > _places(lengths_B, capacity_factor * top_k, num_experts)) & (order_BN < num_experts)
+    full_BLK = full_BN.view(num_rows, top_k, length).mT if by_choice else full_BN.view(num_rows, length, top_k)
+    full_TK = full_BLK.reshape(num_tokens, top_k)
+    return full_TK if routing.valid is None else full_TK & routing.valid[:, None]
+
+
+def _places(lengths: torch.Tensor | int, requests_per_token: float, num_experts: int) -> torch.Tensor | int:
+    """C of sequences with so many valid tokens."""
+    # The small term keeps a product that is whole but for rounding from taking one place more.
+    if isinstance(lengths, int):
+        return max(1, math.ceil(requests_per_token * lengths / num_experts - 1e-9))
+    return (requests_per_token * lengths.double() / num_experts - 1e-9).ceil().clamp_min(1).long()
 
 
 def _rank_in_sequence(

@@ -6,8 +6,8 @@ import math
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from ..ops import project
 from ..types import TokenContext
 from .gates import Gate
 from .router import Router
@@ -65,11 +65,10 @@ class LinearRouter(Router):
     def scores(self, x: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """Score the experts for each token; arguments as in `Router.scores`."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        x = x.to(dtype)
         if self.jitters(context):
+            x = x.to(dtype)
             x = x * torch.empty_like(x).uniform_(1 - self.router_jitter_noise, 1 + self.router_jitter_noise)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, self.weight.to(dtype))
+        return project(x, self.weight, dtype=dtype)
 
     def jitters(self, context: TokenContext) -> bool:
         """Whether the scores of this pass are computed from a noisy input."""

@@ -1,4 +1,4 @@
-"""Which modules may be read instead of called: those whose call is their class's forward and nothing else."""
+"""When experts and router are read instead of called: many rows, and calls that are the class's forward alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from moe_peft.layers.shared_rows import is_plain
+from moe_peft.experts import LowRankExperts
+from moe_peft.layers.shared_rows import is_plain, shared_rows
+from moe_peft.ops.choice import SEPARATE_ROWS
+from moe_peft.routers import DenseRouter
+from moe_peft.types import TokenContext
 
 
 def hooked(module):
@@ -41,3 +45,22 @@ def test_a_hook_on_all_modules_is_seen_too():
         assert not is_plain(nn.Linear(2, 2))
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "dtype", "shared"),
+    [
+        (SEPARATE_ROWS, torch.float32, False),
+        (SEPARATE_ROWS + 1, torch.float32, True),
+        (SEPARATE_ROWS + 1, torch.bfloat16, False),
+    ],
+)
+def test_many_rows_of_full_precision_are_read_once_for_experts_and_router(num_tokens, dtype, shared):
+    router, bank = DenseRouter(6, 4), LowRankExperts(6, 5, num_experts=4, r=2, scaling=1.0)
+    x, context = torch.randn(num_tokens, 6, dtype=dtype), TokenContext()
+    found = shared_rows(router, bank, x, context)
+    assert (found is not None) == shared
+    if found is not None:
+        assert torch.equal(found[0], bank.A.flatten(0, 1)) and found[1] is router.weight
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert shared_rows(router, bank, x, context) is None, "scores would be rounded"

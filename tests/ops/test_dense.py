@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_peft.ops import IMPLEMENTATIONS, cast_to_compute_dtype, combine_experts, dense_experts, eager_experts, project
-from tests.compare import assert_same, random_routing
+from tests.compare import assert_same, random_routing, saved_for_backward
 
 D, OUT, R = 7, 5, 3
 
@@ -55,6 +55,56 @@ def test_result_has_the_dtype_of_the_base_output(implementation):
         out = op(x.bfloat16(), base.float(), A, B, routing, scaling=1.0, in_place=in_place)
         assert out.dtype == torch.float32
         torch.testing.assert_close(out.double(), exact, rtol=0.05, atol=0.2)
+
+
+@pytest.mark.parametrize("frozen", range(4))
+def test_only_what_trains_gets_a_gradient(frozen):
+    x, A, B, base = leaves(13, 4)
+    routing = random_routing(13, 4)
+    own = [x @ A.reshape(-1, D).T, base * 1.0, B, routing.weights]
+    own[frozen] = own[frozen].detach()
+    assert_same(
+        combine_experts(own[0], own[1], own[2], own[3], scaling=0.3),
+        eager_up(*own, scaling=0.3),
+        [x, base, B, routing.logits],
+        [x, base, B, routing.logits],
+    )
+
+
+def eager_up(h, base, B, gates, *, scaling):
+    gated = (h.view(len(h), *B.shape[:2]) * gates[..., None]).flatten(1)
+    return base + scaling * gated @ B.flatten(0, 1)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_sum_keeps_down_projections_and_gates_alone(in_place):
+    x, A, B, base = leaves(13, 4)
+    h, gates = project(x, A.reshape(-1, D)), random_routing(13, 4).weights
+    kept = saved_for_backward(
+        lambda: combine_experts(h, base * 1.0, B, gates, scaling=0.3, in_place=in_place), besides=[h, gates, B]
+    )
+    assert not kept
+
+
+def test_second_derivatives_exist():
+    x, A, B, base = leaves(3, 2)
+    gates = random_routing(3, 2).weights.detach().requires_grad_()
+
+    def combined(h, base, B, gates):
+        return combine_experts(h, base, B, gates, scaling=0.3)
+
+    assert torch.autograd.gradgradcheck(combined, ((x @ A.flatten(0, 1).T).detach().requires_grad_(), base, B, gates))
+
+
+def test_a_view_of_a_base_output_is_left_alone():
+    x, A, B, base = leaves(12, 4)
+    whole = base * 1.0
+    before = whole.detach().clone()
+    routing = random_routing(6, 4)
+    out = dense_experts(x[:6], whole[:6], A, B, routing, scaling=1.0, in_place=True)
+    expected = eager_experts(x[:6], whole[:6], A, B, routing, scaling=1.0)
+    assert_same(out, expected, [x, A, B, base], [x, A, B, base])
+    assert torch.equal(whole, before)
 
 
 def test_one_projection_of_several_matrices_is_each_on_its_own():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -31,7 +33,15 @@ def context_of(layout, training=True):
     for length, count in zip(lengths, valid_lengths, strict=True):
         row = [position < abs(count) for position in range(length)]
         valid += row[::-1] if count < 0 else row
-    return TokenContext(training=training, valid=torch.tensor(valid), sequences=sequences, num_sequences=len(lengths))
+    # Rows of one length are known as such.
+    num_rows = len(lengths) if len(set(lengths)) == 1 else 1
+    return TokenContext(
+        training=training,
+        valid=torch.tensor(valid),
+        sequences=sequences,
+        num_sequences=len(lengths),
+        num_rows=num_rows,
+    )
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
@@ -52,6 +62,18 @@ def test_equals_a_queue_per_sequence(layout, by_choice, num_experts, top_k, capa
         by_choice=by_choice,
     )
     assert {(t, int(routing.experts[t, k])) for t, k in dropped.nonzero().tolist()} == expected
+
+
+@pytest.mark.parametrize("layout", ["rows", "right padding", "left padding", "row of padding"])
+@pytest.mark.parametrize("by_choice", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_rows_are_served_as_sequences_of_unknown_lengths_are(layout, by_choice, padded):
+    context = context_of(layout)
+    context = context if padded else replace(context, valid=None)
+    routing = random_routing(len(context.sequences), 4, 2, context=context)
+    unknown = replace(routing, context=replace(context, num_rows=1))
+    by_rows = over_capacity(routing, 0.5, by_choice=by_choice)
+    assert by_rows.any() and torch.equal(by_rows, over_capacity(unknown, 0.5, by_choice=by_choice))
 
 
 def test_the_layouts_do_overflow():

@@ -1,0 +1,90 @@
+"""Products of one input with several matrices, which keep nothing but the input and the matrices for the backward.
+
+    y = x [W_1; ...; W_n]'        (T, rows of all)
+
+Input and matrices may come in other dtypes than they are computed with, as the input of a router's float32 scores in
+a 16-bit model. What is cast or joined is made again in the backward pass instead of kept: the gradients are the same,
+bit for bit, and no copy of the (tokens x width) input lives until then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from .dtypes import outside_autocast
+
+
+def project(x_TD: torch.Tensor, *weights: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Apply several matrices that read the same input in one GEMM.
+
+    Args:
+        x_TD: (T, D) input.
+        *weights: (rows, D) matrices.
+        dtype: Compute dtype, that of the result; None takes the input's.
+
+    Returns:
+        (T, sum of rows).
+    """
+    dtype = dtype or x_TD.dtype
+    as_it_is = len(weights) == 1 and x_TD.dtype == weights[0].dtype == dtype
+    if not as_it_is and keeps_a_graph(x_TD, *weights):
+        product: torch.Tensor = _Project.apply(x_TD, dtype, *weights)
+        return product
+    return _product(x_TD, _joined(weights, dtype), dtype)
+
+
+def keeps_a_graph(*tensors: torch.Tensor) -> bool:
+    """Whether what is computed of some tensors is kept for a backward pass by autograd itself.
+
+    A compiler decides on its own what to keep, and torch.func's transforms look into plain operators alone.
+
+    Args:
+        *tensors: What is computed with.
+    """
+    return (
+        torch.is_grad_enabled()
+        and any(tensor.requires_grad for tensor in tensors)
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def _joined(weights: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    return (weights[0] if len(weights) == 1 else torch.cat(tuple(weights))).to(dtype)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    with outside_autocast(x.device.type):
+        return F.linear(x.to(dtype), weight)
+
+
+class _Project(torch.autograd.Function):
+    """x [W_1; ...; W_n]' of x cast to another dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dtype: torch.dtype, *weights: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, *weights)
+        ctx.dtype = dtype
+        return _product(x, _joined(weights, dtype), dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        (gradient,) = gradients
+        needs_x, _, *needs = ctx.needs_input_grad
+        of_x, of_weights = None, [None] * len(weights)
+        with outside_autocast(x.device.type):
+            if needs_x:
+                of_x = (gradient @ _joined(weights, ctx.dtype)).to(x.dtype)
+            if any(needs):
+                rows_TR, x_TD = gradient.reshape(-1, gradient.shape[-1]), x.to(ctx.dtype).reshape(-1, x.shape[-1])
+                parts = (rows_TR.T @ x_TD).split([weight.shape[0] for weight in weights])
+                of_weights = [
+                    part.to(weight.dtype) if need else None
+                    for part, weight, need in zip(parts, weights, needs, strict=True)
+                ]
+        return of_x, None, *of_weights

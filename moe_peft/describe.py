@@ -18,7 +18,7 @@ from .config.parts import RoutedParts
 from .experts import Experts
 from .messages import shown
 from .place import Place
-from .places.choose import find_places, resolve_targets
+from .places.hidden import choose_places
 
 # Tokens of a training batch, and of one step of decoding.
 TOKENS = (2048, 1)
@@ -110,8 +110,7 @@ def describe(model: nn.Module, config: MoeConfig, inputs: Mapping[str, Any] | No
             "returns."
         )
     config = copy.deepcopy(config)
-    resolve_targets(model, config)
-    places = find_places(model, config, **get_quantization_kwargs(model))
+    places = choose_places(model, config, **get_quantization_kwargs(model))
     parameters: list[int] = []
     implementations: dict[int, list[str]] = {}
     for place in places:

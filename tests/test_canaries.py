@@ -112,6 +112,12 @@ FRAMED = {
         "adapter_kwargs",
         "load_config",
     ],
+    ("peft", "PeftModel.set_adapter"): ["adapter_name"],
+    ("transformers.integrations.peft", "PeftAdapterMixin.add_adapter"): ["adapter_config", "adapter_name"],
+    ("transformers.integrations.peft", "PeftAdapterMixin.set_adapter"): [],
+    ("transformers.integrations.peft", "PeftAdapterMixin.enable_adapters"): [],
+    ("transformers.integrations.peft", "PeftAdapterMixin.disable_adapters"): [],
+    ("transformers.integrations.peft", "PeftAdapterMixin.delete_adapter"): [],
     ("transformers", "PreTrainedModel.save_pretrained"): ["save_directory", "is_main_process"],
 }
 
@@ -135,7 +141,7 @@ def test_a_name_is_where_it_was(module, name, parameters, why):
 
 
 @pytest.mark.parametrize(("module", "name"), FRAMED)
-def test_a_method_that_reads_or_writes_adapters_is_framed_and_has_its_parameters(module, name):
+def test_a_method_that_reads_writes_or_switches_adapters_is_framed_and_has_its_parameters(module, name):
     value = found(module, name)
     missing = set(FRAMED[module, name]) - set(inspect.signature(value).parameters)
     assert not missing, f"{name} has no parameter {sorted(missing)}: mend its frame in tuner/entries.py."

@@ -141,7 +141,7 @@ def test_routed_experts_stand_on_the_attention_below_adapted_blocks(base, batch)
         (
             "perft-r",
             "perft-e",
-            r"lie inside modules that an adapter wraps already \(model.layers.0.mlp.base_layer",
+            r"model.layers.0.mlp.experts, one of the \d modules .*, lies inside model.layers.0.mlp, which an adapter",
         ),
         ("perft-e", "perft-r", r"mlp contains layers with adapters of their own \(experts\)"),
     ],

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.distributed.tensor import DTensor
 
 from ..messages import shown
 
@@ -82,19 +83,52 @@ def check_finite(path: str | Path) -> None:
     Raises:
         ValueError: A tensor holds NaN or an infinity; all that do are named.
     """
-    broken = []
     with safe_open(path, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118
-            tensor = file.get_tensor(key)
-            if tensor.is_floating_point():
-                values = tensor.float() if tensor.element_size() == 1 else tensor
-                if not torch.isfinite(values).all():
-                    broken.append(key)
+        broken = [key for key in file.keys() if not _is_finite(file.get_tensor(key))]  # noqa: SIM118
     if broken:
         raise ValueError(
             f"{path} holds NaN or infinite values in {len(broken)} tensors: {shown(broken)}. The run that saved it "
             "had diverged, or the file is damaged: take an earlier checkpoint. Nothing has been changed."
         )
+
+
+def check_values(name: str, tensors: Mapping[str, Any], own: Collection[str]) -> None:
+    """Refuse tensors in memory whose values no adapter can have, as those of files are.
+
+    Args:
+        name: What the tensors come from, for messages.
+        tensors: By their keys; of split ones each process looks at its own part.
+        own: Keys of the adapter's own tensors; a module that is saved with it may hold integers.
+
+    Raises:
+        TypeError: One is no tensor.
+        ValueError: Tensors have no values, hold integers, or NaN or infinite values; all that do are named.
+    """
+    for key, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} holds {shown(tensor)} under {key}, which is no tensor. Nothing has been changed.")
+    wrong = {
+        "no values (they are on the meta device)": [key for key, tensor in tensors.items() if tensor.is_meta],
+        "integers": [key for key in own if not tensors[key].is_floating_point()],
+        "NaN or infinite values": [
+            k for k, tensor in tensors.items() if not tensor.is_meta and not _is_finite(tensor)
+        ],
+    }
+    for what, keys in wrong.items():
+        if keys:
+            raise ValueError(
+                f"{name} holds {what} in {len(keys)} tensors: {shown(sorted(keys))}, where an adapter has finite "
+                "floating point numbers. Take them from an adapter that was saved whole, from an earlier checkpoint. "
+                "Nothing has been changed."
+            )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all values of a tensor are, of this process's part where it is split."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not local.is_floating_point():
+        return True
+    return bool(torch.isfinite(local.float() if local.element_size() == 1 else local).all())
 
 
 def find_weights(folder: str | Path, subfolder: str | None = None) -> Path | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peft import utils as peft_utils
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..backbone.encoders import encoder_names
@@ -115,7 +116,7 @@ def find_places(model: nn.Module, config: MoeConfig, **quantization: Any) -> lis
     for name, module in modules.items():
         if not name or is_below(name.rpartition(".")[0], inside):
             continue
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             inside.add(name)
         match = check_target_module_exists(config, name)
         if not match:
@@ -216,13 +217,6 @@ def experts_or_linear_place(
 
 def _no_match(model: nn.Module, config: MoeConfig) -> str:
     targets = config.target_modules
-    outer = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    for name, _ in model.named_modules():
-        if is_below(name.rpartition(".")[0], outer) and check_target_module_exists(config, name):
-            return (
-                f"Target modules {shown(targets)} lie inside modules that an adapter wraps already ({name}), where "
-                "peft adds no further one. Put the adapter on a base model of its own."
-            )
     kind, names = "Linear layers", linear_names(model)
     if config.placement in NAMES:
         kind = "Experts modules" if config.placement != "block" else "Blocks"

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from transformers import PreTrainedModel
@@ -60,7 +61,7 @@ def linear_names(model: nn.Module) -> list[str]:
         if not name or is_below(name, inside):
             continue
         base = base_of(module)
-        if isinstance(module, BaseTunerLayer) or base in heads:
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) or base in heads:
             inside.add(name)
         left_out = base in heads or is_below(name, others) or INDEXER.search(name)
         if linear_features(module) is not None and not left_out:

@@ -13,11 +13,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from ..backbone.encoders import encoder_names, encoder_pattern
+from ..config.adapter_files import check_values
 from ..config.config import MoeConfig
 from ..layers import LAYERS, AdaptedExperts, RoutedLayer, SlicedExperts
 from ..messages import shown
 from ..place import Place
 from ..types import MoePeftWarning
+from .tensors import PEFT_PREFIX, plain_name
 
 # In the names of what peft trains beside an adapter.
 BESIDE = (".modules_to_save.", ".token_adapter.")
@@ -146,7 +148,8 @@ def check_tensors(
         embeddings: Names of the base model's weights that peft saves with an adapter of a resized vocabulary.
 
     Raises:
-        ValueError: One is missing, has no place, has another shape, or is of the base model.
+        TypeError: One is no tensor.
+        ValueError: One is missing, has no place, another shape, no finite numbers, or is of the base model.
     """
     missing = sorted(own.keys() - loaded.keys())
     if missing:
@@ -169,6 +172,14 @@ def check_tensors(
             f"The adapter's weights hold {shown(base[0])} (and {len(base) - 1} more), which is a weight of the base "
             "model. Take it out, and load it with model.load_state_dict if it is meant. No weight has been changed."
         )
+    present = {_inner(key) for key in model.state_dict()}
+    homeless = sorted(key for key in foreign if _inner(key) not in present)
+    if homeless:
+        raise ValueError(
+            f"The adapter's weights hold {shown(homeless[0])} (and {len(homeless) - 1} more), for which the model has "
+            "no place. Take it out, or load the adapter that it belongs to. No weight has been changed."
+        )
+    check_values("The adapter's state dict", loaded, own)
     for key, shape in own.items():
         if tuple(loaded[key].shape) != shape:
             raise ValueError(
@@ -176,3 +187,7 @@ def check_tensors(
                 "It was saved for a base model of other widths, or with another r or num_experts. No weight has been "
                 "changed."
             )
+
+
+def _inner(key: str) -> str:
+    return plain_name(key).removeprefix(PEFT_PREFIX)

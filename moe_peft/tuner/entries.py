@@ -1,9 +1,10 @@
 """The ways in and out of peft and transformers that no method of a tuner sees, where adapters of this package pass.
 
 peft asks a tuner how to inject an adapter and how to name its tensors, but reads the file itself: into a name that is
-taken it loads whatever fits, and a pickle where there is nothing else; transformers reads the file on its own. So the
-five methods that read or write an adapter's folder are put in frames here, which check before and mend after the
-original, and call it alone for adapters of other packages. Nothing else of peft or transformers is changed.
+taken it loads whatever fits, and a pickle where there is nothing else; transformers reads the file on its own, and
+switches adapters layer by layer. So the methods that read or write an adapter's folder, and those that switch
+adapters, are put in frames here, which check before and mend after the original, and call it alone for adapters of
+other packages. Nothing else of peft or transformers is changed.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.integrations.peft import PeftAdapterMixin
 
-from ..config.adapter_files import header_of
+from ..config.adapter_files import check_values, header_of
 from ..config.config import MoeConfig
+from ..layers import RoutedLayer
 from .incoming import Incoming, announced, check_incoming, current
 from .saving import check_whole, finish_saving, prepare_saving
 from .sources import download_options, meaning_beside, open_weights, routed_config_class
 from .tensors import present_tensors
+from .tracking import refuse_in_use
 from .transaction import unchanged_on_error
 
 MARK = "_moe_peft_original"
@@ -107,6 +110,7 @@ def _transformers_adapter(call: Call, given: Mapping[str, Any]) -> Any:
         return call()
     beside = None
     if tensors is not None:
+        check_values("The given state dict", tensors, own=())
         file = header_of(tensors)
     elif source is not None:
         file = open_weights(source, options)
@@ -164,6 +168,29 @@ def _save_transformers(call: Call, given: Mapping[str, Any]) -> Any:
     return result
 
 
+def _add_transformers(call: Call, given: Mapping[str, Any]) -> Any:
+    """`add_adapter` of a model of transformers, which activates what it has injected."""
+    config = given["adapter_config"]
+    if not isinstance(config, MoeConfig):
+        return call()
+    with unchanged_on_error(given["self"], config):
+        return call()
+
+
+def _switch(operation: str) -> Frame:
+    """A method that changes which adapters act, module by module: all of them, or none where one refuses."""
+
+    def frame(call: Call, given: Mapping[str, Any]) -> Any:
+        model = given["self"]
+        if not any(isinstance(module, RoutedLayer) for module in model.modules()):
+            return call()
+        refuse_in_use(model, operation)
+        with unchanged_on_error(model):
+            return call()
+
+    return frame
+
+
 class _named_errors:
     """Turns the bare KeyError of a tensor that peft looks for into an error that names the file."""
 
@@ -186,6 +213,12 @@ FRAMES: tuple[tuple[type, str, Frame], ...] = (
     (PeftModel, "from_pretrained", _new_model),
     (PeftModel, "load_adapter", _further_adapter),
     (PeftModel, "save_pretrained", _save),
+    (PeftModel, "set_adapter", _switch("set_adapter")),
     (PeftAdapterMixin, "load_adapter", _transformers_adapter),
+    (PeftAdapterMixin, "add_adapter", _add_transformers),
+    (PeftAdapterMixin, "set_adapter", _switch("set_adapter")),
+    (PeftAdapterMixin, "enable_adapters", _switch("enable_adapters")),
+    (PeftAdapterMixin, "disable_adapters", _switch("disable_adapters")),
+    (PeftAdapterMixin, "delete_adapter", _switch("delete_adapter")),
     (PreTrainedModel, "save_pretrained", _save_transformers),
 )

@@ -18,7 +18,7 @@ from ..config.patterns import check_patterns
 from ..forward.find import find_trackers
 from ..forward.tracker import ForwardTracker
 from ..layers import LAYERS, RoutedLayer
-from ..places.choose import find_places, resolve_targets
+from ..places.hidden import choose_places
 from .checks import check_groups, check_leftovers, check_neighbours, check_tensors
 from .further_modules import check_further_modules
 from .incoming import check_incoming, current, embedding_names
@@ -73,9 +73,9 @@ class RoutedTuner(BaseTuner):
 
     def _prepare_model(self, peft_config: MoeConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Resolve and check all places, then let the model tell the layers what a forward pass knows."""
-        resolve_targets(model, peft_config)
+        peft_config.recheck()
         check_further_modules(peft_config, model)
-        places = find_places(model, peft_config, **get_quantization_kwargs(model))
+        places = choose_places(model, peft_config, **get_quantization_kwargs(model))
         # peft strips the prefix of a compiled model from the names it takes from saved tensors.
         self._places = {place.name.removeprefix(COMPILED): place for place in places}
         newest_first = reversed(self.peft_config.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -166,21 +167,32 @@ def test_gradients_of_each_thread_are_those_of_its_own_batch(reentrant):
             torch.testing.assert_close(parameter.grad, added, rtol=1e-6, atol=1e-12)
 
 
-def test_changing_adapters_under_the_forward_of_another_thread_is_refused():
-    model = get_peft_model(tiny_llama(), CONFIGS["routed"](), adapter_name="a")
-    model.add_adapter("b", CONFIGS["routed"]())
-    model.eval()
+@contextmanager
+def in_use_by_another_thread(model, layer):
+    """Stop a forward of another thread after one of the model's modules."""
     inside, go_on = threading.Event(), threading.Event()
 
     def wait(module, args, output):
         inside.set()
         go_on.wait(60)
 
-    handle = model.base_model.model.model.layers[0].register_forward_hook(wait)
+    handle = layer.register_forward_hook(wait)
     thread = threading.Thread(target=lambda: model(**padded_batch([3])))
     thread.start()
     inside.wait(60)
     try:
+        yield
+    finally:
+        go_on.set()
+        thread.join()
+        handle.remove()
+
+
+def test_changing_adapters_under_the_forward_of_another_thread_is_refused():
+    model = get_peft_model(tiny_llama(), CONFIGS["routed"](), adapter_name="a")
+    model.add_adapter("b", CONFIGS["routed"]())
+    model.eval()
+    with in_use_by_another_thread(model, model.base_model.model.model.layers[0]):
         for change in (
             lambda: model.set_adapter("b"),
             lambda: model.base_model.set_adapter(["a", "b"]),
@@ -191,10 +203,25 @@ def test_changing_adapters_under_the_forward_of_another_thread_is_refused():
         ):
             with pytest.raises(RuntimeError, match="a forward that runs in the thread"):
                 change()
+            assert model.active_adapter == "a"
         assert model.base_model.active_adapters == ["a"] and set(model.peft_config) == {"a", "b"}
-    finally:
-        go_on.set()
-        thread.join()
-        handle.remove()
     model.set_adapter("b")
     assert model.active_adapter == "b"
+
+
+def test_changing_adapters_through_transformers_meanwhile_is_refused_too():
+    model = tiny_llama().eval()
+    for name in ("a", "b"):
+        model.add_adapter(CONFIGS["routed"](), name)
+    with in_use_by_another_thread(model, model.model.layers[0]):
+        for change in (
+            lambda: model.set_adapter("a"),
+            lambda: model.delete_adapter("a"),
+            lambda: model.disable_adapters(),
+            lambda: model.enable_adapters(),
+        ):
+            with pytest.raises(RuntimeError, match="a forward that runs in the thread"):
+                change()
+            assert model.active_adapters() == ["b"]
+    model.set_adapter("a")
+    assert model.active_adapters() == ["a"]

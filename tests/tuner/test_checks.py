@@ -11,7 +11,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from moe_peft import EsftConfig, MoloraConfig, PerftConfig
 from moe_peft.layers import RoutedLayer
-from tests.contract.cases import tiny_olmoe
+from tests.contract.cases import METHODS, tiny_olmoe
 from tests.tiny import tiny_llama
 
 
@@ -52,6 +52,87 @@ def test_weights_of_the_base_are_no_part_of_an_adapters_state_dict(key):
     foreign = {f"base_model.model.{key}": torch.zeros_like(before[f"base_model.model.{key}"])}
     with pytest.raises(ValueError, match=f"{key}.*is a weight of the base model"):
         set_peft_model_state_dict(model, {**tensors, **foreign})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def nan(tensors, key):
+    tensors[key] = torch.full_like(tensors[key], float("nan"))
+
+
+def infinite(tensors, key):
+    tensors[key].view(-1)[-1] = -float("inf")
+
+
+def integers(tensors, key):
+    tensors[key] = tensors[key].long()
+
+
+def meta(tensors, key):
+    tensors[key] = tensors[key].to("meta")
+
+
+def lists(tensors, key):
+    tensors[key] = tensors[key].tolist()
+
+
+def eight_bits(tensors, key):
+    nan(tensors, key)
+    tensors[key] = tensors[key].to(torch.float8_e4m3fn)
+
+
+def a_key_of_nothing(tensors, key):
+    tensors["base_model.model.nothing.weight"] = tensors[key].clone()
+
+
+def half(tensors, key):
+    del tensors[key]
+
+
+def wide(tensors, key):
+    tensors[key] = torch.zeros(*tensors[key].shape, 2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (nan, ValueError, "holds NaN or infinite values in 1 tensors: .*{key}"),
+        (infinite, ValueError, "holds NaN or infinite values in 1 tensors: .*{key}"),
+        (eight_bits, ValueError, "holds NaN or infinite values in 1 tensors: .*{key}"),
+        (integers, ValueError, "holds integers in 1 tensors: .*{key}"),
+        (meta, ValueError, "holds no values .*{key}"),
+        (lists, TypeError, "under .*{key}, which is no tensor"),
+        (a_key_of_nothing, ValueError, "nothing.weight.*no place"),
+        (half, ValueError, "lack 1 of .*{key}"),
+        (wide, ValueError, "{key} has the shape"),
+    ],
+)
+@pytest.mark.parametrize("name", ["routed", "mov", "perft-e", "esft", "expert-lora"])
+def test_a_state_dict_in_memory_meets_the_checks_of_files(name, damage, error, message):
+    model = get_peft_model(tiny_olmoe(), METHODS[name](**({"target_modules": ["q_proj"]} if name == "routed" else {})))
+    tensors = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model).items()}
+    key = sorted(tensors)[-1]
+    damage(tensors, key)
+    before = {own: tensor.clone() for own, tensor in model.state_dict().items()}
+    plain = model.base_model.model
+    for load in (
+        lambda: set_peft_model_state_dict(model, tensors),
+        lambda: set_peft_model_state_dict(model, tensors, ignore_mismatched_sizes=True),
+        lambda: set_peft_model_state_dict(plain, tensors),
+    ):
+        with pytest.raises(error, match=message.format(key=key.rpartition(".")[2])):
+            load()
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[own], value) for own, value in before.items())
+
+
+def test_modules_trained_in_full_are_checked_in_a_state_dict_too():
+    model = get_peft_model(tiny_llama(), MoloraConfig(num_experts=2, r=2, modules_to_save=["norm"]))
+    tensors = get_peft_model_state_dict(model)
+    key = next(key for key in tensors if key.endswith("norm.weight"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    nan(tensors, key)
+    with pytest.raises(ValueError, match=r"NaN or infinite values in 1 tensors: .*norm"):
+        set_peft_model_state_dict(model, tensors)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 

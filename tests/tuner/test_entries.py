@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from moe_peft import EsftConfig, LoraMoeConfig, MovConfig, PerftConfig, RoutedConfig
+from moe_peft import EsftConfig, LoraMoeConfig, MovConfig, PerftConfig, RoutedConfig, routed_layers
 from tests.contract.cases import tiny_olmoe
 from tests.tiny import tiny_llama
 from tests.tuner.ways import WAYS, adapted, assert_unchanged, logits, saved, state_of
@@ -300,11 +300,41 @@ def test_a_state_dict_given_to_transformers_is_checked_too(tmp_path):
     model = tiny_llama().eval()
     model.load_adapter(adapter_state_dict=dict(tensors), peft_config=copy.deepcopy(ROUTED))
     assert torch.allclose(logits(model), logits(adapted(tiny_llama(), ROUTED)), atol=1e-6)
-    drop_half(tensors)
+    for fault in ("half of the tensors", "integers", "values that are not finite"):
+        change, message = FAULTS[fault]
+        broken, model = {key: tensor.clone() for key, tensor in tensors.items()}, tiny_llama().eval()
+        change(broken)
+        before = state_of(model)
+        with pytest.raises(ValueError, match=message):
+            model.load_adapter(adapter_state_dict=broken, peft_config=copy.deepcopy(ROUTED))
+        assert_unchanged(model, before)
+
+
+def test_an_adapter_that_transformers_cannot_activate_is_not_added():
     model = tiny_llama().eval()
+    model.add_adapter(RoutedConfig(**SMALL, target_modules=["o_proj"], modules_to_save=["mlp"]), "whole")
     before = state_of(model)
-    with pytest.raises(ValueError, match="lack"):
-        model.load_adapter(adapter_state_dict=tensors, peft_config=copy.deepcopy(ROUTED))
+    with pytest.raises(ValueError, match="Adapter second not found"):
+        model.add_adapter(RoutedConfig(**SMALL, target_modules=["q_proj"]), "second")
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("operation", ["set_adapter", "enable_adapters", "disable_adapters", "delete_adapter"])
+def test_adapters_of_transformers_are_switched_at_all_places_or_at_none(operation):
+    model = tiny_llama().eval()
+    for name in ("a", "b"):
+        model.add_adapter(RoutedConfig(**SMALL, target_modules=["q_proj"]), name)
+    *_, last = routed_layers(model)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    method = "enable_adapters" if operation == "disable_adapters" else operation
+    arguments = ("a",) if operation in ("set_adapter", "delete_adapter") else ()
+    last.__dict__[method] = interrupted
+    before = state_of(model)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(model, operation)(*arguments)
     assert_unchanged(model, before)
 
 

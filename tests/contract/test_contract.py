@@ -9,9 +9,16 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from tests.contract.cases import METHODS, MODELS, adapter_parameters, groups_for, randomize
+from tests.slices import diagonal, sliced
 
 CASES = [(model, method) for model in MODELS for method in METHODS if MODELS[model].supports(method)]
 CAUSAL_CASES = [(model, method) for model, method in CASES if MODELS[model].causal]
+GENERATING_CASES = [(model, method) for model, method in CASES if model != "bert"]
+
+
+def every(cases, turn: int):
+    """All pairs; `make test` has every method on the model that takes all of them, and some on each of the others."""
+    return pytest.mark.parametrize(("model_name", "method"), sliced(cases, diagonal(cases, turn, whole=("olmoe",))))
 
 
 def adapted(model_name: str, method: str, *, random: bool = True, double: bool = False, **overrides):
@@ -28,7 +35,7 @@ def adapted(model_name: str, method: str, *, random: bool = True, double: bool =
     return model, base, case.batch(), config
 
 
-@pytest.mark.parametrize(("model_name", "method"), CASES)
+@every(CASES, 0)
 def test_step_zero_output_is_the_base_output_bit_for_bit(model_name, method):
     model, base, batch, config = adapted(model_name, method, random=False)
     # Pairs inside the experts are computed with them, whose own loop rounds otherwise.
@@ -39,7 +46,7 @@ def test_step_zero_output_is_the_base_output_bit_for_bit(model_name, method):
     torch.testing.assert_close(found, base(**batch).logits, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize(("model_name", "method"), CASES)
+@every(CASES, 1)
 def test_only_adapter_parameters_train(model_name, method):
     model, _, batch, config = adapted(model_name, method)
     model.train()
@@ -58,7 +65,7 @@ def test_only_adapter_parameters_train(model_name, method):
             assert torch.equal(parameter, before[name]), name
 
 
-@pytest.mark.parametrize(("model_name", "method"), CASES)
+@every(CASES, 2)
 def test_save_and_load_are_equal_to_the_last_bit(model_name, method, tmp_path):
     model, base, batch, _ = adapted(model_name, method)
     expected = model(**batch).logits
@@ -71,7 +78,7 @@ def test_save_and_load_are_equal_to_the_last_bit(model_name, method, tmp_path):
             assert parameter.device.type != "meta", name
 
 
-@pytest.mark.parametrize(("model_name", "method"), CASES)
+@every(CASES, 3)
 def test_two_adapters_switch_and_disable(model_name, method):
     model, base, batch, config = adapted(model_name, method)
     first = model(**batch).logits
@@ -95,7 +102,7 @@ def test_two_adapters_switch_and_disable(model_name, method):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize(("model_name", "method"), CASES)
+@every(CASES, 4)
 def test_checkpointing_gradients_equal_those_without(model_name, method, use_reentrant):
     model, _, batch, config = adapted(model_name, method, double=True)
     model.train()
@@ -117,7 +124,7 @@ def test_checkpointing_gradients_equal_those_without(model_name, method, use_ree
         )
 
 
-@pytest.mark.parametrize(("model_name", "method"), CASES)
+@every(CASES, 5)
 def test_sixteen_bit_base_gives_sixteen_bit_output_and_keeps_float32_routers(model_name, method):
     case = MODELS[model_name]
     base = case.build().to(torch.bfloat16).eval()
@@ -139,7 +146,7 @@ def test_sixteen_bit_base_gives_sixteen_bit_output_and_keeps_float32_routers(mod
     assert {p.dtype for p in adapter_parameters(model, "router").values()} <= {torch.float32}
 
 
-@pytest.mark.parametrize(("model_name", "method"), CASES)
+@every(CASES, 6)
 def test_autocast_output_is_close_to_float32(model_name, method):
     model, _, batch, config = adapted(model_name, method)
     for parameter in adapter_parameters(model, "experts").values():
@@ -154,7 +161,7 @@ def test_autocast_output_is_close_to_float32(model_name, method):
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(("model_name", "method"), CAUSAL_CASES)
+@every(CAUSAL_CASES, 7)
 def test_later_tokens_and_other_rows_change_nothing_earlier(model_name, method, training):
     model, _, batch, config = adapted(model_name, method, double=True)
     model.train(training)
@@ -169,7 +176,7 @@ def test_later_tokens_and_other_rows_change_nothing_earlier(model_name, method, 
     assert not torch.allclose(after[0, 5:], before[0, 5:], atol=1e-3)
 
 
-@pytest.mark.parametrize(("model_name", "method"), CAUSAL_CASES)
+@every(CAUSAL_CASES, 8)
 def test_decoding_with_cache_equals_the_full_forward(model_name, method):
     model, _, batch, _ = adapted(model_name, method, double=True)
     ids = batch["input_ids"]
@@ -183,7 +190,7 @@ def test_decoding_with_cache_equals_the_full_forward(model_name, method):
     torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=1e-9, atol=atol)
 
 
-@pytest.mark.parametrize(("model_name", "method"), [c for c in CASES if c[0] != "bert"])
+@every(GENERATING_CASES, 9)
 def test_generation_with_cache_equals_generation_without(model_name, method):
     model, _, batch, _ = adapted(model_name, method)
     inputs = {name: batch[name][:1] for name in ("input_ids", "attention_mask")}

@@ -1,13 +1,15 @@
-"""Choices of scorer, gate, selector and expert kind that cover every pair of them that fits."""
+"""Choices of router, scorer, gate and expert kind that leave out no part, no pair or no triple of them that fits."""
 
 from __future__ import annotations
 
+import heapq
 import itertools
 
 from moe_peft.extend import EXPERTS, GATES, LOSSES, ROUTERS, SCORERS, SELECTORS
 from moe_peft.routers import router_gives, router_learns, router_needs
 
 Choice = tuple[str, str, str, str]  # router, scorer, gate, experts
+DEFAULTS = ("top_k", "linear", "softmax", "low_rank")
 
 
 def fits(choice: Choice) -> bool:
@@ -16,17 +18,38 @@ def fits(choice: Choice) -> bool:
     return router_needs(router, scorer, gate) <= EXPERTS[experts].gives
 
 
-def choices() -> list[Choice]:
-    """A small set of choices in which every pair of registered parts that can stand together does."""
-    whole = [(name, "linear", "softmax", kind) for name in ROUTERS.keys() - SELECTORS.keys() for kind in EXPERTS]
-    every = [choice for choice in itertools.product(SELECTORS, SCORERS, GATES, EXPERTS) if fits(choice)]
-    pairs_of = {choice: set(itertools.combinations(enumerate(choice), 2)) for choice in every}
-    missing, chosen = set().union(*pairs_of.values()), []
+def fitting() -> list[Choice]:
+    """All choices that fit, those with most of the usual parts first; whole routers have their own scorer and gate."""
+    whole = itertools.product(sorted(ROUTERS.keys() - SELECTORS.keys()), ["linear"], ["softmax"], EXPERTS)
+    every = [*itertools.product(SELECTORS, SCORERS, GATES, EXPERTS), *whole]
+    return sorted(filter(fits, every), key=lambda choice: -len(set(choice) & set(DEFAULTS)))
+
+
+def covering(strength: int) -> list[Choice]:
+    """A small set of choices with every part (1), every pair (2) or every triple (3) of parts that can stand together.
+
+    Every loss goes with one of them.
+
+    Args:
+        strength: How many parts are looked at together.
+    """
+    every = fitting()
+    groups_of = {
+        choice: {*itertools.combinations(enumerate(choice), strength), *losses_for(choice)} for choice in every
+    }
+    missing, chosen = set().union(*groups_of.values()), []
+    # What a choice adds can only shrink, so a choice whose entry is still true is the best of all.
+    heap = [(-len(groups_of[choice]), rank, choice) for rank, choice in enumerate(every)]
+    heapq.heapify(heap)
     while missing:
-        best = max(every, key=lambda choice: len(pairs_of[choice] & missing))
-        chosen.append(best)
-        missing -= pairs_of[best]
-    return sorted(choice for choice in whole if fits(choice)) + chosen
+        promised, rank, choice = heapq.heappop(heap)
+        added = len(groups_of[choice] & missing)
+        if added == -promised:
+            chosen.append(choice)
+            missing -= groups_of[choice]
+        elif added:
+            heapq.heappush(heap, (-added, rank, choice))
+    return chosen
 
 
 def losses_for(choice: Choice) -> list[str]:

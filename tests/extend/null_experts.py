@@ -20,7 +20,8 @@ class NullTopK(Selector):
     gates_extra = True
 
     def __init__(self, *, top_k: int, norm_topk_prob: bool = False, num_null: int = 2) -> None:
-        self.top_k, self.norm_topk_prob, self.extra_scores = top_k, norm_topk_prob, num_null
+        self.top_k = self.num_slots = top_k
+        self.norm_topk_prob, self.extra_scores = norm_topk_prob, num_null
 
     def __call__(self, logits_TE, probs_TE, context, num_experts, **own):
         weights_TK, experts_TK = probs_TE.topk(self.top_k, dim=-1)
@@ -41,11 +42,8 @@ class NullLoadBalancing(RouterLoss):
     needs = frozenset({"null_probs"})
 
     def sums(self, routing):
-        null_probs, requests_E, tokens = (
-            routing.extras["null_probs"],
-            routing.request_matrix().sum(0),
-            num_valid(routing),
-        )
+        null_probs, requests_E = routing.extras["null_probs"], routing.request_matrix().sum(0)
+        tokens = num_valid(routing)
         null_requests = tokens * routing.experts.shape[-1] - requests_E.sum()
         rest = [null_requests, masked_sum(null_probs, routing).sum(), tokens, tokens * null_probs.shape[-1]]
         return torch.cat([requests_E, masked_sum(routing.probs, routing), torch.stack(rest)])

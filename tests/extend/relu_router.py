@@ -1,7 +1,7 @@
 """ReLU routing: an expert is used where its score is positive, and an L1 loss of adaptive weight keeps them few.
 
 w = relu(z),   L = sum_e f_e mean_t w_te,   f_e = E / (k n) * number of tokens that use e
-weight *= 1.2 ^ sign((1 - k / E) - sparsity)               after each optimizer step
+weight *= 1.2 ^ sign((1 - k / E) - sparsity)               after each optimizer step, from 1e-8 to 1
 """
 
 from __future__ import annotations
@@ -47,4 +47,4 @@ class ActiveL1(RouterLoss):
         requests = sum(float(own.requests.sum()) for own in statistics)
         sparsity = 1 - requests / sum(float(own.tokens) * own.requests.numel() for own in statistics)
         wanted = 1 - self.active / statistics[0].requests.numel()
-        return coefficient * 1.2 ** ((wanted > sparsity) - (wanted < sparsity))
+        return min(max(coefficient * 1.2 ** ((wanted > sparsity) - (wanted < sparsity)), 1e-8), 1.0)

@@ -15,6 +15,7 @@ from tests.tiny import padded_batch, tiny_llama
 
 from . import registered
 from .activation_norm import ActivationNorm
+from .biased_top_k import BiasedTopK
 from .cp_diagonal import CpDiagonal
 from .null_experts import NullLoadBalancing, NullTopK
 from .relu_router import ActiveL1, Positive, Relu
@@ -94,6 +95,20 @@ def test_losses_of_ones_own_join_over_batches(loss):
     leaf = parts[0].clone().requires_grad_()
     (expected,) = torch.autograd.grad(0.5 * loss.value(leaf), leaf)
     torch.testing.assert_close(layer.gradients["own"], expected)
+
+
+def test_a_bias_joins_the_choice_alone_and_moves_against_the_load():
+    made, x = router(BiasedTopK(top_k=2, rate=0.25))
+    made.bias.data = torch.tensor([0.0, 0.9, 0.0, -0.9]).double()
+    routing, probs = made(x, TokenContext()), (x @ made.weight.T).softmax(-1)
+    for t in range(T):
+        chosen = sorted(range(E), key=lambda e, t=t: -float((probs[t, e] + made.bias[e]).detach()))[:2]
+        expected = torch.stack([probs[t, e] if e in chosen else probs[t, e] * 0 for e in range(E)])
+        torch.testing.assert_close(routing.gate_matrix()[t], expected)
+    load, before = routing.request_matrix().mean(0) / 2, made.bias.clone()
+    made.after_step(RoutingStatistics.of(routing))
+    torch.testing.assert_close(made.bias - before, 0.25 * (1 / E - load).sign())
+    assert not made.bias.requires_grad and "bias" in made.state_dict()
 
 
 def test_the_norm_of_what_each_expert_makes_of_the_input_is_its_score():

@@ -13,9 +13,15 @@ from moe_peft.layers.shared_rows import is_plain
 from moe_peft.routers import Router
 from moe_peft.telemetry import record
 from tests.contract.cases import METHODS, MODELS, groups_for, randomize
+from tests.slices import diagonal, sliced
 
 CASES = [(model, method) for model in ("llama", "olmoe") for method in METHODS if MODELS[model].supports(method)]
 IMPLEMENTATIONS = ("dense", "eager")
+
+
+def every(turn: int):
+    """All pairs; `make test` has every method on the sparse model, and some on the dense one."""
+    return pytest.mark.parametrize(("model", "method"), sliced(CASES, diagonal(CASES, turn, whole=("olmoe",))))
 
 
 def adapted(model, method, dtype=torch.float64, **fields):
@@ -47,7 +53,7 @@ def fields_of(model, method, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("model", "method"), CASES)
+@every(0)
 def test_hooks_on_routers_and_experts_fire_once_per_call_and_change_nothing(model, method, implementation):
     fields = fields_of(model, method, implementation)
     if fields is None:
@@ -62,7 +68,7 @@ def test_hooks_on_routers_and_experts_fire_once_per_call_and_change_nothing(mode
     assert calls == dict.fromkeys(parts_of(peft_model), 1)
 
 
-@pytest.mark.parametrize(("model", "method"), CASES)
+@every(1)
 def test_weights_that_a_call_brings_arrive(model, method):
     peft_model, batch = adapted(model, method)
     with torch.no_grad():
@@ -74,7 +80,7 @@ def test_weights_that_a_call_brings_arrive(model, method):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("model", "method"), CASES)
+@every(2)
 def test_scores_are_float32_where_everything_has_been_cast_to_16_bit(model, method, dtype):
     peft_model, batch = adapted(model, method, torch.float32)
     for parameter in peft_model.parameters():

@@ -1,0 +1,138 @@
+"""What every registered part says of itself is true: its options, fields, shapes, and the parameters that it names."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from moe_peft import RoutedConfig
+from moe_peft.extend import EXPERTS, GATES, LOSSES, ROUTERS, SCORERS, SELECTORS, Place, Routing
+from moe_peft.part import ModulePart
+
+from . import registered
+from .cases import (
+    IN,
+    NUM_EXPERTS,
+    OUT,
+    PARTS,
+    RANK,
+    close,
+    config_of,
+    context,
+    decide,
+    inputs,
+    layer_of,
+    on_layers,
+)
+
+REGISTRIES = {
+    "scorer": SCORERS,
+    "gate": GATES,
+    "selector": SELECTORS,
+    "router": ROUTERS,
+    "experts": EXPERTS,
+    "loss": LOSSES,
+}
+with registered():
+    NAMED = [(axis, name) for axis, registry in REGISTRIES.items() for name in registry]
+# Words of `Part.gives` and `needs` that are no names in `Routing.extras`.
+WORDS = {"selection", "activations"}
+CONTEXT = {"groups", "token_ids", "prompt", "cached"}
+every_part = pytest.mark.parametrize(("axis", "name"), NAMED, ids=["-".join(named) for named in NAMED])
+
+
+def keywords_of(cls) -> set[str]:
+    """Keywords that a constructor takes, those of its bases where it passes what it does not know on to them."""
+    found = set()
+    for own in cls.__mro__:
+        if "__init__" in vars(own):
+            parameters = inspect.signature(own.__init__).parameters.values()
+            found |= {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+            if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+                break
+    return found
+
+
+@every_part
+def test_options_have_a_default_that_fits_and_say_what_they_are(axis, name):
+    cls = REGISTRIES[axis][name]
+    names = [option.name for option in cls.options]
+    assert len(set(names)) == len(names)
+    for option in cls.options:
+        assert option.accepts(option.default), f"{option.name}: its own default {option.default!r} does not fit"
+        assert option.help.strip() and option.expected.strip(), f"{option.name} needs help and expected"
+        assert not option.accepts(object()), f"{option.name}: fits takes anything; a wrong type must be refused"
+        assert not option.accepts(float("nan")), f"{option.name}: fits takes NaN"
+
+
+@every_part
+def test_fields_and_options_are_keywords_of_the_constructor(axis, name):
+    cls = REGISTRIES[axis][name]
+    keywords, config = keywords_of(cls), RoutedConfig.__dataclass_fields__
+    options = {option.name for option in cls.options}
+    for field in set(cls.fields) | options:
+        assert field in keywords, f"{cls.__name__} declares {field!r}, but its constructor takes {sorted(keywords)}"
+    for field in set(cls.fields) - {"scaling"}:
+        assert field in config, f"{cls.__name__}: {field!r} is no field of a configuration; make it an Option"
+    clash = options & config.keys()
+    assert not clash, f"{cls.__name__}: {sorted(clash)} are fields of configurations; name them in `fields`"
+
+
+@every_part
+def test_what_a_part_needs_is_given_by_some_part(axis, name):
+    cls = REGISTRIES[axis][name]
+    given = frozenset().union(*(part.gives for registry in REGISTRIES.values() for part in registry.values()))
+    assert cls.needs <= given, f"nothing that is registered gives {sorted(cls.needs - given)}"
+    unknown = cls.context_needs - CONTEXT
+    assert not unknown, f"context_needs: {sorted(unknown)} is nothing that TokenContext holds; it has {CONTEXT}"
+
+
+@every_part
+def test_a_part_is_documented(axis, name):
+    cls = REGISTRIES[axis][name]
+    text = inspect.getmodule(cls).__doc__ or ""
+    first = text.strip().splitlines()[0] if text.strip() else ""
+    assert first.endswith((".", ":")) or len(first) > 20, f"{cls.__module__}: its first line says what it computes"
+
+
+@on_layers(PARTS)
+def test_tensors_are_those_that_the_part_names(choice):
+    torch.manual_seed(0)
+    config = config_of(choice, losses=False)
+    built = config.build(Place("linear", IN, OUT))
+    bank, kind = built.experts, type(built.experts).__name__
+    shapes = EXPERTS[choice[3]].shapes(NUM_EXPERTS, RANK)
+    own = dict(bank.named_parameters())
+    assert own.keys() == shapes.keys(), f"{kind}.shapes names {sorted(shapes)}, the bank has {sorted(own)}"
+    for name, begin in shapes.items():
+        assert tuple(own[name].shape[: len(begin)]) == begin, f"{kind}.shapes: {name} is {tuple(own[name].shape)}"
+    for part in (bank, built.router):
+        names = {name for name, _ in part.named_parameters()}
+        assert isinstance(part, ModulePart) and set(part.up) <= names and set(part.frozen) <= names
+    assert bank.up, f"{kind}.up names the tensors that start at zero and carry the result out, for LoRA+"
+    assert all(not own[name].any() for name in bank.up), f"{kind}: {bank.up} start at zero, so that nothing is added"
+    assert built.router.learns == any(name not in built.router.frozen for name, _ in built.router.named_parameters())
+
+
+@on_layers(PARTS)
+@pytest.mark.parametrize("num_experts", [1, NUM_EXPERTS])
+def test_a_promise_to_merge_is_kept_and_nothing_else_merges(choice, num_experts):
+    layer, (x_TD, base_TO) = layer_of(choice, num_experts=num_experts), inputs()
+    bank, router = layer.experts["default"], layer.router["default"]
+    if bank.mergeable:
+        weights_E = torch.linspace(0.2, 0.9, bank.num_choices).double()
+        rows_TE = weights_E.expand(len(x_TD), -1)
+        constant = Routing(weights=rows_TE, experts=None, logits=rows_TE, probs=rows_TE)
+        expected = base_TO + x_TD @ bank.delta_weight(weights_E).T
+        close(bank(x_TD, base_TO, constant), expected, f"{type(bank).__name__}.delta_weight is no such matrix")
+    if router.mergeable:
+        gates_TE = decide(layer, x_TD, context()).gate_matrix()
+        advice = f"{type(router).__name__} says mergeable, but weighs experts by the token"
+        close(gates_TE, gates_TE[:1].expand_as(gates_TE), advice)
+    if not (bank.mergeable and router.mergeable):
+        before = layer.base_layer.weight.clone()
+        with pytest.raises(ValueError, match="merge"):
+            layer.merge()
+        assert torch.equal(layer.base_layer.weight, before) and not layer.merged

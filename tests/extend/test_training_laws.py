@@ -1,0 +1,84 @@
+"""Five steps of TRL's SFT trainer: every loss is in the logs, every tensor that trains moves, and no other does."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from trl import SFTConfig, SFTTrainer
+
+from moe_peft import attach, routed_layers
+from moe_peft.extend import SELECTORS
+from tests.integrations.trainers import NUM_ROWS, shared, token_rows, tokenizer
+from tests.tiny import tiny_llama
+
+from . import registered
+from .cases import LEARNING, config_of, context_needs, name_of
+from .combinations import losses_for
+
+STEPS = 5
+SETTINGS = {"learning_rate": 1e-2, "max_steps": STEPS, "max_grad_norm": 1.0}
+
+
+def handful() -> list:
+    """Choices in which every loss, every scorer that learns and every selector that changes takes part."""
+    chosen, seen = [], set()
+    for choice in sorted(LEARNING, key=lambda choice: -len(losses_for(choice))):
+        router, scorer = choice[:2]
+        selector = {router} if router in SELECTORS and SELECTORS[router].counts else set()
+        own = {*losses_for(choice), scorer, *selector}
+        if not own <= seen:
+            chosen.append(choice)
+            seen |= own
+    return chosen
+
+
+with registered():
+    FIRST = handful()
+CASES = [
+    pytest.param(choice, id=name_of(choice), marks=[] if choice in FIRST else [pytest.mark.slow])
+    for choice in LEARNING
+]
+
+
+def trainer_of(choice, folder):
+    rows = token_rows()
+    if "groups" in context_needs(choice):
+        rows = rows.add_column("task_type", [row % 2 for row in range(NUM_ROWS)])
+    torch.manual_seed(0)
+    return SFTTrainer(
+        model=tiny_llama(),
+        args=SFTConfig(**shared(folder, 1, **SETTINGS)),
+        train_dataset=rows,
+        processing_class=tokenizer(),
+        peft_config=config_of(choice, task_type="CAUSAL_LM", target_modules=["up_proj"]),
+    )
+
+
+def tensors_of(model) -> dict[str, tuple[torch.Tensor, bool]]:
+    """Copies of the parts' tensors, and whether each trains."""
+    found = {}
+    for layer in routed_layers(model):
+        for kind, part in (("experts", layer.experts["default"]), ("router", layer.router["default"])):
+            for name, tensor in part.named_parameters():
+                changes = name not in part.frozen or getattr(part, "counts", False)
+                found[f"{layer.place}.{kind}.{name}"] = (tensor.detach().clone(), changes)
+    return found
+
+
+@pytest.mark.parametrize("choice", CASES)
+def test_five_steps_of_sft_move_what_trains_and_log_every_loss(choice, tmp_path):
+    trainer = attach(trainer_of(choice, tmp_path), layer_groups=0)
+    before = tensors_of(trainer.model)
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(steps) == STEPS and all(math.isfinite(entry["loss"]) for entry in steps)
+    for name in losses_for(choice):
+        values = [entry.get(f"moe/{name}") for entry in steps]
+        assert all(value is not None and math.isfinite(value) for value in values), f"{name} in the logs: {values}"
+    for name, (tensor, changes) in tensors_of(trainer.model).items():
+        assert torch.isfinite(tensor).all(), name
+        moved = not torch.equal(tensor, before[name][0])
+        verb = "moved" if moved else "stayed as it was"
+        assert moved == changes, f"{name} {verb}: `frozen` names what never trains, `counts` what follows steps"

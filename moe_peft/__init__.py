@@ -23,6 +23,7 @@ from .integrations import CoefficientSchedule, FreezeCallback, MoeCallback, atta
 from .layers import routed_layers
 from .layers.accelerated_lora import accelerate_expert_lora
 from .layers.after_step import after_step
+from .messages import shown
 from .methods import (
     EsftConfig,
     ExpertLoraConfig,
@@ -96,7 +97,7 @@ def __getattr__(name: str) -> Any:
         from .quantization.loading import MoeBitsAndBytesConfig
 
         return MoeBitsAndBytesConfig
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise AttributeError(f"module {__name__} has no attribute {shown(name)}")
 
 
 def __dir__() -> list[str]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 import warnings
-from pathlib import Path
+from types import FrameType
+
+import torch
 
 from .types import MoePeftWarning
 
 LIMIT = 200
-PACKAGE = str(Path(__file__).parent)
+# Packages through which a user's line reaches this one.
+LIBRARIES = ("peft", "torch", "transformers", "trl", "accelerate", "contextlib", "dataclasses", "functools")
 
 
 def shown(value: object, limit: int = LIMIT) -> str:
@@ -34,12 +37,23 @@ def shown(value: object, limit: int = LIMIT) -> str:
 
 
 def warn(message: str) -> None:
-    """Warn of something in a line of the user's, the nearest caller outside of this package.
+    """Warn of something in a line of the user's.
+
+    It is the nearest caller outside of this package and of those that call it; where there is none, as in a thread of
+    a library's own, the nearest outside of this package.
 
     Args:
         message: What to say.
     """
-    level, frame = 1, sys._getframe()
-    while frame is not None and (frame.f_code.co_filename.startswith((PACKAGE, "<string>"))):
-        frame, level = frame.f_back, level + 1  # type: ignore[assignment]
-    warnings.warn(message, MoePeftWarning, stacklevel=level)
+    if torch.compiler.is_compiling():  # frames cannot be looked at while they are traced
+        warnings.warn(message, MoePeftWarning, stacklevel=1)
+        return
+    callers: list[str] = []
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        # Methods that `dataclass` writes have no file, but the module of their class.
+        callers.append(str(frame.f_globals.get("__name__")).partition(".")[0])
+        frame = frame.f_back
+    outside = [level for level, name in enumerate(callers, start=1) if name != __package__]
+    users = [level for level in outside if callers[level - 1] not in LIBRARIES]
+    warnings.warn(message, MoePeftWarning, stacklevel=next(iter(users or outside), 1))

@@ -28,7 +28,7 @@ def check_options(parts: Sequence[type[Part]], given: Mapping[str, Any] | None, 
     known = all_options(parts)
     for name, value in (given or {}).items():
         if name not in known:
-            words = ", ".join(map(repr, known)) or "none, so leave it None"
+            words = ", ".join(map(shown, known)) or "none, so leave it None"
             raise ValueError(f"{field}: {shown(name)} is no option of the chosen parts; they have {words}.")
         if not known[name].accepts(value):
             raise ValueError(f"{field}: {name}={shown(value)} must be {known[name].expected}.")

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 
+import moe_peft
 from moe_peft import (
     EsftConfig,
     ExpertScores,
     LoraMoeConfig,
+    MoePeftWarning,
     RoutedConfig,
     describe,
+    messages,
     push_adapter,
+    routed_layers,
     score_experts,
     select_experts,
 )
@@ -54,13 +62,54 @@ def test_short_values_are_shown_as_they_are():
     [
         lambda: RoutedConfig(top_k=1, norm_topk_prob=True),
         lambda: LoraMoeConfig(localized_balancing_delta=0.3),
+        lambda: get_peft_model(tiny_llama(), RoutedConfig(target_modules=["q_proj", "nowhere"])),
+        lambda: get_peft_model(tiny_llama(), RoutedConfig()).unmerge_adapter(),
+        lambda: routed_layers(get_peft_model(tiny_llama(), RoutedConfig()))[0].train()(torch.randn(2, 32)),
     ],
+    ids=["configuration", "a paper's", "get_peft_model", "a method of peft", "a layer's call"],
 )
-def test_a_warning_points_at_the_line_that_makes_the_configuration(make):
+def test_a_warning_points_at_the_line_of_the_user(make):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", MoePeftWarning)
+        make()
+    own = [warning.filename for warning in caught if issubclass(warning.category, MoePeftWarning)]
+    assert own and set(own) == {__file__}
+
+
+class Everything:
+    def __contains__(self, name):
+        return True
+
+
+def test_where_no_caller_is_the_users_a_warning_points_at_the_nearest_one_outside_of_the_package(monkeypatch):
+    monkeypatch.setattr(messages, "LIBRARIES", Everything())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        make()
+        RoutedConfig(top_k=1, norm_topk_prob=True)
     assert [warning.filename for warning in caught] == [__file__]
+
+
+FILES = [path for path in sorted(Path(moe_peft.__file__).parent.rglob("*.py")) if path.name != "messages.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_no_file_guesses_whom_a_warning_points_at(path):
+    assert not re.search(r"warnings\.warn\b|stacklevel", path.read_text())
+
+
+# A pattern that is made to be copied from the message whole.
+NOT_CUT = {"encoder_pattern(encoder_names(model))"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_no_text_shows_a_value_without_cutting_it(path):
+    tree = ast.parse(path.read_text())
+    formatted = [
+        node for node in ast.walk(tree) if isinstance(node, ast.FormattedValue) and node.conversion == ord("r")
+    ]
+    bare = {ast.unparse(node.value) for node in formatted} - NOT_CUT
+    named = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "repr"]
+    assert not bare and not named, f"Write {{shown(value)}}, from moe_peft.messages: {bare}"
 
 
 LONG = "x" * 10_000

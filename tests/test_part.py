@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 
+from moe_peft import extend
 from moe_peft.part import ModulePart, Option, Part
 
 
@@ -15,3 +18,25 @@ def test_a_part_that_says_nothing_can_neither_be_merged_nor_give_anything():
 @pytest.mark.parametrize(("value", "fits"), [(0.5, True), (2, False), ("a", False), (None, False), ([], False)])
 def test_a_value_that_cannot_be_compared_does_not_fit(value, fits):
     assert Option("p", 0.1, "a number from 0 to 1", lambda v: 0 <= v <= 1).accepts(value) is fits
+
+
+PARTS = {
+    f"{room}/{name}": part
+    for room, registry in (
+        ("scorers", extend.SCORERS),
+        ("gates", extend.GATES),
+        ("selectors", extend.SELECTORS),
+        ("routers", extend.ROUTERS),
+        ("experts", extend.EXPERTS),
+        ("losses", extend.LOSSES),
+    )
+    for name, part in registry.items()
+}
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_a_constructor_names_every_field_and_option_that_its_part_declares_and_swallows_no_other(part):
+    parameters = inspect.signature(part).parameters.values()
+    assert not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    named = {parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
+    assert {*part.fields, *(option.name for option in part.options)} <= named

@@ -47,7 +47,7 @@ def accepts_absent(cls: C) -> C:
     def without(self: Any, *args: Any, **kwargs: Any) -> None:
         for name, (value, reason) in absent_fields.items():
             if name in kwargs and not _same(given := kwargs.pop(name), value):
-                raise ValueError(f"{cls.__name__}: {name}={shown(given)} must be left at {value!r}: {reason}.")
+                raise ValueError(f"{cls.__name__}: {name}={shown(given)} must be left at {shown(value)}: {reason}.")
         init(self, *args, **kwargs)
 
     cls.__init__ = without  # type: ignore[misc]

@@ -30,7 +30,7 @@ class CheckedConfig(PeftConfig):
         groups = [base for base in type(self).__mro__ if name in base.__dict__.get("__dataclass_fields__", {})]
         group: Any = groups[-1] if of_group else type(self)
         default = next(own for own in dataclasses.fields(group) if own.name == name).default
-        self._check(getattr(self, name) == default, name, f"left at {default!r}: {reason}")
+        self._check(getattr(self, name) == default, name, f"left at {shown(default)}: {reason}")
 
     def _check_choice(self, name: str, choices: Sequence[object]) -> None:
-        self._check(getattr(self, name) in choices, name, f"one of {', '.join(map(repr, choices))}")
+        self._check(getattr(self, name) in choices, name, f"one of {', '.join(map(shown, choices))}")

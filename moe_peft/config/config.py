@@ -90,8 +90,8 @@ class MoeConfig(CheckedConfig):
         if self.peft_type is not None and str(getattr(self.peft_type, "value", self.peft_type)) != self.adapter_type:
             raise ValueError(
                 f"peft_type={shown(self.peft_type)} does not belong to {type(self).__name__}, which is of type "
-                f"{self.adapter_type!r}. Leave peft_type out, or load the file with peft.PeftConfig.from_pretrained, "
-                "which picks the right class."
+                f"{shown(self.adapter_type)}. Leave peft_type out, or load the file with "
+                "peft.PeftConfig.from_pretrained, which picks the right class."
             )
         self._fill_in()
         self._make_sets()
@@ -134,6 +134,14 @@ class MoeConfig(CheckedConfig):
     def layer_selection(self) -> tuple[list[int] | int | None, list[str] | str | None]:
         """Indices of the layers that are adapted, and the module list they count in; None where nothing is said."""
         return None, None
+
+    @property
+    def group_columns(self) -> dict[str, frozenset[int]]:
+        """Batch columns with the group of each sample that the adapter may read.
+
+        Each comes with the groups that own experts, which batches must then bring; none where no expert has an owner.
+        """
+        return {}
 
     @property
     def mergeable(self) -> bool:
@@ -207,7 +215,7 @@ class MoeConfig(CheckedConfig):
         if cls.adapter_type and found is not None and str(found) != cls.adapter_type:
             raise ValueError(
                 f"This adapter_config.json has peft_type={shown(found)}, but {cls.__name__} loads "
-                f"{cls.adapter_type!r}. Use peft.PeftConfig.from_pretrained, which picks the class by the file."
+                f"{shown(cls.adapter_type)}. Use peft.PeftConfig.from_pretrained, which picks the class by the file."
             )
         return super().check_kwargs(**kwargs)
 

@@ -12,6 +12,8 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
+from ..messages import shown
+
 KINDS = {int: "integer", float: "finite number", str: "string", dict: "dict", list: "list"}
 # What tensors and files take for an integer, and longer texts are no misspelt numbers.
 INTEGER_LIMIT = 2**63
@@ -69,9 +71,9 @@ def expected(name: str, value: object, kind: Any, default: object) -> str | None
         return None
     meant = [candidate for candidate in _readings(value) if fits(candidate, kind)]
     if meant:
-        return f"{describe_type(kind)}; write {name}={meant[0]!r}"
+        return f"{describe_type(kind)}; write {name}={shown(meant[0])}"
     size = ", below 2**63" if isinstance(value, int) and abs(value) >= INTEGER_LIMIT else ""
-    example = "" if default is None or not fits(default, kind) else f", as in {name}={default!r}"
+    example = "" if default is None or not fits(default, kind) else f", as in {name}={shown(default)}"
     return f"{describe_type(kind)}{size}{example}"
 
 

@@ -58,7 +58,7 @@ def wrong_sizes(config: Any, known: Sequence[str]) -> str | None:
     """
     per_layer = config.per_layer
     if not per_layer or not all(name in known for name in per_layer):
-        return f"None, or a dict with lists of sizes for names out of {', '.join(map(repr, known))}"
+        return f"None, or a dict with lists of sizes for names out of {', '.join(map(shown, known))}"
     if not all(isinstance(values, (list, tuple)) and 0 < len(values) <= MAX_LENGTH for values in per_layer.values()):
         return f"a dict with lists of 1 to {MAX_LENGTH} sizes, from the first layer to the last"
     # Lists of one length go together; of others any pair may meet, and the extremes tell whether all can.

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..messages import warn
+from ..messages import shown, warn
 from ..place import Place
 from ..routers import DEFAULT_GATE, DEFAULT_SCORER, router_fields, router_names
 from .config import BACKBONE, MoeConfig
@@ -63,10 +63,10 @@ class RouterConfig(MoeConfig):
         self._check(
             self.router != BACKBONE or self.placement in ("experts", "slices"),
             "router",
-            f"one of {', '.join(map(repr, known))}: only adapters around the backbone's experts follow its routing",
+            f"one of {', '.join(map(shown, known))}: only adapters around the backbone's experts follow its routing",
         )
         for name in sorted(self._idle_fields()):
-            self._check_left_alone(name, f"the {self.router!r} router does not use it", of_group=True)
+            self._check_left_alone(name, f"the {shown(self.router)} router does not use it", of_group=True)
         if self.per_layer is not None:
             own = {entry.name for entry in dataclasses.fields(self)} - self._idle_fields()
             sizes = [name for name in SIZES if name in own and (name == "r" or self.router != BACKBONE)]
@@ -109,7 +109,7 @@ class TopKConfig(RouterConfig):
             hint = f"between 1 and num_experts={self.num_experts}"
             self._check(1 <= self.top_k <= self.num_experts, "top_k", hint)
         needed = "top_k" in self.router_fields()
-        self._check(not needed or self.top_k is not None, "top_k", f"set for the {self.router!r} router")
+        self._check(not needed or self.top_k is not None, "top_k", f"set for the {shown(self.router)} router")
 
     def advise(self) -> None:
         """See `MoeConfig.advise`."""

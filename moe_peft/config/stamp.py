@@ -66,8 +66,8 @@ def saved_meaning(file: AdapterFile) -> dict[str, Any] | None:
         found = None
     if not isinstance(found, dict):
         raise ValueError(
-            f"The metadata {MEANING!r} of {file.name} cannot be read: {shown(file.metadata[MEANING])}. The file is "
-            "damaged; copy or download it again. Nothing has been changed."
+            f"The metadata {shown(MEANING)} of {file.name} cannot be read: {shown(file.metadata[MEANING])}. The file "
+            "is damaged; copy or download it again. Nothing has been changed."
         )
     return found
 

@@ -10,11 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
+from ..part import ModulePart
+
 # (tensors, x_TD, experts_TK, weights_TK) -> (T, O), the backbone's own computation on other tensors.
 Compute = Callable[[Mapping[str, torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-class ExpertSlices(nn.Module):
+class ExpertSlices(ModulePart, nn.Module):
     """The selected slices of fused expert tensors, under the backbone's own names and in its own layout.
 
     Args:
@@ -25,7 +27,7 @@ class ExpertSlices(nn.Module):
         mergeable: They replace what they were copied from.
     """
 
-    mergeable: bool = True
+    mergeable = True
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], ids: Sequence[int]) -> None:
         super().__init__()

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..messages import shown
+
 IGNORED_LABEL = -100
 # Methods of encoders of sound that turn a number of samples into one of frames.
 FRAME_LENGTHS = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")
@@ -212,7 +214,7 @@ def as_groups(value: Any, column: str) -> torch.Tensor:
         groups = None
     if groups is None or groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool:
         raise ValueError(
-            f"The batch column {column!r} must hold the group of every sample as an integer, not {str(value)[:200]}."
+            f"The batch column {shown(column)} must hold the group of every sample as an integer, not {shown(value)}."
         )
     return groups.long()
 
@@ -266,7 +268,7 @@ def check_groups(groups: torch.Tensor, column: str, allowed: frozenset[int]) -> 
     unknown = sorted(set(groups.reshape(-1).tolist()) - allowed) if allowed else []
     if unknown:
         raise ValueError(
-            f"The batch column {column!r} holds the sample groups {str(unknown)[:200]}, which no expert belongs to "
+            f"The batch column {shown(column)} holds the sample groups {shown(unknown)}, which no expert belongs to "
             f"(expert_groups has {sorted(allowed)}). Change `expert_groups` so that every sample group owns an "
             "expert, or map the column to the groups it has."
         )

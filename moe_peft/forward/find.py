@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
+from ..messages import shown
+
 if TYPE_CHECKING:
     from .tracker import ForwardTracker
 
@@ -23,7 +25,7 @@ def find_trackers(model: nn.Module) -> list[ForwardTracker]:
         TypeError: It is no module.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"A model must be a torch.nn.Module, not {str(model)[:200]!r} ({type(model).__name__}).")
+        raise TypeError(f"A model must be a torch.nn.Module, not {shown(model)} ({type(model).__name__}).")
     found: list[ForwardTracker] = []
     for module in model.modules():
         tracker = module.__dict__.get(TRACKER_ATTRIBUTE)

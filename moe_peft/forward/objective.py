@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..messages import shown
 from ..types import LossScale, RouterLoss, Routing
 from .find import find_trackers
 from .joined_losses import ForwardLosses, LayerLosses, mean_values
@@ -192,7 +193,7 @@ def router_loss_values(model: nn.Module) -> dict[str, torch.Tensor]:
 def _latest_losses(model: nn.Module, caller: str) -> list[ForwardLosses]:
     """Losses of the latest training forward of every adapted model in a tree of modules."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: the model must be a torch.nn.Module, not {str(model)[:200]!r}.")
+        raise TypeError(f"{caller}: the model must be a torch.nn.Module, not {shown(model)}.")
     trackers = find_trackers(model)
     if not trackers:
         raise ValueError(f"{caller}: {type(model).__name__} has no routed adapter. Add one with peft.get_peft_model.")

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..messages import shown
 from .batch import as_groups, check_groups
 from .find import find_trackers
 
@@ -34,7 +35,7 @@ def groups(model: nn.Module, **columns: Any) -> Iterator[None]:
     for column, values in columns.items():
         if column not in known:
             raise ValueError(
-                f"moe_peft.groups: no adapter of {type(model).__name__} reads sample groups from {column[:200]!r}; "
+                f"moe_peft.groups: no adapter of {type(model).__name__} reads sample groups from {shown(column)}; "
                 f"those that are read are {sorted(known)}. They are named by `group_column`."
             )
         given[column] = as_groups(values, column)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..messages import shown
 from .joined_losses import LayerLosses
 
 
@@ -59,9 +60,9 @@ def join_slices(made: Sequence[LayerLosses], length: int, place: str) -> list[li
         apart = [name for name, loss in group[0].losses.items() if not loss.additive]
         if len(group) > 1 and apart:
             raise ValueError(
-                f"{place} is run in {len(group)} slices of the rows, of which the router loss {apart[0]!r} cannot be "
-                "put together. Set chunk_size_feed_forward=0 in the model's configuration (or switch tiling off), or "
-                "the coefficient of that loss to 0."
+                f"{place} is run in {len(group)} slices of the rows, of which the router loss {shown(apart[0])} "
+                "cannot be put together. Set chunk_size_feed_forward=0 in the model's configuration (or switch "
+                "tiling off), or the coefficient of that loss to 0."
             )
     return groups
 

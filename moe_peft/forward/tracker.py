@@ -10,7 +10,6 @@ original forward's context serves: the autograd node that made a stack's output 
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -18,8 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..messages import shown, warn
 from ..place import Rows
-from ..types import MoePeftWarning, Routing, TokenContext
+from ..types import Routing, TokenContext
 from .calls import CallKeeper
 from .entry import ModuleEntry
 from .find import ENTRIES_ATTRIBUTE, TRACKER_ATTRIBUTE, find_stacks, find_tracker, find_trackers
@@ -241,7 +241,7 @@ class ForwardTracker(CallKeeper):
         others = [t.name for ident, t in list(self._busy.items()) if ident != own and t.is_alive()]
         if others:
             raise RuntimeError(
-                f"{operation} would change the adapters of a forward that runs in the thread {others[0][:200]!r}. "
+                f"{operation} would change the adapters of a forward that runs in the thread {shown(others[0])}. "
                 "Which adapter is active is one setting of the whole model: let requests name theirs with "
                 "adapter_names=[...], or change it while no other thread uses the model."
             )
@@ -249,7 +249,7 @@ class ForwardTracker(CallKeeper):
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(message, MoePeftWarning, stacklevel=5)
+            warn(message)
 
     def _warn_accumulation(self, model: nn.Module) -> None:
         """Warn where a plain loop adds up gradients of several forwards without weighing the router losses."""

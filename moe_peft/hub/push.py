@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +19,7 @@ from torch import nn
 
 from ..config.adapter_files import WEIGHTS, check_adapter_files, num_parameters, read_json_object
 from ..config.config import MoeConfig
-from ..messages import shown
-from ..types import MoePeftWarning
+from ..messages import shown, warn
 from .card import hub_card, is_hub_name, read_card
 
 CONFIG, CARD = "adapter_config.json", "README.md"
@@ -130,7 +128,7 @@ def _routed_model(model: nn.Module) -> tuple[PeftModel, str]:
     names = model.active_adapters
     if len(names) != 1:
         raise ValueError(f"The adapters {names} are active; choose the one to push with model.set_adapter(name).")
-    _check_routed(model.peft_config[names[0]], f"The adapter {names[0]!r}")
+    _check_routed(model.peft_config[names[0]], f"The adapter {shown(names[0])}")
     return model, names[0]
 
 
@@ -198,11 +196,9 @@ def _is_cached(folder: Path, path: Path) -> bool:
 
 def _warn_of_local_base(base_model: str | None) -> None:
     if not is_hub_name(base_model):
-        warnings.warn(
+        warn(
             f"The base model {shown(base_model)} is not a name on the Hub, so the card links to none and "
-            "AutoPeftModel cannot find it. If the Hub has it, push with base_model='org/name'.",
-            MoePeftWarning,
-            stacklevel=3,
+            "AutoPeftModel cannot find it. If the Hub has it, push with base_model='org/name'."
         )
 
 
@@ -231,7 +227,7 @@ def _explained(repo_id: str, folder: Path) -> Iterator[None]:
             fix = "Once the Hub can be reached,"
         raise kind(
             f"The upload to {repo_id} did not finish: {reason}. The adapter lies complete and unchanged in {folder}. "
-            f"{fix} call moe_peft.push_adapter({str(folder)!r}, {repo_id!r}, ...) again."
+            f"{fix} call moe_peft.push_adapter({shown(str(folder))}, {shown(repo_id)}, ...) again."
         ) from error
 
 

@@ -26,7 +26,7 @@ class AdaptiveCoefficients:
         made = cls()
         for layer in (module for module in model.modules() if isinstance(module, RoutedLayer)):
             for adapter, objective in layer.objectives.items():
-                for name, loss in objective.losses.items() if objective else ():
+                for name, loss in objective.losses.items():
                     if loss.adapts:
                         made._dicts.setdefault(f"{adapter}/{name}", []).append(objective.coefficients)
         made._configured = made.get()

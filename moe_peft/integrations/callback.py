@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from ..forward.find import find_trackers
 from ..forward.joined_losses import WindowSums
 from ..forward.tracker import ForwardTracker
 from ..layers.after_step import after_step
@@ -18,7 +19,6 @@ from ..telemetry.meter import RoutingMeter, metrics_of
 from .adaptive import AdaptiveCoefficients
 from .checks import check_count, check_training
 from .precision import restore_precision, uses_deepspeed
-from .trackers import find_trackers
 from .training_run import RestoringCallback, load_best
 
 

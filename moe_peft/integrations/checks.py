@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import warnings
 from numbers import Integral, Real
 from typing import Any
 
 from torch import nn
 
 from ..layers import RoutedLayer
-from ..messages import shown
+from ..messages import shown, warn
 from ..quantization.four_bit import Dequantize
 from ..tuner.merging import check_merges, plan_merges
-from ..types import MoePeftWarning
 
 
 def check_count(caller: str, name: str, value: Any) -> None:
@@ -59,8 +57,8 @@ def check_adapter(model: nn.Module) -> None:
     merged = sorted({name for layer in layers for name in layer.merged_adapters})
     if merged and not any(layer.active_names() for layer in layers):
         raise ValueError(
-            f"attach: the adapter {merged[0]!r} is merged into the base weights, so that training would not change "
-            "it. Call unmerge_adapter() first."
+            f"attach: the adapter {shown(merged[0])} is merged into the base weights, so that training would not "
+            "change it. Call unmerge_adapter() first."
         )
     parameters = [parameter for layer in layers for parameter in adapter_parameters(layer)]
     if parameters and not any(parameter.requires_grad for parameter in parameters):
@@ -97,20 +95,16 @@ def check_training(args: Any, model: nn.Module) -> None:
     if getattr(args, "use_vllm", False):
         check_vllm(model)
     if getattr(args, "use_transformers_continuous_batching", False) and (args.bf16 or args.fp16):
-        warnings.warn(
+        warn(
             "use_transformers_continuous_batching=True turns the experts of the adapter to 16 bit for good at the "
-            "first generation, and their small updates are rounded away. Set it to False, or bf16=False.",
-            MoePeftWarning,
-            stacklevel=3,
+            "first generation, and their small updates are rounded away. Set it to False, or bf16=False."
         )
     # transformers 5.23 calls it activation_checkpointing.
     checkpointing = getattr(args, "activation_checkpointing", False) or getattr(args, "gradient_checkpointing", False)
     if has_four_bit_experts(model) and not checkpointing:
-        warnings.warn(
+        warn(
             "gradient_checkpointing=False keeps the dequantized experts of all layers for the backward, which takes "
-            "more memory than 4-bit experts save. Set gradient_checkpointing=True, which keeps one layer's at a time.",
-            MoePeftWarning,
-            stacklevel=3,
+            "more memory than 4-bit experts save. Set gradient_checkpointing=True, which keeps one layer's at a time."
         )
     if getattr(args, "n_gpu", 0) > 1:
         raise ValueError(
@@ -144,6 +138,6 @@ def check_vllm(model: nn.Module) -> None:
         check_merges(model, plan, safe_merge=False)
     except ValueError as error:
         raise ValueError(
-            f"use_vllm=True merges the adapter {', '.join(map(repr, names))} into the base weights at every weight "
+            f"use_vllm=True merges the adapter {', '.join(map(shown, names))} into the base weights at every weight "
             f"sync, which cannot be done: {error} Set use_vllm=False to generate with transformers."
         ) from error

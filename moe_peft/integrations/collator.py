@@ -74,7 +74,8 @@ class GroupCollator:
                     return batch
                 raise ValueError(
                     f"The collator made {input_ids.shape[0]} rows of {len(examples)} examples, so a row has no single "
-                    f"group {self.column!r}. Switch packing off, or use padding-free rows, which carry their segments."
+                    f"group {shown(self.column)}. Switch packing off, or use padding-free rows, which carry their "
+                    "segments."
                 )
             groups = groups[segments.long().clamp_max(len(examples) - 1)]
         batch[self.column] = groups
@@ -87,20 +88,20 @@ class GroupCollator:
         missing = sum(self.column not in example for example in examples)
         if missing:
             raise ValueError(
-                f"{missing} of {len(examples)} examples have no column {self.column!r}. Add it to the data set, one "
-                "integer per example, name another in the adapter's group_column, or leave expert_groups out to "
-                "balance without groups. Without moe_peft.attach also set remove_unused_columns=False in the training "
-                "arguments, so that the trainer does not drop it."
+                f"{missing} of {len(examples)} examples have no column {shown(self.column)}. Add it to the data set, "
+                "one integer per example, name another in the adapter's group_column, or leave expert_groups out to "
+                "balance without groups. Without moe_peft.attach also set remove_unused_columns=False in the "
+                "training arguments, so that the trainer does not drop it."
             )
         for value in (example[self.column] for example in examples):
             if _as_group(value) is None:
                 raise ValueError(
-                    f"The column {self.column!r} holds {shown(value)}, which is no group. Give one integer per "
+                    f"The column {shown(self.column)} holds {shown(value)}, which is no group. Give one integer per "
                     f"example{self._advice(value)}"
                 )
 
     def _advice(self, value: Any) -> str:
-        column = repr(self.column)
+        column = shown(self.column)
         if value is None:
             return (
                 ": fill in the group of the examples that lack one, or leave them out with "

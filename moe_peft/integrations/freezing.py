@@ -34,7 +34,7 @@ class FreezeCallback(TrainerCallback):
 
     def __init__(self, part: str, first_step: int = 0, last_step: int = 100) -> None:
         if not isinstance(part, str) or part not in PARTS:
-            raise ValueError(f"FreezeCallback: part={shown(part)} must be one of {', '.join(map(repr, PARTS))}.")
+            raise ValueError(f"FreezeCallback: part={shown(part)} must be one of {', '.join(map(shown, PARTS))}.")
         if not (is_count(first_step) and is_count(last_step) and first_step < last_step):
             raise ValueError(
                 f"FreezeCallback: first_step={shown(first_step)} and last_step={shown(last_step)} enclose no step; "
@@ -54,7 +54,7 @@ class FreezeCallback(TrainerCallback):
                 "DDP or FSDP2, or remove the callback."
             )
         if next(self._parameters(kwargs["model"]), None) is None:
-            raise ValueError(f"FreezeCallback: no adapter of the model has a part {self.part!r} to freeze.")
+            raise ValueError(f"FreezeCallback: no adapter of the model has a part {shown(self.part)} to freeze.")
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

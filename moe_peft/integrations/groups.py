@@ -8,6 +8,7 @@ from torch import nn
 
 from ..config.config import MoeConfig
 from ..layers import routed_layers
+from ..messages import shown
 from .collator import GroupCollator
 
 
@@ -32,8 +33,7 @@ def group_columns(model: nn.Module) -> set[str]:
     Args:
         model: An adapted model, or one that contains some.
     """
-    configs = [config for config in routed_configs(model) if getattr(config, "expert_groups", None) is not None]
-    columns = {config.group_column for config in configs}  # type: ignore[attr-defined]
+    columns = {column for config in routed_configs(model) for column, groups in config.group_columns.items() if groups}
     for layer in routed_layers(model):
         if any("groups" in router.context_needs for router in layer.router.values()):
             columns |= set(layer.tracker.group_columns)
@@ -53,15 +53,15 @@ def check_groups(trainer: Any) -> None:
         if getattr(trainer.args, "packing", False):
             raise ValueError(
                 f"attach: packing=True joins samples, so that a row has no single group, and drops the column "
-                f"{column!r}, but expert_groups needs the group of every sample. Set packing=False, with "
+                f"{shown(column)}, but expert_groups needs the group of every sample. Set packing=False, with "
                 "padding_free=True to save the padding all the same, or expert_groups=None."
             )
         names = getattr(trainer.train_dataset, "column_names", None)
         if isinstance(names, list) and column not in names:
             raise ValueError(
-                f"attach: the training data has no column {column!r} (it has {names}), but expert_groups needs the "
-                "group of every sample. Add the column, one integer per example, name another in the adapter's "
-                "group_column, or set expert_groups=None to balance without groups."
+                f"attach: the training data has no column {shown(column)} (it has {shown(names)}), but expert_groups "
+                "needs the group of every sample. Add the column, one integer per example, name another in the "
+                "adapter's group_column, or set expert_groups=None to balance without groups."
             )
 
 

@@ -7,7 +7,6 @@ policy itself a few steps ago. Noise that one pass has and the other has not is 
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..layers import RoutedLayer
-from ..types import MoePeftWarning
+from ..messages import warn
 from .groups import routed_configs
 
 # Fields of a configuration that perturb training passes alone, and their values that do not.
@@ -61,11 +60,9 @@ def say_what_is_off(trainer: Any) -> None:
     }
     if found:
         settings = ", ".join(f"{name}={value}" for name, value in found.items())
-        warnings.warn(
+        warn(
             f"{type(trainer).__name__} compares passes of the model with each other, in which noise would count as a "
-            f"difference: {settings} of the adapter has no effect in it.",
-            MoePeftWarning,
-            stacklevel=3,
+            f"difference: {settings} of the adapter has no effect in it."
         )
 
 

@@ -63,15 +63,15 @@ class CoefficientSchedule(RestoringCallback):
         objectives = list(_coefficients(kwargs["model"]))
         if any(key.endswith(f"/{self.loss}") for key in AdaptiveCoefficients.of(kwargs["model"]).get()):
             raise ValueError(
-                f"CoefficientSchedule: the loss {self.loss!r} changes its own coefficient after every step, which a "
-                "schedule would undo. Remove the callback."
+                f"CoefficientSchedule: the loss {shown(self.loss)} changes its own coefficient after every step, "
+                "which a schedule would undo. Remove the callback."
             )
         self._configured = [(own, own[self.loss]) for own in objectives if self.loss in own]
         if not self._configured:
             names = sorted({name for own in objectives for name in own})
             raise ValueError(
-                f"CoefficientSchedule: the model has no loss {self.loss!r}; it has {names}. A loss whose configured "
-                "coefficient is 0 is left out: configure it with its largest value."
+                f"CoefficientSchedule: the model has no loss {shown(self.loss)}; it has {shown(names)}. A loss whose "
+                "configured coefficient is 0 is left out: configure it with its largest value."
             )
 
     def on_step_begin(
@@ -92,8 +92,7 @@ def _coefficients(model: nn.Module) -> Iterator[dict[str, float]]:
     """The coefficients of every layer's losses, which a forward reads."""
     for layer in routed_layers(model):
         for objective in layer.objectives.values():
-            if objective is not None:
-                yield objective.coefficients
+            yield objective.coefficients
 
 
 def _maps_steps_to_factors(points: Any) -> bool:

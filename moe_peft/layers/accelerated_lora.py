@@ -11,7 +11,6 @@ Where stock tensors lie (A (E, r, I), B (E, r, O); the widths are those of y = x
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -25,9 +24,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ..backbone.experts_call import experts_call
+from ..messages import warn
 from ..ops.expert_lora import expert_lora
 from ..ops.expert_stacks import LowRankPairs
-from ..types import MoePeftWarning
 from .expert_pass import is_watched, owner_of_pass, replaced_forward
 from .fused_experts import DOWN, matrix_names, read_fused, stored_shape, why_not_fused
 
@@ -106,11 +105,9 @@ def accelerate_expert_lora(model: nn.Module, enabled: bool = True) -> nn.Module:
         for name, reason in refused.items():
             by_reason.setdefault(reason, []).append(name)
         listed = "; ".join(f"{names[0]} (and {len(names) - 1} more) {reason}" for reason, names in by_reason.items())
-        warnings.warn(
+        warn(
             f"{len(refused)} of {len(nests)} adapted experts modules run as in stock peft, as the experts cannot be "
-            f"computed in activation space: {listed}.",
-            MoePeftWarning,
-            stacklevel=2,
+            f"computed in activation space: {listed}."
         )
     return model
 

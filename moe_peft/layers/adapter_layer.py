@@ -11,6 +11,7 @@ from peft.utils.quantization_utils import quantization_extra_repr, resolve_quant
 from torch import nn
 
 from ..config.parts import RoutedParts
+from ..forward.objective import RouterObjective
 from ..forward.tracker import ForwardTracker
 from ..part import ModulePart
 from ..place import Place
@@ -77,7 +78,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Make the dictionaries by adapter name; a kind of layer adds those of its own."""
         setattr(self, f"{self.prefix}experts", nn.ModuleDict())
         setattr(self, f"{self.prefix}router", nn.ModuleDict())
-        self.objectives: dict[str, Any] = {}
+        self.objectives: dict[str, RouterObjective] = {}
 
     @property
     def experts(self) -> dict[str, Any]:
@@ -101,9 +102,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.tracker.adapters.setdefault(adapter_name)
         if parts.router is not None:
             self.router[adapter_name] = parts.router
-        self.objectives[adapter_name] = parts.objective
-        losses = getattr(parts.objective, "losses", {})
-        for part in (parts.router, *losses.values()):
+        self.objectives[adapter_name] = objective = parts.objective or RouterObjective({})
+        for part in (parts.router, *objective.losses.values()):
             if part is not None:
                 self.tracker.need(part.context_needs)
         _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())

@@ -54,7 +54,7 @@ def _adapt(layers: dict[str, RoutedLayer], adapter: str, statistics: dict[Key, R
     """Give each adapting loss of an adapter its next coefficient, the same at all places."""
     with_loss: dict[str, list[str]] = {}
     for place, layer in layers.items():
-        for name, loss in getattr(layer.objectives[adapter], "losses", {}).items():
+        for name, loss in layer.objectives[adapter].losses.items():
             if loss.adapts:
                 with_loss.setdefault(name, []).append(place)
     for name, places in with_loss.items():

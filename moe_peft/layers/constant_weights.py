@@ -6,6 +6,7 @@ import torch
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 
+from ..messages import shown
 from ..routers import Router
 from ..types import TokenContext
 
@@ -44,7 +45,7 @@ def check_constant(router: Router, in_features: int, adapter_name: str, place: s
     weights_TE = _weights(router, noise_TD.to(_device(router)))
     if not torch.equal(weights_TE, weights_TE[:1].expand_as(weights_TE)):
         raise ValueError(
-            f"The adapter {adapter_name!r} depends on the input of {place}, although its router "
+            f"The adapter {shown(adapter_name)} depends on the input of {place}, although its router "
             f"({type(router).__name__}) says that it is mergeable, so no fixed weight equals it and it cannot be "
             "merged. Keep it as an adapter, and let the router say mergeable = False."
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -61,8 +60,8 @@ class MergingLayer(AdapterLayer):
         for name in names:
             if not self.is_mergeable(name):
                 raise ValueError(
-                    f"Adapter {name!r} at {self.place} weighs its experts by the input, or stands beside more than a "
-                    "weight; it cannot be merged."
+                    f"Adapter {shown(name)} at {self.place} weighs its experts by the input, or stands beside more "
+                    "than a weight; it cannot be merged."
                 )
         self.check_merge(names, safe_merge)
         for name in names:
@@ -76,7 +75,7 @@ class MergingLayer(AdapterLayer):
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weights."""
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            warn("Already unmerged. Nothing to do.")
             return
         self.unmerge_to([])
 

@@ -40,9 +40,8 @@ class RoutedLayer(MergingLayer):
 
     def _counts(self, adapter_name: str) -> bool:
         """Whether a part changes after each optimizer step by what was decided."""
-        losses = getattr(self.objectives[adapter_name], "losses", {})
         counts = adapter_name in self.router and self.router[adapter_name].counts
-        return counts or any(loss.adapts for loss in losses.values())
+        return counts or any(loss.adapts for loss in self.objectives[adapter_name].losses.values())
 
     def add(
         self,

@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import torch
 
+from ..messages import shown
 from ..types import RouterLoss, Routing
 
 MODES = ("paper", "specialize")
@@ -99,8 +100,8 @@ class LocalizedBalancing(RouterLoss):
         if groups_S is None:
             raise ValueError(
                 f"Localized balancing with expert_groups={list(self.expert_groups)} needs the group of every sample, "
-                f"but the batch has no column {self.group_column!r}. Pass {self.group_column}=<(batch,) integers> to "
-                "the model's forward (with a trainer: add the column to the data set and call "
+                f"but the batch has no column {shown(self.group_column)}. Pass {self.group_column}=<(batch,) "
+                "integers> to the model's forward (with a trainer: add the column to the data set and call "
                 "moe_peft.attach(trainer)), name another column in `group_column`, or set expert_groups=None to "
                 "balance without groups."
             )

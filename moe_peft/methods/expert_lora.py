@@ -135,7 +135,7 @@ class ExpertLoraConfig(SelectedExpertsConfig, PairConfig, PlacingConfig):
             and set(chosen) <= set(MATRICES)
             and len(set(chosen)) == len(chosen),
             "target_matrices",
-            f"a list of different names among {', '.join(map(repr, MATRICES))}",
+            f"a list of different names among {', '.join(map(shown, MATRICES))}",
         )
         for pattern, rank in (self.rank_pattern or {}).items():
             hint = f"a dict from names to ranks of 1 to {MAX_RANK}, which {shown(pattern)}: {shown(rank)} is not"

@@ -76,6 +76,11 @@ class LocalizedBalancingConfig(RouterConfig):
                 "without expert_groups; give the group of each expert."
             )
 
+    @property
+    def group_columns(self) -> dict[str, frozenset[int]]:
+        """See `MoeConfig.group_columns`."""
+        return {self.group_column: frozenset(self.expert_groups or ())}
+
     def localized_balancing(self) -> LocalizedBalancing:
         """The loss with this configuration's groups."""
         return LocalizedBalancing(

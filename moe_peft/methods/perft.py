@@ -28,6 +28,7 @@ from ..experts import EXPERTS, Experts, LowRankExperts
 from ..experts.bottleneck import ACTIVATIONS
 from ..forward.objective import Loss
 from ..losses import load_balancing, z_loss
+from ..messages import shown
 from ..place import Place
 from ..routers import router_gives, router_learns, router_names
 from ..tuner.registration import extend_peft_type, register
@@ -127,20 +128,20 @@ class PerftConfig(RoutedMoeConfig):
     def validate(self) -> None:
         """Check every field; see `MoeConfig.validate`."""
         for name, value in FIXED[self.variant].items():
-            self._check(getattr(self, name) == value, name, f"left at None: variant {self.variant!r} fixes it")
+            self._check(getattr(self, name) == value, name, f"left at None: variant {shown(self.variant)} fixes it")
         super().validate()
         self._check_choice("experts", tuple(name for name in EXPERTS if name in ("low_rank", "bottleneck")))
         self._check_choice("activation", tuple(ACTIVATIONS))
         if "scaling" not in self.kind.fields:
-            hint = f"left at None: {self.experts!r} adapters have no scale"
+            hint = f"left at None: {shown(self.experts)} adapters have no scale"
             self._check(self.lora_alpha == 2 * self.r, "lora_alpha", hint)
-            self._check_left_alone("use_rslora", f"{self.experts!r} adapters have no scale")
+            self._check_left_alone("use_rslora", f"{shown(self.experts)} adapters have no scale")
         if "activation" not in self.kind.fields:
-            self._check_left_alone("activation", f"{self.experts!r} adapters have no activation")
+            self._check_left_alone("activation", f"{shown(self.experts)} adapters have no activation")
         if self.variant == "R":
             self._validate_router()
         else:
-            self._check_left_alone("router_z_loss_coef", f"variant {self.variant!r} has no router of its own")
+            self._check_left_alone("router_z_loss_coef", f"variant {shown(self.variant)} has no router of its own")
 
     def _validate_router(self) -> None:
         learns = self.router != BACKBONE and router_learns(cast(str, self.router))

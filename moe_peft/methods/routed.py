@@ -22,6 +22,7 @@ from ..config.ranges import IN_RANGE, is_coefficient
 from ..experts import EXPERTS, Experts
 from ..experts.bottleneck import ACTIVATIONS
 from ..losses import LOSSES
+from ..messages import shown
 from ..options import check_options, option_values
 from ..place import Place
 from ..routers import GATES, SCORERS, router_gives, router_learns, router_names, router_needs
@@ -125,17 +126,17 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
         self._check_choice("wraps", ("linear", "block", "experts"))
         self._check_choice("router_scope", ("place", "block"))
         alone = self.router_scope == "place" or self.wraps == "linear"
-        self._check(alone, "router_scope", f"'place': wraps={self.wraps!r} has one place in a block")
+        self._check(alone, "router_scope", f"'place': wraps={shown(self.wraps)} has one place in a block")
         self._check_choice("scorer", tuple(SCORERS))
         self._check_choice("gate", tuple(GATES))
         super().validate()
         self._check_choice("experts", tuple(EXPERTS))
         self._check_choice("activation", tuple(ACTIVATIONS))
         if "activation" not in self.kind.fields:
-            self._check_left_alone("activation", f"the kind {self.experts!r} has none")
+            self._check_left_alone("activation", f"the kind {shown(self.experts)} has none")
         if "scaling" not in self.kind.fields:
             for name in ("lora_alpha", "use_rslora"):
-                self._check_left_alone(name, f"the kind {self.experts!r} has no scale")
+                self._check_left_alone(name, f"the kind {shown(self.experts)} has no scale")
         self._check(
             self.expert_groups is None or "localized_balancing" in (self.losses or {}),
             "expert_groups",
@@ -143,13 +144,13 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
         )
         if self.router != BACKBONE:
             lacking = router_needs(self.router, self.scorer, self.gate) - self.kind.gives
-            hint = f"one that needs no {', '.join(sorted(lacking))}: the kind {self.experts!r} does not give it"
+            hint = f"one that needs no {', '.join(sorted(lacking))}: the kind {shown(self.experts)} does not give it"
             self._check(not lacking, "scorer", hint)
         else:
             self._check_left_alone("num_experts", "there is one expert for each of the backbone's")
         if not self._router_learns():
-            self._check(not self.losses, "losses", f"None: the {self.router!r} router learns nothing")
-            self._check_left_alone("router_z_loss_coef", f"the {self.router!r} router learns nothing")
+            self._check(not self.losses, "losses", f"None: the {shown(self.router)} router learns nothing")
+            self._check_left_alone("router_z_loss_coef", f"the {shown(self.router)} router learns nothing")
         kind = type(self).__name__
         parts = () if self.router == BACKBONE else router_parts(self.router, self.scorer, self.gate)
         check_options(parts, self.router_args, f"{kind}: router_args")
@@ -158,24 +159,24 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
 
     def _validate_losses(self) -> None:
         for name in self.losses or {}:
-            self._check(name in LOSSES, "losses", f"a dict with names out of {', '.join(map(repr, LOSSES))}")
+            self._check(name in LOSSES, "losses", f"a dict with names out of {', '.join(map(shown, LOSSES))}")
             coef, options = self._loss_settings(name)
-            hint = f"a dict with weights that are zero or positive numbers {IN_RANGE}, as {{{name!r}: 0.1}} or "
-            hint += f"{{{name!r}: {{'weight': 0.1, ...}}}}"
+            hint = f"a dict with weights that are zero or positive numbers {IN_RANGE}, as {{{shown(name)}: 0.1}} or "
+            hint += f"{{{shown(name)}: {{'weight': 0.1, ...}}}}"
             self._check(fits(coef, float) and is_coefficient(coef), "losses", hint)
-            check_options((LOSSES[name],), options, f"{type(self).__name__}: losses[{name!r}]")
+            check_options((LOSSES[name],), options, f"{type(self).__name__}: losses[{shown(name)}]")
             lacking = LOSSES[name].needs - self._router_gives()
             self._check(
                 not lacking,
                 "losses",
-                f"without {name!r} for the {self.router} router, which gives no {', '.join(sorted(lacking))}; use "
-                f"{' or '.join(map(repr, self._losses_that_fit()))}",
+                f"without {shown(name)} for the {self.router} router, which gives no {', '.join(sorted(lacking))}; "
+                f"use {' or '.join(map(shown, self._losses_that_fit()))}",
             )
             shorthand = {self._balance_name(): "router_aux_loss_coef", "z_loss": "router_z_loss_coef"}.get(name)
             self._check(
                 shorthand is None or getattr(self, shorthand) == 0,
                 "losses",
-                f"without {name!r} while {shorthand} sets its weight too; set {shorthand}=0.0",
+                f"without {shown(name)} while {shorthand} sets its weight too; set {shorthand}=0.0",
             )
 
     def _router_learns(self) -> bool:

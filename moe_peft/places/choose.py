@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,9 +17,8 @@ from ..backbone.encoders import encoder_names
 from ..backbone.read_weights import read_weights
 from ..backbone.structure import find_moe_layers, is_below, layer_of, router_names
 from ..config.patterns import check_patterns
-from ..messages import shown
+from ..messages import shown, warn
 from ..place import MoeLayer, Place, Rows
-from ..types import MoePeftWarning
 from .blocks import block_names, block_place, experts_names, experts_place
 from .linear import (
     default_target_modules,
@@ -146,11 +144,9 @@ def _warn_of_unknown(config: MoeConfig, modules: Collection[str]) -> None:
     names = [] if targets is None or isinstance(targets, str) else sorted(targets)
     unknown = [target for target in names if not any(f".{name}".endswith(f".{target}") for name in modules)]
     if unknown:
-        warnings.warn(
+        warn(
             f"target_modules names {shown(unknown)}, but no module of the model is called so; only the others are "
-            "adapted. Correct the names, or remove them; moe_peft.describe(model, config) lists what is adapted.",
-            MoePeftWarning,
-            stacklevel=3,
+            "adapted. Correct the names, or remove them; moe_peft.describe(model, config) lists what is adapted."
         )
 
 

@@ -18,6 +18,7 @@ from ..backbone.attention import attention_names
 from ..backbone.encoders import encoder_names
 from ..backbone.read_weights import read_weights
 from ..backbone.structure import base_of, find_moe_layers, is_below, router_names
+from ..messages import shown
 from ..place import MoeLayer, Place
 
 # Second projections of gated FFNs: they scale what the first one lets through, and the kind "all" leaves them out.
@@ -121,7 +122,7 @@ def default_target_modules(model: nn.Module, kind: str) -> list[str]:
             "(docs/moe_backbones.md), or target_modules='all-linear' for the linear layers that are left."
         )
         raise ValueError(
-            f"{type(model).__name__} has no linear layer of the kind {kind!r} to adapt. Please specify "
+            f"{type(model).__name__} has no linear layer of the kind {shown(kind)} to adapt. Please specify "
             f"`target_modules`; its linear layers are called {leaf_names(text_linear_names(model))}."
             f"{sparse if find_moe_layers(model) else ''}"
         )

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from ..types import Routing, TokenContext
+from .gates import Gate
 from .linear import LinearRouter
 from .top_k import TopK
 
@@ -81,7 +81,11 @@ class CapacityRouter(LinearRouter):
         capacity_factor: See `Capacity`.
         capacity_order: See `Capacity`.
         norm_topk_prob: See `Capacity`.
-        **settings: Further arguments of `LinearRouter`.
+        gate: See `LinearRouter`.
+        routed_scaling_factor: See `LinearRouter`.
+        router_jitter_noise: See `LinearRouter`.
+        expert_dropout: See `LinearRouter`.
+        init_std: See `LinearRouter`.
     """
 
     fields: tuple[str, ...] = ("capacity_factor", "capacity_order", "top_k", "norm_topk_prob", *LinearRouter.fields)
@@ -95,16 +99,29 @@ class CapacityRouter(LinearRouter):
         capacity_factor: float | None = None,
         capacity_order: str = "position",
         norm_topk_prob: bool = False,
-        **settings: Any,
+        gate: Gate | None = None,
+        routed_scaling_factor: float = 1.0,
+        router_jitter_noise: float = 0.0,
+        expert_dropout: float = 0.0,
+        init_std: float | None = None,
     ) -> None:
         select = Capacity(
             top_k=top_k,
             capacity_factor=capacity_factor,
             capacity_order=capacity_order,
             norm_topk_prob=norm_topk_prob,
-            expert_dropout=settings.get("expert_dropout", 0.0),
+            expert_dropout=expert_dropout,
         )
-        super().__init__(in_features, num_experts, select=select, **settings)
+        super().__init__(
+            in_features,
+            num_experts,
+            select=select,
+            gate=gate,
+            routed_scaling_factor=routed_scaling_factor,
+            router_jitter_noise=router_jitter_noise,
+            expert_dropout=expert_dropout,
+            init_std=init_std,
+        )
 
 
 def over_capacity(routing: Routing, capacity_factor: float, *, by_choice: bool = False) -> torch.Tensor:

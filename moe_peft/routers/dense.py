@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ..types import Routing, TokenContext
+from .gates import Gate
 from .linear import LinearRouter
 from .selector import Selector
 
@@ -34,8 +33,31 @@ class DenseRouter(LinearRouter):
     Args:
         in_features: D, width of the input.
         num_experts: E.
-        **settings: Further arguments of `LinearRouter`.
+        gate: See `LinearRouter`.
+        routed_scaling_factor: See `LinearRouter`.
+        router_jitter_noise: See `LinearRouter`.
+        expert_dropout: See `LinearRouter`.
+        init_std: See `LinearRouter`.
     """
 
-    def __init__(self, in_features: int, num_experts: int, **settings: Any) -> None:
-        super().__init__(in_features, num_experts, select=Dense(), **settings)
+    def __init__(
+        self,
+        in_features: int,
+        num_experts: int,
+        *,
+        gate: Gate | None = None,
+        routed_scaling_factor: float = 1.0,
+        router_jitter_noise: float = 0.0,
+        expert_dropout: float = 0.0,
+        init_std: float | None = None,
+    ) -> None:
+        super().__init__(
+            in_features,
+            num_experts,
+            select=Dense(),
+            gate=gate,
+            routed_scaling_factor=routed_scaling_factor,
+            router_jitter_noise=router_jitter_noise,
+            expert_dropout=expert_dropout,
+            init_std=init_std,
+        )

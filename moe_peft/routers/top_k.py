@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ..types import Routing, TokenContext
+from .gates import Gate
 from .linear import LinearRouter
 from .selector import Selector
 
@@ -55,13 +54,35 @@ class TopKRouter(LinearRouter):
         num_experts: E.
         top_k: See `TopK`.
         norm_topk_prob: See `TopK`.
-        **settings: Further arguments of `LinearRouter`.
+        gate: See `LinearRouter`.
+        routed_scaling_factor: See `LinearRouter`.
+        router_jitter_noise: See `LinearRouter`.
+        expert_dropout: See `LinearRouter`.
+        init_std: See `LinearRouter`.
     """
 
     fields: tuple[str, ...] = ("top_k", "norm_topk_prob", *LinearRouter.fields)
 
     def __init__(
-        self, in_features: int, num_experts: int, *, top_k: int, norm_topk_prob: bool = False, **settings: Any
+        self,
+        in_features: int,
+        num_experts: int,
+        *,
+        top_k: int,
+        norm_topk_prob: bool = False,
+        gate: Gate | None = None,
+        routed_scaling_factor: float = 1.0,
+        router_jitter_noise: float = 0.0,
+        expert_dropout: float = 0.0,
+        init_std: float | None = None,
     ) -> None:
-        select = TopK(top_k=top_k, norm_topk_prob=norm_topk_prob, expert_dropout=settings.get("expert_dropout", 0.0))
-        super().__init__(in_features, num_experts, select=select, **settings)
+        super().__init__(
+            in_features,
+            num_experts,
+            select=TopK(top_k=top_k, norm_topk_prob=norm_topk_prob, expert_dropout=expert_dropout),
+            gate=gate,
+            routed_scaling_factor=routed_scaling_factor,
+            router_jitter_noise=router_jitter_noise,
+            expert_dropout=expert_dropout,
+            init_std=init_std,
+        )

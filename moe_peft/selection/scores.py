@@ -128,8 +128,8 @@ class ExpertScores:
         values = self.by_layer[layer].values
         if (criterion, aggregate) not in values:
             raise ValueError(
-                f"aggregate={aggregate!r}: these scores hold the mean over all tokens alone, as the authors' files "
-                "do. Use aggregate='token', or score the samples again with moe_peft.score_experts."
+                f"aggregate={shown(aggregate)}: these scores hold the mean over all tokens alone, as the authors' "
+                "files do. Use aggregate='token', or score the samples again with moe_peft.score_experts."
             )
         return values[criterion, aggregate]
 

@@ -98,7 +98,7 @@ def score_experts(
     if tally.num_tokens == 0:
         raise ValueError(
             "There is no token to score: the data loader is empty, or every token is padding or outside the "
-            f"completions (score_mask={score_mask!r})."
+            f"completions (score_mask={shown(score_mask)})."
         )
     by_layer = {layer.index: tally.scores(layer.index, expert_size(model, layer)) for layer in layers}
     return ExpertScores(by_layer, tally.num_tokens, tally.num_samples, num_base_weights(model))

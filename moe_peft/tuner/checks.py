@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Mapping, Sequence, Set
 
 import torch
@@ -16,9 +15,8 @@ from ..backbone.encoders import encoder_names, encoder_pattern
 from ..config.adapter_files import check_values
 from ..config.config import MoeConfig
 from ..layers import LAYERS, AdaptedExperts, RoutedLayer, SlicedExperts
-from ..messages import shown
+from ..messages import shown, warn
 from ..place import Place
-from ..types import MoePeftWarning
 from .tensors import PEFT_PREFIX, plain_name
 
 # In the names of what peft trains beside an adapter.
@@ -62,12 +60,10 @@ def check_neighbours(config: MoeConfig, prefix: str, places: Sequence[Place], mo
                 )
             others.append(place.name)
     if others:
-        warnings.warn(
+        warn(
             f"{others[0]} (and {len(others) - 1} more) has an adapter of another type, which {config.method} wraps "
             "from here on: what that adapter then saves has other names, and does not load on a base model of its "
-            "own. Save it before, or adapt other modules.",
-            MoePeftWarning,
-            stacklevel=3,
+            "own. Save it before, or adapt other modules."
         )
 
 
@@ -82,17 +78,18 @@ def check_groups(config: MoeConfig, places: Sequence[Place], model: nn.Module) -
     Raises:
         ValueError: A place reads images or sound, or the groups' column is one of the model's inputs.
     """
-    groups, column = getattr(config, "expert_groups", None), getattr(config, "group_column", None)
-    if groups is not None and column in inspect.signature(model.forward).parameters:
-        raise ValueError(
-            f"group_column={column!r} is an input of {type(model).__name__}, which would not be given it any more. "
-            "Name a column of the sample groups alone, as group_column='task_type'."
-        )
+    columns = [column for column, groups in config.group_columns.items() if groups]
+    for column in columns:
+        if column in inspect.signature(model.forward).parameters:
+            raise ValueError(
+                f"group_column={shown(column)} is an input of {type(model).__name__}, which would not be given it any "
+                "more. Name a column of the sample groups alone, as group_column='task_type'."
+            )
     media = [place.name for place in places if place.rows == "media"]
-    if groups is not None and media:
+    if columns and media:
         raise ValueError(
-            f"expert_groups={groups} needs the group of every row, but {media[0]} reads images or sound, which do not "
-            f"tell the sample they belong to. Set exclude_modules={encoder_pattern(encoder_names(model))!r}, "
+            f"expert_groups needs the group of every row, but {media[0]} reads images or sound, which do not tell the "
+            f"sample they belong to. Set exclude_modules={encoder_pattern(encoder_names(model))!r}, "
             "target_modules=None, which leaves encoders out, or expert_groups=None."
         )
 
@@ -116,7 +113,7 @@ def check_leftovers(
         ValueError: An adapter of this name stands elsewhere.
     """
     chosen = {place.name for place in places}
-    endings = tuple(getattr(config, "modules_to_save", None) or ())
+    endings = tuple(config.modules_to_save or ())
     for name, module in model.named_modules():
         if isinstance(module, RoutedLayer):
             left = adapter_name in module.experts and not (module.prefix == prefix and name in chosen)

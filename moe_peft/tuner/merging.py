@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import nn
 
 from ..layers import RoutedLayer
+from ..messages import shown
 
 WAY_OUT = (
     "Keep it as an adapter (model.save_pretrained), or call unload() to get the base model back. Adapters of linear "
@@ -69,14 +70,14 @@ def plan_merges(
 
 def _check_names(model: nn.Module, adapter_names: Sequence[str], known: Sequence[str]) -> None:
     if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
-        raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r:.200}.")
+        raise TypeError(f"adapter_names should be a list of strings, got {shown(adapter_names)}.")
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     names = set(known).union(*(layer._get_available_adapters() for layer in layers))
     unknown = [name for name in adapter_names if name not in names]
     if unknown:
         raise ValueError(
-            f"adapter_names={list(adapter_names)!r:.200} cannot be merged: there is no adapter {unknown[0]!r:.200}. "
-            f"Adapters of this model are {sorted(names)}."
+            f"adapter_names={shown(list(adapter_names))} cannot be merged: there is no adapter {shown(unknown[0])}. "
+            f"Adapters of this model are {shown(sorted(names))}."
         )
 
 
@@ -109,16 +110,17 @@ def _check_routed(
     for name in names:
         if not layer.is_mergeable(name):
             raise ValueError(
-                f"The adapter {name!r} depends on the input of {layer.place}, so no fixed weight equals it and it "
-                f"cannot be merged. {WAY_OUT}"
+                f"The adapter {shown(name)} depends on the input of {layer.place}, so no fixed weight equals it and "
+                f"it cannot be merged. {WAY_OUT}"
             )
     inner: nn.Module = layer.base_layer
     while isinstance(inner, BaseTunerLayer):
         live = _live(inner, planned.get(id(inner), []))
         if live and not layer.adds_to_output:
             raise ValueError(
-                f"The adapter {names[0]!r} at {layer.place} changes what the adapter {live[0]!r} inside it gives, "
-                "which its merged weight would not. Merge that one first, or merge both with merge_and_unload()."
+                f"The adapter {shown(names[0])} at {layer.place} changes what the adapter {shown(live[0])} inside it "
+                "gives, which its merged weight would not. Merge that one first, or merge both with "
+                "merge_and_unload()."
             )
         inner = cast(Any, inner).base_layer
     base = layer.get_base_layer()
@@ -144,8 +146,8 @@ def _check_foreign(layer: BaseTunerLayer, names: list[str], safe_merge: bool) ->
     if isinstance(layer, TrainableTokensLayer):
         if left:
             raise ValueError(
-                f"The tokens trained by the adapter {left[0]!r} act beside those of {names[0]!r}, and peft leaves "
-                "them out once one of the two is merged. Merge both, or activate one of them first."
+                f"The tokens trained by the adapter {shown(left[0])} act beside those of {shown(names[0])}, and peft "
+                "leaves them out once one of the two is merged. Merge both, or activate one of them first."
             )
         layer._check_overlapping_tokens([*layer.merged_adapters, *names])
     if safe_merge:

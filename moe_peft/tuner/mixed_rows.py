@@ -19,6 +19,7 @@ from ..forward.find import find_trackers
 from ..forward.thread_state import RowNames
 from ..forward.tracker import ForwardTracker
 from ..layers import RoutedLayer
+from ..messages import shown
 
 BASE = "__base__"
 # Arguments whose rows are those of the batch, of forwards and of `generate`.
@@ -54,7 +55,7 @@ def check_row_names(
     is_list = isinstance(adapter_names, (list, tuple)) and all(isinstance(name, str) for name in adapter_names)
     if not is_list:
         raise TypeError(
-            f"`adapter_names` must be a list of one adapter name per row of the batch, not {str(adapter_names)[:200]}."
+            f"`adapter_names` must be a list of one adapter name per row of the batch, not {shown(adapter_names)}."
         )
     unknown = sorted(set(adapter_names) - set(known) - {BASE})
     if unknown:

@@ -14,6 +14,7 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 
+from ..messages import shown
 from .entries import frame_entries
 from .names import check_form
 from .sources import ROUTED
@@ -60,7 +61,7 @@ def extend_peft_type(name: str) -> PeftType:
     if not _is_complete(name, member):
         _remove(name, member)
         raise RuntimeError(
-            f"peft.PeftType did not accept the adapter type {name!r} on this version of Python. "
+            f"peft.PeftType did not accept the adapter type {shown(name)} on this version of Python. "
             "Please report it to peft-moe with the output of `python -VV`."
         )
     return member
@@ -80,13 +81,15 @@ def register(config_cls: type, model_cls: type) -> None:
     name: str = config_cls.adapter_type  # type: ignore[attr-defined]
     prefix: str = model_cls.prefix  # type: ignore[attr-defined]
     if prefix != f"{name.lower()}_":
-        raise ValueError(f"{model_cls.__name__}.prefix={prefix!r} must be {name.lower() + '_'!r} for type {name!r}.")
+        raise ValueError(
+            f"{model_cls.__name__}.prefix={shown(prefix)} must be {shown(name.lower() + '_')} for type {shown(name)}."
+        )
     member = extend_peft_type(name)
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
     if known is not None:
         if (known.__module__, known.__qualname__) != (config_cls.__module__, config_cls.__qualname__):
             raise RuntimeError(
-                f"The adapter type {name!r} is already registered by {known.__module__}.{known.__qualname__}. "
+                f"The adapter type {shown(name)} is already registered by {known.__module__}.{known.__qualname__}. "
                 "Uninstall or do not import one of the two packages."
             )
         PEFT_TYPE_TO_CONFIG_MAPPING[member] = config_cls

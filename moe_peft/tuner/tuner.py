@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -18,6 +17,7 @@ from ..config.patterns import check_patterns
 from ..forward.find import find_trackers
 from ..forward.tracker import ForwardTracker
 from ..layers import LAYERS, RoutedLayer
+from ..messages import warn
 from ..places.hidden import choose_places
 from .checks import check_groups, check_leftovers, check_neighbours, check_tensors
 from .further_modules import check_further_modules
@@ -60,8 +60,7 @@ class RoutedTuner(BaseTuner):
             # Places and sizes of this model go into a copy: the configuration may serve another model as well.
             self.peft_config[adapter_name] = resolved = copy(given)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            if hasattr(resolved, "modules_to_save"):  # which PeftModel reads from the one that it was given
-                given.modules_to_save = resolved.modules_to_save
+            given.modules_to_save = resolved.modules_to_save  # PeftModel reads it from the one that it was given
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model, so that its hooks run, which peft 0.20 would pass by."""
@@ -96,10 +95,8 @@ class RoutedTuner(BaseTuner):
             tracker = ForwardTracker()
             tracker.attach(model)
         self._tracker = tracker
-        group_column, groups = getattr(peft_config, "group_column", None), getattr(peft_config, "expert_groups", None)
-        if group_column is not None:
-            known = tracker.group_columns.get(group_column, frozenset())
-            tracker.group_columns[group_column] = known | frozenset(groups or ())
+        for column, groups in peft_config.group_columns.items():
+            tracker.group_columns[column] = tracker.group_columns.get(column, frozenset()) | groups
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -193,7 +190,7 @@ class RoutedTuner(BaseTuner):
         refuse_in_use(self.model, "merge_adapter")
         plan = self._checked_plan(adapter_names, safe_merge, self.prefix)
         if not plan:
-            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
+            warn("All adapters are already merged, nothing to do.")
         merge_layers(plan, safe_merge)
 
     def _unload_and_optionally_merge(  # type: ignore[override]

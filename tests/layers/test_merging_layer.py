@@ -45,6 +45,6 @@ def test_what_was_merged_comes_out_again_and_no_more_than_that():
     layer.merge()
     assert not torch.equal(layer.base_layer.weight, before)
     layer.unmerge()
-    with pytest.warns(UserWarning, match="Already unmerged"):
+    with pytest.warns(MoePeftWarning, match="Already unmerged"):
         layer.unmerge()
     torch.testing.assert_close(layer.base_layer.weight, before)

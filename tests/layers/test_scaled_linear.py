@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from moe_peft import MovConfig, router_loss, telemetry
+from moe_peft import MoePeftWarning, MovConfig, router_loss, telemetry
 from moe_peft.layers import ScaledLinear
 from tests.contract.cases import randomize
 from tests.tiny import padded_batch, tiny_t5
@@ -172,7 +172,7 @@ def test_unmerging_follows_a_model_that_was_cast_in_between():
     model.double()
     model.unmerge_adapter()
     assert torch.equal(layer_of(model).base_layer.weight, before.double())
-    with pytest.warns(UserWarning, match="Already unmerged"):
+    with pytest.warns(MoePeftWarning, match="Already unmerged"):
         layer_of(model).unmerge()
 
 

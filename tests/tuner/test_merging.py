@@ -129,6 +129,8 @@ def test_an_adapter_merges_where_other_layers_hold_adapters_that_do_not():
     torch.testing.assert_close(logits(model), both)
 
 
+# As in peft, every layer where nothing was merged says so.
+@pytest.mark.filterwarnings("default:Already unmerged:moe_peft.MoePeftWarning")
 @pytest.mark.parametrize("other", ["lora", "b"])
 def test_matrices_of_experts_merge_beside_another_adapter(other):
     model = get_peft_model(tiny_olmoe(), EsftConfig(experts={"0": [0, 3]}), adapter_name="a")

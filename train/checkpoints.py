@@ -43,6 +43,12 @@ def resume_point(training_args: Any) -> str | None:
         return None
     by_name = wanted.lower() not in ("true", "yes")
     folder = Path(wanted) if by_name else Path(training_args.output_dir)
+    if by_name and folder.is_file():
+        raise ValueError(
+            f"--resume_from_checkpoint {folder} is a file. Name the folder of a checkpoint, or write true."
+        )
+    # The output folder of a run stands for its last complete checkpoint.
+    by_name = by_name and not (_numbered(folder) is None and any(folder.glob("checkpoint-*")))
     if by_name:
         reason = why_incomplete(folder)
         if reason:
@@ -50,6 +56,7 @@ def resume_point(training_args: Any) -> str | None:
                 f"--resume_from_checkpoint {folder}: {reason}. Name a complete one, or write true for the last "
                 "complete checkpoint in output_dir."
             )
+        _say_where_it_ends(folder, training_args)
         return str(folder)
     found, skipped = last_complete(folder)
     if skipped and training_args.local_process_index == 0:
@@ -57,12 +64,32 @@ def resume_point(training_args: Any) -> str | None:
             print(f"Not resuming from {name}, which was not written whole: {reason}.", flush=True)
     if found is None:
         raise ValueError(
-            f"--resume_from_checkpoint true, but {folder} has no complete checkpoint. Leave the flag out to start at "
-            "step 0, or check output_dir."
+            f"--resume_from_checkpoint {wanted}, but {folder} has no complete checkpoint. Leave the flag out to "
+            "start at step 0, or check output_dir."
         )
     if training_args.local_process_index == 0:
         print(f"Resuming from {found}.", flush=True)
+    _say_where_it_ends(found, training_args)
     return str(found)
+
+
+def _say_where_it_ends(checkpoint: Path, training_args: Any) -> None:
+    """Say so where a checkpoint is the end of the run, so that nothing is left to train."""
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    step, epoch = state["global_step"], state.get("epoch") or 0
+    by_steps = training_args.max_steps > 0
+    if step < training_args.max_steps if by_steps else epoch < training_args.num_train_epochs:
+        return
+    if training_args.local_process_index == 0:
+        limit = (
+            f"--max_steps {training_args.max_steps}"
+            if by_steps
+            else f"--num_train_epochs {training_args.num_train_epochs:g}"
+        )
+        print(
+            f"{checkpoint} is the end of the run: with {limit} nothing is left to train. Raise it to go on.",
+            flush=True,
+        )
 
 
 def last_complete(folder: Path) -> tuple[Path | None, dict[str, str]]:

@@ -1,4 +1,4 @@
-"""What the training scripts share: the adapter's flags, how the model is loaded, and the data."""
+"""What the training scripts share: the adapter that the flags describe, and how the model is loaded."""
 
 from __future__ import annotations
 
@@ -71,8 +71,9 @@ def read_selection(path: str) -> moe_peft.ExpertSelection:
         ValueError: There is no such file, or it has another form.
     """
     if not Path(path).is_file():
+        what = "this is a folder" if Path(path).is_dir() else "there is no such file"
         raise ValueError(
-            f"--moe_experts {path}: there is no such file. Select experts with train/select_experts.py, and give the "
+            f"--moe_experts {path}: {what}. Select experts with train/select_experts.py, and give the "
             "expert_config.json that it writes."
         )
     return moe_peft.ExpertSelection.load(path)
@@ -121,51 +122,3 @@ def model_init_kwargs(model_args: Any, training_args: Any, quantize_experts: boo
     if quantization is not None:
         kwargs["quantization_config"] = quantization
     return kwargs
-
-
-def load_data(script_args: Any, dataset_args: Any) -> Any:
-    """Load the data set: `datasets:` of the YAML file, or `--dataset_name`, which may be a folder of JSONL files.
-
-    Args:
-        script_args: TRL's `ScriptArguments`.
-        dataset_args: TRL's `DatasetMixtureConfig`.
-
-    Raises:
-        ValueError: Neither or both are given.
-    """
-    from datasets import load_dataset
-    from trl import get_dataset
-
-    if bool(dataset_args.datasets) == bool(script_args.dataset_name):
-        raise ValueError("Give either `datasets` (in the YAML file) or `--dataset_name`, and not both.")
-    if dataset_args.datasets:
-        return get_dataset(dataset_args)
-    return load_dataset(
-        script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
-    )
-
-
-def splits(dataset: Any, script_args: Any, evaluates: bool) -> tuple[Any, Any]:
-    """The rows to train on, and those to evaluate on.
-
-    Args:
-        dataset: Split name -> rows.
-        script_args: TRL's `ScriptArguments`.
-        evaluates: Whether the second split is needed.
-
-    Returns:
-        Both; None for the second where it is not needed.
-
-    Raises:
-        ValueError: The data has no split of that name.
-    """
-    wanted = {"dataset_train_split": script_args.dataset_train_split}
-    if evaluates:
-        wanted["dataset_test_split"] = script_args.dataset_test_split
-    for flag, name in wanted.items():
-        if name not in dataset:
-            raise ValueError(
-                f"--{flag} {name}: the data has the splits {sorted(dataset)}. Name one of them, set test_split_size "
-                "with `datasets`, or switch evaluation off with --eval_strategy no."
-            )
-    return dataset[script_args.dataset_train_split], dataset[wanted["dataset_test_split"]] if evaluates else None

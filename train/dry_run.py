@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
 import moe_peft
+from moe_peft.backbone.without_weights import meta_model
 from moe_peft.config.config import MoeConfig
 from moe_peft.describe import Description
 from moe_peft.quantization.loading import expert_parameters, expert_sizes
@@ -87,13 +89,35 @@ def model_without_weights(model_args: Any, training_args: Any, task_type: str) -
     """
     from transformers import AutoConfig
 
-    if not model_args.model_name_or_path:
-        raise ValueError("--model_name_or_path is missing: give a model's name on the Hub, or its folder.")
+    check_model_name(model_args.model_name_or_path)
     remote = {"trust_remote_code": getattr(training_args, "trust_remote_code", False)}
     model_config = AutoConfig.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, **remote
     )
     return model_config, meta_model(model_config, task_type, **remote)
+
+
+def check_model_name(name: str | None) -> None:
+    """Refuse what names no model.
+
+    Args:
+        name: The value of `--model_name_or_path`.
+
+    Raises:
+        ValueError: It is missing, a file, or a folder that is not there or holds no model.
+    """
+    if not name:
+        raise ValueError("--model_name_or_path is missing: give a model's name on the Hub, or its folder.")
+    path = Path(name)
+    if path.is_file():
+        raise ValueError(f"--model_name_or_path {name} is a file. Give the folder with the model's config.json.")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            adapter = (path / "adapter_config.json").is_file()
+            what = "is the folder of an adapter; give its base model" if adapter else "holds no config.json"
+            raise ValueError(f"--model_name_or_path {name} {what}. Give a model's name on the Hub, or its folder.")
+    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ValueError(f"--model_name_or_path {name}: there is no such folder.")
 
 
 def warn_of_backbone_loss(model_config: Any, training_args: Any) -> None:
@@ -133,24 +157,3 @@ def trained_in_full(model: Any, config: MoeConfig) -> dict[str, int]:
     endings = tuple(f".{name}" for name in wanted)
     found = {name: module for name, module in model.named_modules() if f".{name}".endswith(endings)}
     return {name: sum(p.numel() for p in module.parameters()) for name, module in found.items()}
-
-
-def meta_model(model_config: Any, task_type: str, trust_remote_code: bool = False) -> Any:
-    """Build the model that the trainer will load, on the meta device.
-
-    Args:
-        model_config: Configuration of the base model.
-        task_type: "SEQ_CLS" gives it a head with one output, a reward; otherwise the class is the checkpoint's own.
-        trust_remote_code: Whether code of the checkpoint may run.
-    """
-    import transformers
-
-    with torch.device("meta"):
-        if task_type == "SEQ_CLS":
-            model_config.num_labels = 1
-            auto_class = transformers.AutoModelForSequenceClassification
-            return auto_class.from_config(model_config, trust_remote_code=trust_remote_code)
-        own_class = getattr(transformers, (model_config.architectures or [""])[0], None)
-        if own_class is not None:
-            return own_class(model_config)
-        return transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)

@@ -16,6 +16,7 @@ from moe_peft.messages import shown
 from moe_peft.methods import METHODS
 
 PREFIX = "moe_"
+METHOD_FLAG = f"{PREFIX}method"
 # Fields that a user does not choose: fixed by the scripts or by peft, or filled in from the model.
 WITHOUT_FLAG = frozenset(
     {
@@ -52,6 +53,10 @@ class ScriptFlags:
     )
     moe_quantize_experts: bool = field(
         default=True, metadata={"help": "With load_in_4bit: quantize fused experts too, not linear layers alone."}
+    )
+    moe_overwrite: bool = field(
+        default=False,
+        metadata={"help": "Delete what an earlier run left in output_dir, instead of keeping it in a folder beside."},
     )
 
 
@@ -151,6 +156,22 @@ def help_of(name: str, fields: dict[str, dataclasses.Field]) -> str:
     else:
         said = "".join(f" Default of {', '.join(names)}: {value}." for value, names in defaults.items())
     return (text + methods + said).replace("%", "%%")
+
+
+def group_of(flag: str) -> str:
+    """What a flag describes: the group of fields that declares it, or the methods that alone have it.
+
+    Args:
+        flag: Its name, with the prefix.
+    """
+    name = flag.removeprefix(PREFIX)
+    methods = owners()[name]
+    own = METHODS[next(iter(methods))]
+    declaring = [cls for cls in own.__mro__ if name in vars(cls).get("__dataclass_fields__", {})][-1]
+    if declaring in METHODS.values():
+        return f"fields of {', '.join(methods)}"
+    said = (declaring.__doc__ or "").partition("\n")[0].rstrip(".")
+    return said[:1].lower() + said[1:] if said.startswith("Fields") else "where, and what beside"
 
 
 def make_flags() -> type:

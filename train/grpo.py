@@ -8,17 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from common import MoeArguments, load_data, splits
+from arguments import ScriptParser
+from common import MoeArguments
+from data import DataArguments
 from rewards import load_rewards
-from training import prepare, train
-from trl import ScriptArguments
+from running import run
+from training import prepare, prepare_data, train
 
 from moe_peft.config.config import MoeConfig
 
 
 @dataclass
-class GrpoArguments(ScriptArguments):
-    """TRL's script arguments, and the rewards."""
+class GrpoArguments(DataArguments):
+    """What names the data, and the rewards."""
 
     reward_funcs: list[str] | None = field(
         default=None,
@@ -34,9 +36,9 @@ class GrpoArguments(ScriptArguments):
 
 def make_parser() -> Any:
     """The parser of all flags; unknown keys of the YAML file are refused."""
-    from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig, TrlParser
+    from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig
 
-    return TrlParser((GrpoArguments, GRPOConfig, ModelConfig, DatasetMixtureConfig, MoeArguments))
+    return ScriptParser((GrpoArguments, GRPOConfig, ModelConfig, DatasetMixtureConfig, MoeArguments))
 
 
 def refuse_vllm(training_args: Any, config: MoeConfig) -> None:
@@ -59,11 +61,13 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     """Train, evaluate and save; returns the trainer."""
     from trl import GRPOTrainer
 
-    config = prepare(model_args, training_args, moe_args)
+    config = prepare(model_args, training_args, moe_args, "grpo")
     refuse_vllm(training_args, config)
     rewards = load_rewards(script_args, training_args, model_args.dtype)
     evaluates = training_args.eval_strategy != "no"
-    train_dataset, eval_dataset = splits(load_data(script_args, dataset_args), script_args, evaluates)
+    train_dataset, eval_dataset = prepare_data(
+        "grpo", model_args, training_args, (script_args, dataset_args), config, evaluates
+    )
     trainer = GRPOTrainer(
         model=model_args.model_name_or_path,
         reward_funcs=[reward for reward, _ in rewards],
@@ -77,4 +81,4 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run(make_parser, main)

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data import names_of
+
 import moe_peft
 from moe_peft.config.card_section import write_section
 from moe_peft.hub.card import is_hub_name, read_card
@@ -43,7 +45,8 @@ def push_to_hub(trainer: Any, script_args: Any, metrics: Mapping[str, float] | N
     """
     if not trainer.is_world_process_zero():
         return
-    write_card(trainer, script_args.dataset_name)
+    names = names_of(script_args)
+    write_card(trainer, names[0] if len(names) == 1 else None)
     args = trainer.args
     commit = moe_peft.push_adapter(
         args.output_dir,

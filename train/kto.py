@@ -7,24 +7,29 @@ from __future__ import annotations
 
 from typing import Any
 
-from common import MoeArguments, load_data, splits
-from training import prepare, train
+from arguments import ScriptParser
+from common import MoeArguments
+from data import DataArguments
+from running import run
+from training import prepare, prepare_data, train
 
 
 def make_parser() -> Any:
     """The parser of all flags; unknown keys of the YAML file are refused."""
-    from trl import DatasetMixtureConfig, KTOConfig, ModelConfig, ScriptArguments, TrlParser
+    from trl import DatasetMixtureConfig, KTOConfig, ModelConfig
 
-    return TrlParser((ScriptArguments, KTOConfig, ModelConfig, DatasetMixtureConfig, MoeArguments))
+    return ScriptParser((DataArguments, KTOConfig, ModelConfig, DatasetMixtureConfig, MoeArguments))
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, moe_args: MoeArguments) -> Any:
     """Train, evaluate and save; returns the trainer."""
     from trl import KTOTrainer
 
-    config = prepare(model_args, training_args, moe_args)
+    config = prepare(model_args, training_args, moe_args, "kto")
     evaluates = training_args.eval_strategy != "no"
-    train_dataset, eval_dataset = splits(load_data(script_args, dataset_args), script_args, evaluates)
+    train_dataset, eval_dataset = prepare_data(
+        "kto", model_args, training_args, (script_args, dataset_args), config, evaluates
+    )
     trainer = KTOTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
@@ -36,4 +41,4 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run(make_parser, main)

@@ -18,8 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import load_data, model_init_kwargs, refuse_plain_lora, splits
+from arguments import ScriptParser
+from common import model_init_kwargs, refuse_plain_lora
+from data import DataArguments, check_columns, check_template, load_data, names_of, splits
 from dry_run import can_quantize_experts, model_without_weights
+from running import run
 from trl import SFTConfig
 
 import moe_peft
@@ -61,9 +64,9 @@ class SelectionArguments:
 
 def make_parser() -> Any:
     """The parser of all flags; unknown keys of the YAML file are refused."""
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+    from trl import DatasetMixtureConfig, ModelConfig
 
-    return TrlParser((ScriptArguments, ScoringConfig, ModelConfig, DatasetMixtureConfig, SelectionArguments))
+    return ScriptParser((DataArguments, ScoringConfig, ModelConfig, DatasetMixtureConfig, SelectionArguments))
 
 
 def main(
@@ -71,14 +74,20 @@ def main(
 ) -> moe_peft.ExpertSelection:
     """Score, select, write and print; returns the selection."""
     from accelerate import PartialState
+    from transformers import AutoTokenizer
 
     refuse_plain_lora(model_args)
+    check_rule(arguments)
     _, model = model_without_weights(model_args, training_args, "CAUSAL_LM")
     first = sparse_layers(model)[0]
     training_args.model_init_kwargs = model_init_kwargs(
         model_args, training_args, can_quantize_experts(model_args, model)
     )
-    rows, _ = splits(load_data(script_args, dataset_args), script_args, evaluates=False)
+    rows, _ = splits(load_data(script_args, dataset_args, training_args.seed), script_args, evaluates=False)
+    name = ", ".join(names_of(script_args)) or "the data of `datasets`"
+    check_columns("select_experts", rows, training_args, name)
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+    check_template(rows, tokenizer, training_args, model_args.model_name_or_path)
     check_completions(rows, training_args, arguments)
     trainer = make_trainer(model_args, training_args, own_part(rows, training_args.seed), first.index)
     scores = score(trainer, arguments)
@@ -95,6 +104,27 @@ def main(
         report(selection, scores, Path(training_args.output_dir))
     PartialState().wait_for_everyone()
     return selection
+
+
+def check_rule(arguments: SelectionArguments) -> None:
+    """Stop at numbers that cannot select, before a model is loaded.
+
+    Args:
+        arguments: How to score and select.
+
+    Raises:
+        ValueError: A number is out of its range.
+    """
+    p, shares = arguments.p, arguments.criterion == "token" or arguments.normalize_scores
+    if p is not None and not (0 < p <= 1 if shares else 0 < p < float("inf")):
+        what = (
+            "the scores of a layer add up to one, so that it must be above 0 and at most 1" if shares else "positive"
+        )
+        raise ValueError(f"--p {p:g}: {what}. ESFT's own are 0.2 by tokens and 0.1 by gates.")
+    for name in ("min_experts", "max_tokens"):
+        value, least = getattr(arguments, name), int(name == "max_tokens")
+        if value < least:
+            raise ValueError(f"--{name} {value} must be at least {least}.")
 
 
 def check_completions(rows: Any, training_args: Any, arguments: SelectionArguments) -> None:
@@ -193,4 +223,4 @@ def report(selection: moe_peft.ExpertSelection, scores: moe_peft.ExpertScores, f
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run(make_parser, main)

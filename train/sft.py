@@ -10,10 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from common import MoeArguments, load_data, splits
+from arguments import ScriptParser
+from common import MoeArguments
+from data import DataArguments
 from report import Report
+from running import run
 from templates import complete_tied_head, model_and_tokenizer
-from training import prepare, train
+from training import prepare, prepare_data, train
 
 
 @dataclass
@@ -30,18 +33,20 @@ class SftMoeArguments(MoeArguments):
 
 def make_parser() -> Any:
     """The parser of all flags; unknown keys of the YAML file are refused."""
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+    from trl import DatasetMixtureConfig, ModelConfig, SFTConfig
 
-    return TrlParser((ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, SftMoeArguments))
+    return ScriptParser((DataArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, SftMoeArguments))
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, moe_args: SftMoeArguments) -> Any:
     """Train, evaluate and save; returns the trainer."""
     from trl import SFTTrainer
 
-    config = prepare(model_args, training_args, moe_args)
+    config = prepare(model_args, training_args, moe_args, "sft")
     evaluates = training_args.eval_strategy != "no" or moe_args.moe_report
-    train_dataset, eval_dataset = splits(load_data(script_args, dataset_args), script_args, evaluates)
+    train_dataset, eval_dataset = prepare_data(
+        "sft", model_args, training_args, (script_args, dataset_args), config, evaluates
+    )
     model, tokenizer = model_and_tokenizer(model_args, training_args, config)
     trainer = SFTTrainer(
         model=model,
@@ -56,4 +61,4 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run(make_parser, main)

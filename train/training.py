@@ -7,20 +7,28 @@ from typing import Any
 import torch
 from checkpoints import resume_point
 from common import MoeArguments, model_init_kwargs, moe_config, refuse_plain_lora
-from dry_run import can_quantize_experts, dry_run, model_without_weights
+from data import check_columns, check_template, load_data, names_of, splits
+from dry_run import can_quantize_experts, check_model_name, dry_run, model_without_weights
+from endings import check_output, finished, interrupted, make_room
 from hub import push_to_hub, save_model
+from rates import choose_rate
+from running import IN_TRAINING
 
 import moe_peft
 from moe_peft.config.config import MoeConfig
 
 
-def prepare(model_args: Any, training_args: Any, moe_args: MoeArguments, task_type: str = "CAUSAL_LM") -> MoeConfig:
+def prepare(
+    model_args: Any, training_args: Any, moe_args: MoeArguments, script: str, task_type: str = "CAUSAL_LM"
+) -> MoeConfig:
     """Check everything that needs no weights, print the dry run, and tell the trainer how to load the model.
 
     Args:
         model_args: TRL's `ModelConfig`.
-        training_args: The trainer's arguments; the checkpoint to resume from and `model_init_kwargs` are filled in.
+        training_args: The trainer's arguments; the checkpoint to resume from, the learning rate where none was given,
+            and `model_init_kwargs` are filled in.
         moe_args: The adapter's flags.
+        script: "sft", "dpo", ...
         task_type: peft's task type.
 
     Returns:
@@ -30,15 +38,93 @@ def prepare(model_args: Any, training_args: Any, moe_args: MoeArguments, task_ty
         ValueError: Flags do not fit each other or the model, or there is no checkpoint to resume from.
     """
     refuse_plain_lora(model_args)
+    check_model_name(model_args.model_name_or_path)
     config = moe_config(moe_args, task_type)
+    check_packing(training_args, config)
+    check_output(training_args.output_dir)
     if model_args.model_revision != "main":
         config.revision = model_args.model_revision
     training_args.resume_from_checkpoint = resume_point(training_args)
+    rate = choose_rate(training_args, moe_args, config, script)
     model_config, model = model_without_weights(model_args, training_args, task_type)
     quantize_experts = moe_args.moe_quantize_experts and can_quantize_experts(model_args, model)
     dry_run(model_args, training_args, config, model_config, model, quantize_experts)
+    if training_args.local_process_index == 0:
+        print(rate, flush=True)
     training_args.model_init_kwargs = model_init_kwargs(model_args, training_args, quantize_experts)
     return config
+
+
+def check_packing(training_args: Any, config: MoeConfig) -> None:
+    """Refuse rows of several samples for an adapter that needs the group of each.
+
+    Args:
+        training_args: The trainer's arguments.
+        config: The adapter's configuration.
+
+    Raises:
+        ValueError: They do not go together.
+    """
+    if getattr(training_args, "packing", False) and getattr(config, "expert_groups", None) is not None:
+        raise ValueError(
+            "--packing true joins samples into rows that have no single group, but moe_expert_groups needs the group "
+            "of every sample. Write --packing false (with --padding_free true nothing is padded either), or leave "
+            "moe_expert_groups out."
+        )
+
+
+def prepare_data(
+    script: str, model_args: Any, training_args: Any, data_args: tuple[Any, Any], config: MoeConfig, evaluates: bool
+) -> tuple[Any, Any]:
+    """Load and check the data, before a weight is loaded.
+
+    Args:
+        script: "sft", "dpo", ...
+        model_args: TRL's `ModelConfig`.
+        training_args: The trainer's arguments.
+        data_args: `data.DataArguments`, and TRL's `DatasetMixtureConfig`.
+        config: The adapter's configuration.
+        evaluates: Whether rows to evaluate on are needed.
+
+    Returns:
+        Rows to train on, and rows to evaluate on, or None.
+
+    Raises:
+        ValueError: The data cannot be read, or lacks what the trainer or the adapter needs.
+    """
+    from transformers import AutoTokenizer
+
+    script_args, dataset_args = data_args
+    train_rows, eval_rows = splits(load_data(script_args, dataset_args, training_args.seed), script_args, evaluates)
+    where = ", ".join(names_of(script_args)) or "the data of `datasets`"
+    check_columns(script, train_rows, training_args, where)
+    check_groups(train_rows, config, where)
+    remote = {"trust_remote_code": getattr(training_args, "trust_remote_code", False)}
+    name = model_args.model_name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.model_revision, **remote)
+    check_template(train_rows, tokenizer, training_args, name)
+    return train_rows, eval_rows
+
+
+def check_groups(rows: Any, config: MoeConfig, where: str) -> None:
+    """Refuse rows without the column of their groups, for an adapter that needs it.
+
+    Args:
+        rows: The rows to train on.
+        config: The adapter's configuration.
+        where: Where they are from, for the message.
+
+    Raises:
+        ValueError: The column is missing.
+    """
+    column = getattr(config, "group_column", None)
+    if getattr(config, "expert_groups", None) is None or rows.column_names is None or column in rows.column_names:
+        return
+    raise ValueError(
+        f"{where} has the columns {', '.join(rows.column_names)}, but moe_expert_groups needs {column!r}, a whole "
+        "number that says each row's group. Add the column, name another with --moe_group_column, or leave "
+        "moe_expert_groups out."
+    )
 
 
 def train(trainer: Any, script_args: Any, moe_args: MoeArguments, report: Any = None) -> Any:
@@ -52,6 +138,9 @@ def train(trainer: Any, script_args: Any, moe_args: MoeArguments, report: Any = 
 
     Returns:
         The trainer.
+
+    Raises:
+        SystemExit: With 130 after Ctrl-C, once the last whole checkpoint has been named.
     """
     training_args = trainer.args
     moe_peft.attach(trainer, router_lr=moe_args.moe_router_lr, lora_plus_ratio=moe_args.moe_lora_plus_ratio)
@@ -59,12 +148,21 @@ def train(trainer: Any, script_args: Any, moe_args: MoeArguments, report: Any = 
         # What DDP is not to broadcast: attention masks that some models keep as boolean buffers.
         ignored = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
         trainer.model._ddp_params_and_buffers_to_ignore = ignored
-    if report:
-        report.before()
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    make_room(training_args, overwrite=moe_args.moe_overwrite)
+    try:
+        if report:
+            report.before()
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    except KeyboardInterrupt:
+        interrupted(training_args)
+    except Exception as error:
+        setattr(error, IN_TRAINING, True)
+        raise
     save_model(trainer)
     if report:
         report.after(training_args.output_dir, trainer.model.get_base_model().name_or_path)
+    elif trainer.is_world_process_zero():
+        print(finished(trainer), flush=True)
     if training_args.push_to_hub:
         push_to_hub(trainer, script_args)
     end_training(trainer)

@@ -79,6 +79,11 @@ class EsftConfig(SelectedExpertsConfig, LowRankConfig):
         self.peft_type = PEFT_TYPE
 
     @property
+    def default_learning_rate(self) -> float:
+        """See `MoeConfig.default_learning_rate`: whole matrices are trained at the paper's."""
+        return 1e-5 if self.expert_adapter == "full" else super().default_learning_rate
+
+    @property
     def placement(self) -> str:
         """Kind of layer around the experts module."""
         return "slices" if self.expert_adapter == "full" else "experts"

@@ -115,6 +115,11 @@ class MovConfig(RouterLossConfig, TopKConfig, PlacingConfig):
         super()._make_sets("feedforward_modules", *names)
 
     @property
+    def default_learning_rate(self) -> float:
+        """See `MoeConfig.default_learning_rate`: vectors move little at LoRA's. IA3's (arXiv 2205.05638)."""
+        return 3e-3
+
+    @property
     def placement(self) -> str:
         """See `MoeConfig.placement`."""
         return "scaled"

@@ -32,7 +32,7 @@ def test_the_launcher_and_the_script_take_every_flag(command, monkeypatch):
 
 
 def test_every_script_and_launch_form_has_a_command():
-    scripts = {path.name for path in (ROOT / "train").glob("*.py") if "make_parser" in path.read_text()}
+    scripts = {path.name for path in (ROOT / "train").glob("*.py") if "def make_parser" in path.read_text()}
     assert scripts == {re.search(r"train/(\w+\.py)", command)[1] for command in COMMANDS}
     forms = {path.name for path in (ROOT / "configs/accelerate").glob("*.yaml")}
     assert forms == set(re.findall(r"configs/accelerate/(\w+\.yaml)", README))

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,6 +170,33 @@ def test_resuming_without_a_complete_checkpoint_is_refused(finished, tmp_path):
         resume(finished, tmp_path)
     with pytest.raises(ValueError, match="there is no such folder"):
         resume(finished, tmp_path, str(tmp_path / "checkpoint-3"))
+
+
+def test_the_output_folder_of_a_run_stands_for_its_last_whole_checkpoint(finished, capsys):
+    import checkpoints
+
+    settings = SimpleNamespace(output_dir="elsewhere", local_process_index=0, max_steps=20, num_train_epochs=3)
+    settings.resume_from_checkpoint = str(finished / "out")
+    assert checkpoints.resume_point(settings) == str(finished / "out/checkpoint-10")
+    assert "nothing is left to train" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("steps", "epochs", "word"), [(10, 3, "--max_steps 10"), (-1, 1, "--num_train_epochs 1")])
+def test_resuming_from_the_end_of_a_run_says_that_nothing_is_left(steps, epochs, word, finished, capsys):
+    import checkpoints
+
+    settings = SimpleNamespace(output_dir=str(finished / "out"), local_process_index=0, max_steps=steps)
+    settings.num_train_epochs, settings.resume_from_checkpoint = epochs, True
+    checkpoints.resume_point(settings)
+    assert f"is the end of the run: with {word} nothing is left to train" in capsys.readouterr().out
+
+
+def test_a_file_in_the_place_of_a_checkpoint_is_refused(finished):
+    import checkpoints
+
+    settings = SimpleNamespace(resume_from_checkpoint=str(finished / "run.yaml"), output_dir="out")
+    with pytest.raises(ValueError, match=r"run\.yaml is a file\. Name the folder of a checkpoint"):
+        checkpoints.resume_point(settings)
 
 
 def test_false_starts_at_step_0(finished, tmp_path):

@@ -18,6 +18,7 @@ from transformers import DeepseekV2Config, GptOssConfig, LlamaConfig, OlmoeConfi
 
 import moe_peft
 from moe_peft import describe
+from moe_peft.backbone.without_weights import meta_model
 from tests.train.tiny_run import ROOT
 
 RUNS = sorted((ROOT / "configs/runs").glob("*.yaml"))
@@ -132,6 +133,7 @@ SIZES = {
     "qwen3_4b_reward_loramoe": (3 * 36, 36 * 6 * (3 * 4 * (2560 + 9728) + 2 * 2560 + 9728)),
     # gate and up 2048 -> 6144, down 6144 -> 2048
     "qwen3_1b7_grpo_routed": (3 * 28, 28 * 8 * (3 * 4 * (2048 + 6144) + 2 * 2048 + 6144)),
+    "qwen3_1b7_rloo_routed": (3 * 28, 28 * 8 * (3 * 4 * (2048 + 6144) + 2 * 2048 + 6144)),
     # q 2048 -> 4096, k, v 2048 -> 512, o 4096 -> 2048
     "qwen3_30b_a3b_sira": (4 * 48, 48 * 16 * (4 * (2 * 6144 + 2 * 2560) + 3 * 2048 + 4096)),
     # one block a layer: N 2 D r for the adapters and N D for the router
@@ -194,7 +196,7 @@ def test_a_run_begins_with_its_command_and_every_key_takes_effect(path):
     for part in (script, training, model, dataset, moe):
         parsed |= {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
     for key, value in yaml.safe_load(path.read_text()).items():
-        if key not in ("bf16", "use_cpu", "report_to"):
+        if key not in ("bf16", "use_cpu", "report_to", "dataset_name"):
             assert str(getattr(parsed[key], "value", parsed[key])) == str(value), key
     common.refuse_plain_lora(model)
     for quantize in (False, True):
@@ -208,7 +210,7 @@ def test_a_run_begins_with_its_command_and_every_key_takes_effect(path):
 
 def test_every_script_has_a_run_and_every_run_of_the_hub_a_size():
     scripts = {re.search(r"train/(\w+)\.py", command(path))[1] for path in RUNS}
-    assert scripts == {"sft", "dpo", "grpo", "reward", "kto"}
+    assert scripts == {"sft", "dpo", "grpo", "rloo", "reward", "kto"}
     assert {path.stem for path in HUB_RUNS} == set(SIZES)
 
 
@@ -219,7 +221,7 @@ def test_the_adapter_of_a_run_fits_its_model_at_full_size(path, tmp_path):
         moe.moe_experts = str(selection_file(tmp_path, MODELS[model_args.model_name_or_path]))
     task_type = "SEQ_CLS" if "train/reward.py" in command(path) else "CAUSAL_LM"
     config = common.moe_config(moe, task_type)
-    model = dry_run.meta_model(MODELS[model_args.model_name_or_path], task_type)
+    model = meta_model(MODELS[model_args.model_name_or_path], task_type)
     description = describe(model, config)
     assert (len(description.places), description.num_parameters) == SIZES[path.stem]
     with torch.device("meta"):
@@ -251,7 +253,7 @@ def test_a_run_on_selected_experts_reads_what_its_first_command_writes():
 )
 def test_a_run_in_four_bits_says_what_its_experts_weigh(path, capsys):
     *_, model_args, _, moe = parse(path)
-    model = dry_run.meta_model(MODELS[model_args.model_name_or_path], "CAUSAL_LM")
+    model = meta_model(MODELS[model_args.model_name_or_path], "CAUSAL_LM")
     assert moe.moe_quantize_experts and dry_run.can_quantize_experts(model_args, model)
     dry_run.print_expert_bytes(model, model_args)
     # Two bytes a weight; half a byte, a byte for 64 of them, and four bytes for 64 x 256.

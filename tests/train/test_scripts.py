@@ -11,8 +11,11 @@ from moe_peft import MoePeftWarning
 from tests.tiny import tiny_mixtral
 from tests.train.tiny_run import make_base, make_data, make_tokenizer, run_here, words, write_run
 
-SCRIPTS = ("sft", "dpo", "grpo", "reward", "kto")
+SCRIPTS = ("sft", "dpo", "grpo", "rloo", "reward", "kto")
 GRPO = {"reward_funcs": ["get_soft_overlong_punishment"], "num_generations": 2}
+
+# The names of the columns of this file are none that a trainer reads.
+OTHER = "other.csv"
 
 
 def write(folder, script, **values):
@@ -20,7 +23,7 @@ def write(folder, script, **values):
     base = make_base(folder / "base")
     (folder / "base/model.safetensors").unlink()
     data = make_data(folder / "data", [{"text": words(i, 3)} for i in range(4)])
-    values = {**(GRPO if script == "grpo" else {}), **values}
+    values = {**(GRPO if script in ("grpo", "rloo") else {}), **values}
     return write_run(folder, **{"model_name_or_path": base, "dataset_name": data, **values})
 
 
@@ -35,8 +38,12 @@ def test_a_flag_overrides_the_yaml_file_which_overrides_the_default(script, tmp_
 
 
 REFUSED = {
-    "unknown key": ({"moe_num_expert": 3}, (), r"Unknown arguments from config file: \['--moe_num_expert', '3'\]"),
-    "unknown flag": ({}, ("--moe_number", "3"), "not used by the"),
+    "unknown key": (
+        {"moe_num_expert": 3},
+        (),
+        r"run\.yaml: the key 'moe_num_expert' means nothing .* Did you mean moe_num_experts",
+    ),
+    "unknown flag": ({}, ("--moe_number", "3"), "--moe_number is no flag of"),
     "flag of another method": (
         {},
         ("--moe_method", "sira", "--moe_expert_groups", "0", "1"),
@@ -53,21 +60,35 @@ REFUSED = {
         (),
         "dev: th",
     ),
+    "no such model": (
+        {"model_name_or_path": "./nowhere"},
+        (),
+        r"--model_name_or_path \./nowhere: there is no such folder",
+    ),
+    "no model in the folder": ({"model_name_or_path": "."}, (), r"--model_name_or_path \. holds no config\.json"),
+    "no such data": (
+        {"dataset_name": "./nowhere.jsonl"},
+        (),
+        r"--dataset_name \./nowhere\.jsonl: there is no such file",
+    ),
+    "other columns": ({}, ("--dataset_name", OTHER), "has the columns other, but .* needs .*; the first row is"),
     "no checkpoint": ({"resume_from_checkpoint": True}, (), "no complete checkpoint"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_what_cannot_work_is_refused_before_a_model_is_loaded(script, case, tmp_path):
+def test_what_cannot_work_is_refused_before_a_model_is_loaded(script, case, tmp_path, monkeypatch):
     values, flags, message = REFUSED[case]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / OTHER).write_text("other\n1\n2\n")
     with pytest.raises(ValueError, match=message):
         run_here(script, write(tmp_path, script, **values), *flags)
 
 
 @pytest.mark.parametrize("script", [s for s in SCRIPTS if s != "sft"])
 def test_the_report_belongs_to_supervised_fine_tuning(script, tmp_path):
-    with pytest.raises(ValueError, match=r"Unknown arguments from config file: \['--moe_report'"):
+    with pytest.raises(ValueError, match=r"the key 'moe_report' means nothing"):
         run_here(script, write(tmp_path, script, moe_report=True))
 
 
@@ -105,7 +126,7 @@ def test_routers_and_up_matrices_learn_at_rates_of_their_own(script, tmp_path):
 
 
 def test_a_mixture_of_data_sets_is_read_from_the_yaml_file(tmp_path):
-    import common
+    import data as loading
 
     data = make_data(tmp_path / "data", [{"text": words(i, 3)} for i in range(6)])
     mixture = [{"path": "json", "data_files": f"{data}/{split}.jsonl"} for split in ("train", "test")]
@@ -113,5 +134,14 @@ def test_a_mixture_of_data_sets_is_read_from_the_yaml_file(tmp_path):
     script_args, _, _, dataset_args, _ = (
         importlib.import_module("sft").make_parser().parse_args_and_config(["--config", str(run)])
     )
-    train, test = common.splits(common.load_data(script_args, dataset_args), ScriptArguments(), evaluates=True)
+    train, test = loading.splits(loading.load_data(script_args, dataset_args), ScriptArguments(), evaluates=True)
     assert (len(train), len(test)) == (3, 3)
+
+
+def test_packing_and_groups_and_a_column_of_groups_that_is_not_there_are_refused(tmp_path):
+    groups = {"moe_method": "loramoe", "moe_expert_groups": [0, 0, 1, 1]}
+    run = write(tmp_path, "sft", **groups)
+    with pytest.raises(ValueError, match=r"--packing true joins samples .*moe_expert_groups.*--packing false"):
+        run_here("sft", run, "--packing", "true")
+    with pytest.raises(ValueError, match=r"has the columns text, but moe_expert_groups needs 'task_type'"):
+        run_here("sft", run)

@@ -1,0 +1,150 @@
+"""`moe-peft sft` and its sisters: start a training script through accelerate, as `accelerate launch` does.
+
+Flags of the launcher (`--num_processes`, `--config_file`, ...) go to it, all others to the script. One process takes
+the place of this one, so that its exit code, its last line and Ctrl-C are the command's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .errors import INTERRUPTED
+from .shipped import find_config, shipped
+
+# Flags of the launcher that say what to run, which the verb has said.
+PROGRAM = "MOE_PEFT_PROGRAM"  # what a script calls itself in its help and messages
+NOT_TAKEN = ("--module", "-m", "--no_python", "--help", "-h")
+
+
+def run(verb: str, script: str, argv: list[str]) -> int:
+    """Start a training script.
+
+    Args:
+        verb: What was typed, for messages.
+        script: Name of the file in the folder of scripts, without its ending.
+        argv: The words after the verb.
+
+    Returns:
+        Exit code of the script; does not return where one process takes this one's place.
+    """
+    path = shipped("train") / f"{script}.py"
+    if {"-h", "--help"} & set(argv):
+        return run_here(path, f"moe-peft {verb}", argv)
+    from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    launcher, own = split(argv, launch_command_parser())
+    words = [*launcher, str(path), *own]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    several = arguments.use_deepspeed or arguments.use_fsdp or arguments.use_megatron_lm
+    if arguments.cpu or not (several or arguments.multi_gpu or arguments.tpu):
+        command, environment = prepare_simple_launcher_cmd_env(arguments)
+        return replace_process(command, {**environment, PROGRAM: f"moe-peft {verb}"})
+    os.environ[PROGRAM] = f"moe-peft {verb}"
+    # Each process has said what went wrong; the launcher would add a page about it.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        launch_command(launch_command_parser().parse_args(words))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        code = _exit_code(error)
+        print(f"moe-peft {verb}: a process ended with exit code {code}; its own message is above.", file=sys.stderr)
+        return code
+    return 0
+
+
+def split(argv: list[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
+    """Tell the launcher's flags from the script's; those that both have are the script's.
+
+    Args:
+        argv: The words after the verb.
+        parser: accelerate's, which knows the launcher's flags.
+
+    Returns:
+        The launcher's words, with configurations by name replaced by their files, and the script's.
+
+    Raises:
+        ValueError: There is no such configuration.
+    """
+    shared = {f"--{own.name}" for own in dataclasses.fields(TrainingArguments)}
+    actions = {
+        option: action
+        for action in parser._actions
+        for option in action.option_strings
+        if option.startswith("--") and option not in shared and option not in NOT_TAKEN
+    }
+    launcher, own, index = [], [], 0
+    while index < len(argv):
+        name, equals, value = argv[index].partition("=")
+        action = actions.get(name)
+        index += 1
+        if action is None:
+            own.append(argv[index - 1])
+            continue
+        values = [value] if equals else []
+        if action.nargs != 0 and not equals and index < len(argv):
+            values = [argv[index]]
+            index += 1
+        if name == "--config_file":
+            values = [str(find_config(one, name, ("accelerate",))) for one in values]
+        launcher += [name, *values]
+    return launcher, own
+
+
+def run_here(path: Path, program: str, argv: list[str]) -> int:
+    """Run a script in this process, as `python PATH ...` would.
+
+    Args:
+        path: The script.
+        program: Its name for its help.
+        argv: Its words.
+
+    Returns:
+        Its exit code.
+    """
+    words, paths, named = sys.argv, list(sys.path), os.environ.get(PROGRAM)
+    sys.argv, sys.path[:0] = [program, *argv], [str(path.parent)]
+    os.environ[PROGRAM] = program
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    finally:
+        sys.argv, sys.path[:] = words, paths
+        os.environ.pop(PROGRAM) if named is None else os.environ.update({PROGRAM: named})
+    return 0
+
+
+def replace_process(command: list[str], environment: dict[str, str]) -> int:
+    """Become another program; where the system cannot, start it and wait.
+
+    Args:
+        command: Its words, the first is its path.
+        environment: Its environment.
+
+    Returns:
+        Its exit code, where it was waited for.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.name == "posix":
+        os.execve(command[0], command, environment)
+    return subprocess.call(command, env=environment)
+
+
+def _exit_code(error: Any) -> int:
+    """Exit code of the first process that failed."""
+    failures = getattr(error, "failures", None) or {}
+    codes = [failure.exitcode for failure in failures.values() if failure.exitcode > 0]
+    return codes[0] if codes else 1

@@ -1,0 +1,42 @@
+"""What `moe-peft` can do: each verb, the module that does it, and a line of help."""
+
+from __future__ import annotations
+
+# Verb -> (module of this folder, the script that it launches if it trains, help).
+VERBS: dict[str, tuple[str, str | None, str]] = {
+    "sft": ("launch", "sft", "train an adapter on texts, conversations, or prompts with completions"),
+    "dpo": ("launch", "dpo", "train on pairs of a better and a worse answer (DPO)"),
+    "kto": ("launch", "kto", "train on answers that are marked good or bad (KTO)"),
+    "grpo": ("launch", "grpo", "train on rewards of generated answers (GRPO)"),
+    "rloo": ("launch", "rloo", "train on rewards of generated answers (RLOO)"),
+    "reward": ("launch", "reward", "train a reward model on pairs of answers"),
+    "select-experts": ("launch", "select_experts", "choose the experts of a backbone that a data set uses (ESFT)"),
+    "configs": ("configs", None, "list the configurations that ship with the package, or print one"),
+    "run": ("run", None, "run a module or script of any tool with our adapter types registered"),
+}
+
+TRAINING = [verb for verb, (_, script, _) in VERBS.items() if script is not None]
+LOOKING = [verb for verb in VERBS if verb not in TRAINING]
+
+USAGE = "moe-peft VERB [arguments]; `moe-peft VERB --help` says what a verb takes"
+
+
+def help_text() -> str:
+    """The help of the command itself."""
+    width = max(map(len, VERBS)) + 2
+    lines = [
+        f"usage: {USAGE}",
+        "",
+        "Mixture-of-experts adapters for the stock Hugging Face stack.",
+    ]
+    for title, verbs in (("train", TRAINING), ("look, and run", LOOKING)):
+        lines += ["", f"{title}:", *(f"  {verb:<{width}}{VERBS[verb][2]}" for verb in verbs)]
+    lines += [
+        "",
+        "a first run:",
+        "  moe-peft sft --model_name_or_path Qwen/Qwen3-0.6B --dataset_name chats.jsonl --moe_method loramoe \\",
+        "      --output_dir outputs/first",
+        "",
+        "Errors are one line; MOE_PEFT_TRACEBACK=1 in the environment shows where they come from.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,71 @@
+"""The verbs that train: which flags are the launcher's, how one process is started, and what the help begins with."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+
+from moe_peft.cli import launch, main
+from moe_peft.cli.shipped import names_of, shipped
+from tests.train.tiny_run import environment, make_base, make_data, words, write_run
+
+
+@pytest.mark.parametrize(
+    ("given", "launcher", "script"),
+    [
+        (["--config", "quickstart", "--moe_r", "4"], [], ["--config", "quickstart", "--moe_r", "4"]),
+        (["--num_processes", "2", "--seed", "1"], ["--num_processes", "2"], ["--seed", "1"]),
+        (["--num_processes=2", "--use_cpu"], ["--num_processes", "2"], ["--use_cpu"]),
+        (["--multi_gpu", "--config", "a.yaml"], ["--multi_gpu"], ["--config", "a.yaml"]),
+        (["--gradient_accumulation_steps", "8"], [], ["--gradient_accumulation_steps", "8"]),
+    ],
+)
+def test_flags_go_to_the_launcher_or_to_the_script(given, launcher, script):
+    assert launch.split(given, launch_command_parser()) == (launcher, script)
+
+
+def test_a_configuration_of_the_launcher_has_a_name():
+    launcher, _ = launch.split(["--config_file", "fsdp2"], launch_command_parser())
+    assert launcher == ["--config_file", str(names_of("accelerate")["fsdp2"])]
+    with pytest.raises(ValueError, match=r"--config_file fdsp2: there is no such file.*fsdp2"):
+        launch.split(["--config_file", "fdsp2"], launch_command_parser())
+
+
+@pytest.mark.parametrize("verb", ["sft", "select-experts"])
+def test_one_process_takes_the_place_of_the_command(verb, monkeypatch):
+    started = []
+    monkeypatch.setattr(launch, "replace_process", lambda command, env: started.append((command, env)) or 7)
+    assert main([verb, "--config", "quickstart", "--num_processes", "1"]) == 7
+    ((command, variables),) = started
+    script = shipped("train") / f"{verb.replace('-', '_')}.py"
+    assert command == [sys.executable, str(script), "--config", "quickstart"]
+    assert variables["MOE_PEFT_PROGRAM"] == f"moe-peft {verb}"
+
+
+def test_the_help_of_a_script_begins_with_the_adapters_flags(capsys):
+    assert main(["sft", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: moe-peft sft --model_name_or_path MODEL")
+    order = ["--moe_method", "--moe_num_experts", "--model_name_or_path", "--dataset_name", "--learning_rate"]
+    places = [printed.index(f"\n  {flag}") for flag in order]
+    assert places == sorted(places)
+    assert "--moe-method" not in printed
+
+
+def test_a_run_by_the_module_trains_and_a_mistake_is_one_line(tmp_path):
+    base = make_base(tmp_path / "base")
+    data = make_data(tmp_path / "data", [{"text": words(i, 5)} for i in range(8)])
+    run = write_run(tmp_path, model_name_or_path=base, dataset_name=data, bf16=None, learning_rate=None)
+    command = [sys.executable, "-m", "moe_peft", "sft", "--config", str(run)]
+    options = {"capture_output": True, "text": True, "cwd": tmp_path, "env": environment(tmp_path)}
+    done = subprocess.run(command, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "learning rate: 0.0002, the default of Routed experts for sft" in done.stdout
+    assert f'AutoPeftModelForCausalLM.from_pretrained("{tmp_path}/out")' in done.stdout
+    wrong = subprocess.run([*command, "--moe_top_k", "9"], **options)
+    assert wrong.returncode == 1 and "Traceback" not in wrong.stderr + wrong.stdout
+    last = wrong.stderr.strip().splitlines()[-1]
+    assert last.startswith("moe-peft sft: RoutedConfig: top_k=9 must be between 1 and num_experts=4")

@@ -1,0 +1,35 @@
+"""Configurations are found by path and by name; what is wrong with a name is said."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_peft.cli.shipped import KINDS, find_config, names_of, shipped
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_configuration_is_found_by_its_name_in_each_spelling(kind):
+    assert names_of(kind)
+    for name, path in names_of(kind).items():
+        for spelling in (f"{kind}/{name}", f"{kind}/{name}.yaml", f"configs/{kind}/{name}.yaml", str(path)):
+            assert find_config(spelling, "--config").resolve() == path.resolve()
+        assert find_config(name, "--config", (kind,)) == path
+
+
+def test_a_file_counts_before_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sira").write_text("moe_method: sira\n")
+    assert find_config("sira", "--moe_config").resolve() == tmp_path / "sira"
+
+
+def test_a_folder_and_an_unknown_name_are_refused_with_the_nearest(tmp_path):
+    with pytest.raises(ValueError, match=r"--config .* is a folder. Name a YAML file"):
+        find_config(str(tmp_path), "--config")
+    with pytest.raises(ValueError, match=r"--config olmoe_1b_7b_mof: there is no such file.*olmoe_1b_7b_mov"):
+        find_config("olmoe_1b_7b_mof", "--config")
+
+
+def test_the_folders_are_those_of_the_package():
+    assert (shipped("train") / "sft.py").is_file() and (shipped("configs") / "runs").is_dir()
+    with pytest.raises(FileNotFoundError, match="Install peft-moe again"):
+        shipped("nowhere")

@@ -46,7 +46,7 @@ class TokenContext:
 
     Attributes:
         training: Whether this is a gradient-enabled training pass. Noise, dropout, capacity and losses apply only
-        then.
+            then.
         valid: (T,) bool, False at padding; None when every token counts.
         sequences: (T,) int64, non-decreasing index of the sequence a token belongs to; None for a single sequence.
         num_sequences: S, the number of sequences.

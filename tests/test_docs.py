@@ -6,12 +6,13 @@ import os
 import re
 import subprocess
 import sys
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.loading import load_file
 from tests.tiny import tiny_llama
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +82,7 @@ def test_the_programs_of_the_page_on_sparse_backbones_run_as_printed(capsys, tmp
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
+    "document", ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))]
 )
 def test_files_and_targets_that_a_document_names_exist(document):
     text = (ROOT / document).read_text()
@@ -94,15 +95,19 @@ def test_files_and_targets_that_a_document_names_exist(document):
 
 
 def test_the_picture_of_the_rooms_is_the_one_that_the_order_of_imports_draws():
-    spec = spec_from_file_location("draw_architecture", ROOT / "docs" / "draw_architecture.py")
-    drawing = module_from_spec(spec)
-    spec.loader.exec_module(drawing)
+    drawing = load_file(ROOT / "docs/draw_architecture.py")
     assert drawing.PICTURE.read_text() == drawing.draw(), "run python docs/draw_architecture.py"
     rooms = {room for layer in drawing.layers() for room in layer}
     folders = {
         path.stem for path in (ROOT / "moe_peft").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
     }
     assert rooms == folders - {"__init__"}
+
+
+def test_the_picture_of_a_layer_is_the_one_that_its_program_draws():
+    drawing = load_file(ROOT / "docs/draw_overview.py")
+    assert drawing.PICTURE.read_text() == drawing.draw(), "run python docs/draw_overview.py"
+    assert max(drawing.WEIGHTS) <= 1 and sum(drawing.WEIGHTS) == pytest.approx(1)
 
 
 def test_the_table_of_methods_names_every_public_configuration():

@@ -17,9 +17,9 @@ ROWS = re.findall(r"^\| (`[^`]+`[^|]*) \|", (DOCS / "troubleshooting.md").read_t
 
 @cache
 def templates() -> list[str]:
-    """All texts of the package, with gaps for what is filled in."""
+    """All texts of the package and the scripts, with gaps for what is filled in."""
     found = []
-    for path in (ROOT / "moe_peft").rglob("*.py"):
+    for path in [*(ROOT / "moe_peft").rglob("*.py"), *(ROOT / "train").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
                 parts = [part.value if isinstance(part, ast.Constant) else GAP for part in node.values]

@@ -19,6 +19,7 @@ from ..telemetry.meter import RoutingMeter, metrics_of
 from .adaptive import AdaptiveCoefficients
 from .checks import check_count, check_training
 from .precision import restore_precision, uses_deepspeed
+from .resuming import checkpoint_folder
 from .training_run import RestoringCallback, load_best
 
 
@@ -113,7 +114,7 @@ class MoeCallback(RestoringCallback, ExportableState):
         Called before the trainer writes its checkpoint as well, which ends with the file that marks it as complete: a
         process that is killed in between would leave a complete checkpoint without a history.
         """
-        folder = _checkpoint_folder(args, state)
+        folder = checkpoint_folder(args, state)
         if state.is_world_process_zero and self.history.steps:
             folder.mkdir(parents=True, exist_ok=True)
             self.history.save(folder)
@@ -192,13 +193,9 @@ class MoeCallback(RestoringCallback, ExportableState):
         self._measuring = measuring
 
 
-def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
-
-
 def _resumed_history(args: TrainingArguments, state: TrainerState) -> RoutingHistory:
     """History of the checkpoint that training resumes from, which may lie in another run's folder."""
-    for folder in (args.resume_from_checkpoint, _checkpoint_folder(args, state)):
+    for folder in (args.resume_from_checkpoint, checkpoint_folder(args, state)):
         if isinstance(folder, (str, Path)) and (Path(folder) / FILE_NAME).is_file():
             return RoutingHistory.load(folder)
     return RoutingHistory()

@@ -16,8 +16,10 @@ from accelerate import DistributedType
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from .noise import compares_passes, keeps_dropout, without_noise
+from .resuming import check_finite_weights, check_resumed, checkpoint_folder, write_missing_configs
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -60,10 +62,21 @@ class RunCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let every callback that weighs micro-batches ask the trainer how many it has fetched."""
+        """Look at resumed weights, and let callbacks that weigh micro-batches ask the trainer how many it fetched.
+
+        Raises:
+            ValueError: The checkpoint has brought values that are not finite.
+        """
+        if self.run.checkpoint is not None:
+            check_finite_weights(self.run.trainer.model, self.run.checkpoint)
         for callback in self.run.trainer.callback_handler.callbacks:
             if isinstance(callback, RestoringCallback):
                 callback.count_micro_batches = self.run.count_micro_batches
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Complete a checkpoint of which the trainer has written states of FSDP alone."""
+        if state.is_world_process_zero:
+            write_missing_configs(self.run.trainer.model, checkpoint_folder(args, state))
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -90,15 +103,19 @@ class TrainingRun:
         self.prepare = prepare
         self.train = trainer.train
         self.running = False
+        self.checkpoint: str | None = None  # of a run that resumes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Train; arguments and result as of `Trainer.train`.
 
         A checkpoint of a run's last step is loaded, and nothing is trained.
+
+        Raises:
+            ValueError: The checkpoint that is resumed was trained with settings that give its weights another meaning.
         """
         with ExitStack() as stack:
             stack.callback(self._restore)
-            self.running = True
+            self.running, self.checkpoint = True, self._resumed(*args, **kwargs)
             stack.enter_context(self._prepared_models())
             try:
                 return self.train(*args, **kwargs)
@@ -109,8 +126,15 @@ class TrainingRun:
         """Micro-batches of the accumulation window that begins, all of which the trainer has fetched by then."""
         return self.trainer.current_gradient_accumulation_steps
 
+    def _resumed(self, resume_from_checkpoint: str | bool | None = None, *_: Any, **__: Any) -> str | None:
+        """The folder that a run resumes from; None where it starts at step 0, or the trainer will find no folder."""
+        if resume_from_checkpoint is True:
+            folder = self.trainer.args.output_dir
+            return get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        return str(resume_from_checkpoint) if resume_from_checkpoint else None
+
     def _restore(self) -> None:
-        self.running = False
+        self.running, self.checkpoint = False, None
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, RestoringCallback):
                 callback.restore()
@@ -122,6 +146,8 @@ class TrainingRun:
         with ExitStack() as stack:
 
             def prepare(model: nn.Module) -> nn.Module:
+                if self.checkpoint is not None:
+                    check_resumed(model, self.checkpoint)
                 self.prepare(model)
                 if compares_passes(trainer):
                     stack.enter_context(without_noise(model, dropouts=not keeps_dropout(trainer.args)))

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -197,6 +198,25 @@ def test_a_file_in_the_place_of_a_checkpoint_is_refused(finished):
     settings = SimpleNamespace(resume_from_checkpoint=str(finished / "run.yaml"), output_dir="out")
     with pytest.raises(ValueError, match=r"run\.yaml is a file\. Name the folder of a checkpoint"):
         checkpoints.resume_point(settings)
+
+
+SETTINGS = {
+    "lora_alpha": ("64", "lora_alpha=64"),
+    "top_k": ("1", "top_k=1"),
+    "norm_topk_prob": ("true", "norm_topk_prob=True"),
+    "routed_scaling_factor": ("0.5", "routed_scaling_factor=0.5"),
+    "use_rslora": ("true", "use_rslora=True"),
+}
+
+
+@pytest.mark.parametrize("field", SETTINGS)
+def test_a_run_does_not_resume_with_a_setting_that_gives_its_weights_another_meaning(field, finished, tmp_path):
+    value, own = SETTINGS[field]
+    checkpoint = finished / "out/checkpoint-4"
+    flags = ("--output_dir", str(tmp_path), "--resume_from_checkpoint", str(checkpoint), f"--moe_{field}", value)
+    with pytest.raises(ValueError, match=f"{field}=.*, but the adapter 'default'.* has .*{re.escape(own)}"):
+        run_here("sft", finished / "run.yaml", *flags)
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_false_starts_at_step_0(finished, tmp_path):

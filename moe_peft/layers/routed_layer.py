@@ -34,12 +34,16 @@ class RoutedLayer(MergingLayer):
         self.tracker.record(self.place, adapter_name, routing)
         if self.block is not None:
             self.tracker.led[self.block, adapter_name] = routing
-        if routing.context.training and self._counts(adapter_name):
+        if routing.context.training and self.counts_decisions(adapter_name):
             self.tracker.count(self.place, adapter_name, as_sums(RoutingStatistics.of(routing)))
         return routing
 
-    def _counts(self, adapter_name: str) -> bool:
-        """Whether a part changes after each optimizer step by what was decided."""
+    def counts_decisions(self, adapter_name: str) -> bool:
+        """Whether a part changes after each optimizer step by what was decided.
+
+        Args:
+            adapter_name: Of the adapter whose parts are asked.
+        """
         counts = adapter_name in self.router and self.router[adapter_name].counts
         return counts or any(loss.adapts for loss in self.objectives[adapter_name].losses.values())
 

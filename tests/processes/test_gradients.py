@@ -54,6 +54,19 @@ def test_gradients_of_two_processes_are_those_of_one_on_the_whole_batch(case, dd
     assert [own["router_loss"] for own in facts[case]] == pytest.approx([loss] * 2, rel=1e-5)
 
 
+@pytest.mark.parametrize("router", worker.ROUTERS)
+def test_steps_are_joined_where_processes_have_called_other_layers(router, ddp):
+    expected = worker.told_after_steps(router, [0, 1])
+    assert [len(step) for step in expected] == [6, 6, 6]
+    for rank in range(2):
+        found = torch.load(ddp[0] / f"told{rank}.pt", weights_only=True)[router]
+        for step, wanted in zip(found, expected, strict=True):
+            assert step.keys() == wanted.keys()
+            for place, sums in wanted.items():
+                assert len(step[place]) == len(sums) == (5 if router == "capacity" else 4)
+                torch.testing.assert_close(step[place], sums, rtol=1e-6, atol=1e-6)
+
+
 def test_the_first_process_sends_nothing_to_the_copies_of_the_last_layer():
     used = []
     for rank in range(2):

@@ -37,7 +37,8 @@ FSDP = {
     },
 }
 SINGLE = {"distributed_type": "NO", "use_cpu": True, "num_processes": 1, "num_machines": 1}
-LAUNCHES = {"one": SINGLE, "ddp": DDP, "fsdp": FSDP}
+SHARDED = {**FSDP, "fsdp_config": {**FSDP["fsdp_config"], "fsdp_state_dict_type": "SHARDED_STATE_DICT"}}
+LAUNCHES = {"one": SINGLE, "ddp": DDP, "fsdp": FSDP, "sharded": SHARDED}
 for stage in (2, 3):
     # DeepSpeed finds that there is no GPU by itself, and its launcher is not told so.
     zero = {"zero_stage": stage, "zero3_init_flag": stage == 3}
@@ -61,13 +62,17 @@ def launch(folder: Path, how: str, accumulation: int = 1, scope: str = "global_b
     config = target / "accelerate.yaml"
     text = yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", "mixed_precision": "no", **LAUNCHES[how]})
     config.write_text(text if method == "routed" else text.replace("LlamaDecoderLayer", "OlmoeDecoderLayer"))
+    run_script(config, "sft_script", str(target), str(accumulation), scope, method)
+    return target
+
+
+def run_script(config: Path, script: str, *arguments: str) -> None:
+    """Launch a script of this folder by a file of accelerate's."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--main_process_port", str(free_port()), "tests/processes/sft_script.py"]
-    command += [str(target), str(accumulation), scope, method]
+    command += ["--main_process_port", str(free_port()), f"tests/processes/{script}.py", *arguments]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    return target
 
 
 def facts_of(folder: Path) -> dict:
@@ -137,3 +142,16 @@ def test_two_processes_train_a_sparse_backbones_adapter_as_one(method, how, tmp_
     assert {key: facts["log"][key] for key in keys} == pytest.approx(
         {key: single["log"][key] for key in keys}, rel=1e-4
     )
+
+
+@pytest.mark.slow
+def test_sharded_states_are_resumed_with_their_own_settings_alone(tmp_path):
+    config = tmp_path / "accelerate.yaml"
+    fields = {"compute_environment": "LOCAL_MACHINE", "mixed_precision": "no", **LAUNCHES["sharded"]}
+    config.write_text(yaml.safe_dump(fields))
+    run_script(config, "resume_script", str(tmp_path))
+    facts = facts_of(tmp_path)
+    assert "pytorch_model_fsdp_0" in facts["files"] and "adapter_config.json" in facts["files"]
+    assert "adapter_model.safetensors" not in facts["files"]
+    assert "lora_alpha=4, but the adapter 'default' that is to be trained has lora_alpha=16" in facts["refused"]
+    assert facts["refused at"] == 0 and facts["resumed to"] == 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,8 +18,18 @@ from safetensors.torch import save_file
 from torch import distributed as dist
 from torch import nn
 
-from moe_peft import EsftConfig, LoraMoeConfig, MovConfig, PerftConfig, RoutedConfig, router_loss
+from moe_peft import (
+    EsftConfig,
+    LoraMoeConfig,
+    MovConfig,
+    PerftConfig,
+    RoutedConfig,
+    after_step,
+    routed_layers,
+    router_loss,
+)
 from moe_peft.quantization.four_bit import dequantize_on_read, quantize
+from moe_peft.telemetry.stacked import as_sums
 from tests.contract.cases import randomize, tiny_olmoe
 from tests.methods.esft_models import sparse_model
 from tests.tiny import padded_batch, tiny_llama, tiny_t5
@@ -141,6 +152,39 @@ def measured(case: str, model: nn.Module, rank: int, world: int) -> tuple[dict[s
     return {name: _whole(grad) for name, grad in named.items()}, facts
 
 
+# Layers that each of two processes runs in a step; the first is idle in the second step.
+ROUTERS = ("top_k", "capacity")
+DEPTHS = ((1, 2), (0, 2), (2, 1))
+
+
+def told_after_steps(router: str, ranks: Sequence[int]) -> list[dict[str, list[torch.Tensor]]]:
+    """What selectors are told after each step, by place, where processes call other layers.
+
+    Args:
+        router: Name of the router.
+        ranks: Whose rows this process runs.
+    """
+    settings = {"init_weights": False, "load_balancing_scope": "micro_batch"}
+    settings |= {"capacity_factor": 1.0} if router == "capacity" else {}
+    config = RoutedConfig(num_experts=4, top_k=2, r=2, router=router, **settings)
+    torch.manual_seed(0)
+    model, told = get_peft_model(tiny_llama(), config).train(), {}
+    for layer in routed_layers(model):
+        select = layer.router["default"].select
+        select.counts = True
+        select.after_step = lambda statistics, place=layer.place: told.setdefault(place, as_sums(statistics))
+    steps = []
+    for depths in DEPTHS:
+        for rank in ranks:
+            model.base_model.model.config.num_hidden_layers = depths[rank]
+            if depths[rank]:
+                model(**batch_of("top_k", rank, 2), use_cache=False)
+        after_step(model)
+        steps.append(dict(told))
+        told.clear()
+    return steps
+
+
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return whole.detach().clone().contiguous()
@@ -171,6 +215,8 @@ def run(rank: int, world: int, folder: Path, wrapping: str) -> None:
         facts[case] = values
         if rank == 0:
             save_file(gradients, folder / f"{case}.safetensors")
+    if wrapping == "ddp" and world == 2:
+        torch.save({router: told_after_steps(router, [rank]) for router in ROUTERS}, folder / f"told{rank}.pt")
     if rank == 0:
         (folder / "facts.json").write_text(json.dumps(facts))
     # A wrapped model that outlives the group destroys it, and then waits with the interpreter's lock for a thread of

@@ -52,14 +52,18 @@ class Description:
         return sum(self.parameters)
 
     def __str__(self) -> str:
-        """One line per place, then the total."""
+        """One line per place, with its sizes where layers differ in them, then the total."""
         config = self.config
-        rows = [("place", "layer", "in -> out", "trainable")]
+        rows = [("place", "layer", "in -> out", "trainable", *self._sizes("sizes"))]
         for place, count in zip(self.places, self.parameters, strict=True):
-            rows.append((place.name, place.kind, f"{place.in_features} -> {place.out_features}", f"{count:,}"))
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+            sizes = ", ".join(f"{name}={value}" for name, value in config.sizes_at(place).items())
+            width = f"{place.in_features} -> {place.out_features}"
+            rows.append((place.name, place.kind, width, f"{count:,}", *self._sizes(sizes)))
+        widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
         lines = [
-            f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:<{widths[2]}}  {row[3]:>{widths[3]}}"
+            "  ".join(
+                f"{cell:{'>' if column == 3 else '<'}{widths[column]}}" for column, cell in enumerate(row)
+            ).rstrip()
             for row in rows
         ]
         if self.implementations:
@@ -76,6 +80,10 @@ class Description:
             f"parameters ({share:.2f}% of the base model's {self.base_parameters:,})"
         )
         return "\n".join(lines)
+
+    def _sizes(self, cell: str) -> list[str]:
+        """The cell of a column that is there where layers differ in their sizes."""
+        return [cell] if any(self.config.sizes_at(place) for place in self.places) else []
 
 
 def describe(model: nn.Module, config: MoeConfig, inputs: Mapping[str, Any] | None = None) -> Description:

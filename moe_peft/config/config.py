@@ -152,13 +152,25 @@ class MoeConfig(CheckedConfig):
     def mergeable(self) -> bool:
         """Whether `merge_and_unload` is exact, as the adapter does the same for every input.
 
-        It is asked of the parts, and of the kind of place: a whole block has no weight that an adapter could be merged
-        into.
+        It is asked of the parts of every layer, and of the kind of place: a whole block has no weight that an adapter
+        could be merged into.
         """
         if self.placement not in AROUND_WEIGHTS:
             return False
         with torch.device("meta"):
-            return self.build(Place("any", 8, 8)).mergeable
+            return all(self.at(place).build(place).mergeable for place in self.typical_places())
+
+    def typical_places(self) -> list[Place]:
+        """Places that stand for all layers of a model: one for each configuration that `at` can return."""
+        return [Place("any", 8, 8)]
+
+    def sizes_at(self, place: Place) -> dict[str, int]:
+        """The sizes of a place by field, where layers differ in them; none where all are alike.
+
+        Args:
+            place: The module that a layer will wrap.
+        """
+        return {}
 
     def at(self, place: Place) -> MoeConfig:
         """The configuration of one place, with its own sizes where they differ between layers.

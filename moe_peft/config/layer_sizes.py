@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any, TypeVar
 
 from ..messages import shown
@@ -30,6 +31,19 @@ def sizes_at(per_layer: Mapping[str, Sequence[int]], place: Place) -> dict[str, 
     if place.layer_index is None or not place.num_layers:
         return {}
     return {name: values[place.layer_index * len(values) // place.num_layers] for name, values in per_layer.items()}
+
+
+def layer_places(per_layer: Mapping[str, Sequence[int]]) -> list[Place]:
+    """A place for each combination of sizes that layers can have, whatever their number.
+
+    Values change at j / n of a stack, for j from 0 to the n values of a list.
+
+    Args:
+        per_layer: Field -> values, from the first layer to the last.
+    """
+    shares = sorted({Fraction(j, len(values)) for values in per_layer.values() for j in range(len(values))})
+    places = [Place("any", 8, 8, layer_index=share.numerator, num_layers=share.denominator) for share in shares]
+    return list({tuple(sizes_at(per_layer, place).values()): place for place in places}.values())
 
 
 def with_sizes(config: C, sizes: Mapping[str, int]) -> C:

@@ -10,7 +10,7 @@ from ..messages import shown, warn
 from ..place import Place
 from ..routers import DEFAULT_GATE, DEFAULT_SCORER, router_fields, router_names
 from .config import BACKBONE, MoeConfig
-from .layer_sizes import SIZES, sizes_at, with_sizes, wrong_sizes
+from .layer_sizes import SIZES, layer_places, sizes_at, with_sizes, wrong_sizes
 from .meaning import NOT_MEANING
 from .ranges import LARGEST, MAX_EXPERTS
 
@@ -76,6 +76,15 @@ class RouterConfig(MoeConfig):
     def at(self, place: Place) -> RouterConfig:
         """See `MoeConfig.at` and `layer_sizes`."""
         return self if self.per_layer is None else with_sizes(self, sizes_at(self.per_layer, place))
+
+    def typical_places(self) -> list[Place]:
+        """See `MoeConfig.typical_places`."""
+        return super().typical_places() if self.per_layer is None else layer_places(self.per_layer)
+
+    def sizes_at(self, place: Place) -> dict[str, int]:
+        """See `MoeConfig.sizes_at`."""
+        own = self.at(place)
+        return {name: getattr(own, name) for name in SIZES if name in (self.per_layer or {})}
 
     def router_summary(self) -> str:
         """The router in a few words."""

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from moe_peft import LoraMoeConfig, MovConfig, PerftConfig, RoutedConfig, SiraConfig, describe
-from moe_peft.config.layer_sizes import sizes_at
+from moe_peft.config.layer_sizes import layer_places, sizes_at
 from moe_peft.place import Place
 from tests.tiny import padded_batch, tiny_llama
 
@@ -53,6 +53,47 @@ def test_every_layer_has_its_own_sizes_in_the_model_the_description_and_the_file
     assert loaded.peft_config["default"].meaning() == model.peft_config["default"].meaning()
     model.train()(**batch, labels=batch["input_ids"]).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 7, 30])
+@pytest.mark.parametrize("lengths", [(1,), (4,), (2, 3), (3, 4, 6), (5, 7)])
+def test_the_typical_places_have_every_combination_of_sizes_that_layers_can_have(lengths, layers):
+    per_layer = {str(n): list(range(n)) for n in lengths}
+    typical = [tuple(sizes_at(per_layer, place).values()) for place in layer_places(per_layer)]
+    stack = [Place("x", 2, 2, layer_index=i, num_layers=layers) for i in range(layers)]
+    assert {tuple(sizes_at(per_layer, place).values()) for place in stack} <= set(typical)
+    assert len(typical) == len(set(typical)) <= sum(lengths)
+
+
+@pytest.mark.parametrize(
+    ("config", "mergeable"),
+    [
+        (lambda: RoutedConfig(router="dense", num_experts=8, per_layer={"num_experts": [1, 1]}), True),
+        (lambda: RoutedConfig(router="dense", num_experts=1, per_layer={"num_experts": [1, 1, 1, 2]}), False),
+        (lambda: RoutedConfig(router="dense", num_experts=1, per_layer={"r": [2, 4]}), True),
+        (lambda: MovConfig(num_experts=1, per_layer={"num_experts": [1, 3]}), False),
+    ],
+)
+def test_the_configuration_says_of_all_layers_whether_a_merge_will_succeed(config, mergeable):
+    assert config().mergeable is mergeable
+    model = get_peft_model(base(), config())
+    if mergeable:
+        model.merge_and_unload()
+    else:
+        with pytest.raises(ValueError, match="cannot be merged"):
+            model.merge_and_unload()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_description_tells_the_sizes_of_every_place(case):
+    config = CASES[case]()
+    described = describe(base(), config)
+    header, *lines = str(described).splitlines()
+    assert header.endswith("sizes")
+    for place, line in zip(described.places, lines[: len(described.places)], strict=True):
+        own = config.at(place)
+        assert line.startswith(place.name) and all(f"{name}={getattr(own, name)}" in line for name in config.per_layer)
+    assert "sizes" not in str(describe(base(), RoutedConfig())).splitlines()[0]
 
 
 def test_equal_sizes_are_the_plain_field():

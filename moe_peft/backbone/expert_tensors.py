@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -68,10 +68,7 @@ def run_experts(
         (T, O) weighted sum.
     """
     count = next(iter(tensors.values())).shape[0]
-    # Parametrization and sharding put classes of their own on top, whose tensors are computed or gathered in a call.
-    owns = [cls for cls in type(experts).__mro__ if not any(hasattr(cls, name) for name in tensors)]
-    cls = next(cls for cls in owns if hasattr(cls, "forward"))
-    stand_in: Any = object.__new__(cls)
+    stand_in: Any = object.__new__(own_class(experts, tensors))
     stand_in.__dict__ = {
         name: count if "experts" in name and value == num_experts and type(value) is int else value
         for name, value in experts.__dict__.items()
@@ -85,3 +82,16 @@ def run_experts(
         # Loops outside transformers' common interface may not run with a single slot; a second one adds nothing.
         index_TK, weights_TK = index_TK.expand(-1, 2), torch.cat([weights_TK, torch.zeros_like(weights_TK)], dim=1)
     return stand_in.forward(hidden_TD, index_TK, weights_TK)
+
+
+def own_class(experts: nn.Module, names: Iterable[str]) -> type[nn.Module]:
+    """The backbone's class of an experts module.
+
+    Parametrization and sharding put classes of their own on top, whose tensors are computed or gathered in a call.
+
+    Args:
+        experts: The module.
+        names: Names of its tensors.
+    """
+    owns = [cls for cls in type(experts).__mro__ if not any(hasattr(cls, name) for name in names)]
+    return next(cls for cls in owns if hasattr(cls, "forward"))

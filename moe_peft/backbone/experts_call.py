@@ -47,8 +47,8 @@ def experts_call(args: tuple, kwargs: dict[str, Any]) -> ExpertsCall:
     return ExpertsCall(floating[0], integer[0], floating[1])
 
 
-def takes_routing(module: nn.Module) -> bool:
-    """Whether a module is called with hidden states, indices and weights."""
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+def takes_routing(cls: type[nn.Module]) -> bool:
+    """Whether modules of a class are called with hidden states, indices and weights."""
+    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(parameter.kind in positional for parameter in parameters) >= 3

@@ -194,7 +194,7 @@ def _is_experts(leaf: str, module: nn.Module) -> bool:
         return False
     fused = all(any(len(shape) == 3 for shape in _shapes(module, names)) for names in (FIRST_MATRICES, ("down_proj",)))
     counted = leaf == "experts" and isinstance(getattr(module, "num_experts", None), int)
-    return (fused or (counted and _named_width(module) is not None)) and takes_routing(module)
+    return (fused or (counted and _named_width(module) is not None)) and takes_routing(type(module))
 
 
 def _sizes(experts: nn.Module) -> tuple[int, int, int]:

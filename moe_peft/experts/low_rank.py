@@ -120,7 +120,8 @@ class LowRankExperts(Experts):
         """Add the routed sum of the experts to the base output; arguments as in `Experts.forward`."""
         if isinstance(routing, PendingRouting):
             return super().forward(x_TD, base_out_TO, routing, in_place=in_place)
-        dtype, act, own = compute_dtype(x_TD), self.activation(routing.context), dict[str, Any]()
+        dtype, act = compute_dtype(x_TD), self.activation(routing.context)
+        own: dict[str, Any] = {}
         name = self.implementation(*routing.weights.shape, dtype=dtype)
         if name == "dense" and not self.drops(routing.context):
             own["dtype"] = dtype  # it keeps the input as it came

@@ -115,7 +115,7 @@ def why_not_fused(experts: nn.Module) -> str | None:
         The end of a sentence that begins with the module.
     """
     names = matrix_names(experts)
-    if names is None or not takes_routing(experts):
+    if names is None or not takes_routing(type(experts)):
         return "is not called with (hidden, index, weights), or keeps its experts in another form than two stacks"
     if getattr(experts, "_is_expert_parallel", False):
         return "holds the experts of one process only (expert parallelism)"

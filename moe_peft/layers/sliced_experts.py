@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from ..backbone.expert_tensors import expert_tensors, run_experts
 from ..backbone.experts_call import ExpertsCall, experts_call
+from ..backbone.stand_in import stand_in_fault
 from ..config.parts import RoutedParts
 from ..experts import ExpertSlices
 from ..messages import warn
@@ -43,7 +44,20 @@ class SlicedExperts(SelectingLayer):
             self.unmerge()
             tensors = expert_tensors(self.get_base_layer(), self.num_backbone_experts)
             cast(ExpertSlices, parts.experts).copy_from(tensors, tuple(parts.selection or ()))
+        self._check_stand_in()
         super().update_layer(adapter_name, parts, inference_mode=inference_mode)
+
+    def _check_stand_in(self) -> None:
+        """Refuse a base layer that copies of its experts do not stand for."""
+        experts = self.get_base_layer()
+        fault = stand_in_fault(experts, self.num_backbone_experts, self.in_features)
+        if fault is not None:
+            raise ValueError(
+                f"{self.place} ({type(experts).__name__}) {fault}, so copies would not be trained on what the model "
+                "computes. Its code is of another kind than this package knows: install the version of transformers "
+                "that it was tested with, or a newer peft-moe; or train low-rank experts beside the model's own, "
+                "which need no copies (expert_adapter='lora')."
+            )
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> torch.Tensor:
         """Apply the experts, selected ones by the active adapters' copies.

@@ -33,4 +33,4 @@ def test_a_module_takes_a_routing_if_three_arguments_can_be_given_by_position():
         def forward(self, hidden, gammas, *, index=None):
             return hidden
 
-    assert takes_routing(Routed()) and not takes_routing(Gated()) and not takes_routing(nn.Linear(2, 2))
+    assert takes_routing(Routed) and not takes_routing(Gated) and not takes_routing(nn.Linear)

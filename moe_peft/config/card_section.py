@@ -66,8 +66,8 @@ def section(facts: AdapterFacts) -> str:
         f"""{BEGIN}
 ## Load this adapter
 
-{facts.method}, an adapter of the package `peft-moe` (`pip install peft-moe`). Importing `moe_peft` registers its type
-with peft; without it loading stops with a `KeyError` of the type's name.
+{facts.method}, an adapter of the package `peft-moe`. Importing `moe_peft` registers its type with peft; without it
+loading stops with `KeyError: '{facts.adapter_type}'`. A tool that does not import it is started by `moe-peft run -m TOOL`.
 
 ```python
 import moe_peft

@@ -32,6 +32,7 @@ def test_a_folder_without_a_card_stays_without(tmp_path):
 
 def test_the_first_line_of_the_example_imports_moe_peft():
     assert "```python\nimport moe_peft\n" in section(FACTS)
+    assert "KeyError: 'LORAMOE'" in section(FACTS) and "moe-peft run" in section(FACTS)
     assert "AutoModelForSequenceClassification.from_pretrained" in section(
         dataclasses.replace(FACTS, task_type="SEQ_CLS")
     )

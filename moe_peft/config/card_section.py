@@ -67,7 +67,7 @@ def section(facts: AdapterFacts) -> str:
 ## Load this adapter
 
 {facts.method}, an adapter of the package `peft-moe`. Importing `moe_peft` registers its type with peft; without it
-loading stops with `KeyError: '{facts.adapter_type}'`. A tool that does not import it is started by `moe-peft run -m TOOL`.
+loading stops with `KeyError: '{facts.adapter_type}'`. `moe-peft run -m TOOL ...` runs a tool that does not import it.
 
 ```python
 import moe_peft

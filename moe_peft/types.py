@@ -10,9 +10,9 @@ Shape suffixes of local tensors:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -28,16 +28,21 @@ class LossScale:
 
     Attributes:
         value: Factor applied to the gradient of every loss of the pass; a float or a 0-d tensor.
-        attached: Number of losses that were, or will be in a recomputation, attached to the autograd graph.
-        injected: Number of losses whose gradient has been injected so far.
+        attached: Number of places whose losses were, or will be in a recomputation, attached to the autograd graph.
+        watched: Whether it is known when a backward pass reaches what the pass returned.
+        reached: Number of times that one has.
         replaced: Whether the gradient of `router_loss(model)` has set the value.
+        graph: 0-d sum of the losses that compiled code has injected with the value that the pass began with; None
+            where it has not.
     """
 
     def __init__(self, value: float = 1.0) -> None:
         self.value: float | torch.Tensor = value
         self.attached = 0
-        self.injected = 0
+        self.watched = False
+        self.reached = 0
         self.replaced = False
+        self.graph: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,16 @@ class Routing:
         """(T,) bool, False at padding; None when every token counts."""
         return self.context.valid
 
+    @property
+    def token_dim(self) -> int:
+        """Dimension of the tokens in its tensors; one where several places are stacked before it."""
+        return 0
+
+    @property
+    def one(self) -> Routing:
+        """The decision of one place: this, or the first of several that are stacked."""
+        return self
+
     def gate_matrix(self) -> torch.Tensor:
         """Combine weights as one column per expert.
 
@@ -170,8 +185,8 @@ class Routing:
         """
         if self.experts is None:
             return self.weights
-        gates_TE = self.weights.new_zeros(self.weights.shape[0], self.num_experts + 1)
-        return gates_TE.scatter_add(1, self.experts, self.weights)[:, :-1]
+        gates_TE = self.weights.new_zeros(*self.weights.shape[:-1], self.num_experts + 1)
+        return gates_TE.scatter_add(-1, self.experts, self.weights)[..., :-1]
 
     def request_matrix(self) -> torch.Tensor:
         """Which experts each valid token asked for, before any capacity.
@@ -183,8 +198,8 @@ class Routing:
         if self.experts is None:
             requests_TE = (self.weights.detach() != 0).to(self.probs.dtype)
         else:
-            requests_TE = self.probs.new_zeros(self.probs.shape[0], self.num_experts + 1)
-            requests_TE = requests_TE.scatter_(1, self.experts, 1.0)[:, :-1]
+            requests_TE = self.probs.new_zeros(*self.experts.shape[:-1], self.num_experts + 1)
+            requests_TE = requests_TE.scatter_(-1, self.experts, 1.0)[..., :-1]
         return requests_TE if self.valid is None else requests_TE * self.valid[:, None]
 
 
@@ -202,6 +217,20 @@ class RouterLoss(Part):
     config_fields: ClassVar[Mapping[str, str]] = {}
     additive: bool = True
     adapts: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let no class inherit that its sums take several places: sums of its own may take one."""
+        super().__init_subclass__(**kwargs)
+        if "sums" in cls.__dict__ and "stacks_by" not in cls.__dict__:
+            cls.stacks_by = RouterLoss.stacks_by  # type: ignore[method-assign]
+
+    def stacks_by(self) -> Hashable | None:
+        """What losses of this class must have in common for `sums` of one to measure the places of all.
+
+        Where it is not None, `sums` also takes a routing whose tensors have a first dimension of P places, which share
+        a context, and returns (P, N).
+        """
+        return None
 
     def adapt(self, coefficient: float, statistics: Sequence[StepStatistics]) -> float:
         """The coefficient for the next step; called after each optimizer step where `adapts`.

@@ -107,30 +107,44 @@ class CallKeeper:
         calls[-1].reached = True
         return True
 
-    def close(self, entry: ModuleEntry, output: Any) -> None:
-        """End the innermost call, if it is one of this module; nothing is measured where an error ended it."""
+    def close(self, entry: ModuleEntry, output: Any) -> Any:
+        """End the innermost call, if it is one of this module; nothing is measured where an error ended it.
+
+        Returns:
+            The output, which carries the gradient of router losses that nothing else does.
+        """
         calls = self._thread.calls
         if not calls or calls[-1].module is not entry.module:
-            return
+            return output
         call = calls[-1]
         self.drop(len(calls) - 1)
         if output is None or (call.forward_pass is None and not call.training):
-            return
+            return output
         forward_pass = self._pass_of(call)
         if calls and calls[-1].is_model and not call.is_model:
             self._go_on_behind(calls[-1], forward_pass)
-        if not forward_pass.training or call.repeats:
-            return
-        forward_pass.inside = call.inside
-        forward_pass.last_node = next_node()
-        if forward_pass.layers:
-            self.finish(forward_pass)
+        if not forward_pass.training:
+            return output
+        if not call.repeats:
+            forward_pass.inside = call.inside
+            forward_pass.last_node = next_node()
+            if forward_pass.layers:
+                output = self.finish(forward_pass, output)
         if not torch.compiler.is_compiling():
-            for node in nodes_of(output):
-                node.register_prehook(partial(self._reverse, forward_pass))
+            self._watch(forward_pass, call, output)
+        return output
 
-    def finish(self, forward_pass: ForwardPass) -> None:
-        """Join and differentiate the router losses of a pass that has ended."""
+    def _watch(self, forward_pass: ForwardPass, call: Call, output: Any) -> None:
+        """Have the backward pass say when it reaches what a pass returned."""
+        reached = partial(_reached if call.repeats else self._reverse, forward_pass)
+        nodes = list(nodes_of(output))
+        for node in nodes:
+            node.register_prehook(reached)
+        # What a reentrant checkpoint around the model returns is made in the recomputation.
+        forward_pass.losses.scale.watched |= bool(nodes) or call.in_checkpoint
+
+    def finish(self, forward_pass: ForwardPass, output: Any) -> Any:
+        """Join and differentiate the router losses of a pass that has ended; returns what its stack does."""
         raise NotImplementedError
 
     def depth(self) -> int:
@@ -208,6 +222,7 @@ class CallKeeper:
 
     def _reverse(self, forward_pass: ForwardPass, grads: tuple) -> None:
         """Note that a backward pass has reached what a pass returned, until that backward pass ends."""
+        _reached(forward_pass, grads)
         task = graph_task()
         if task not in self._reached:
             self._reached[task] = []
@@ -234,6 +249,11 @@ def nodes_of(output: Any) -> Iterator[Any]:
     elif isinstance(output, (Mapping, tuple, list)):
         for part in output.values() if isinstance(output, Mapping) else output:
             yield from nodes_of(part)
+
+
+def _reached(forward_pass: ForwardPass, grads: tuple) -> None:
+    """Count that a backward pass has reached what a pass returned."""
+    forward_pass.losses.scale.reached += 1
 
 
 def _passes_of(node: Any) -> list[ForwardPass]:

@@ -22,8 +22,8 @@ class Doorkeeper(Protocol):
         """Begin a call; returns the arguments that the module is to get."""
         ...
 
-    def close(self, entry: ModuleEntry, output: Any) -> None:
-        """End the innermost call, which is one of this module."""
+    def close(self, entry: ModuleEntry, output: Any) -> Any:
+        """End the innermost call, which is one of this module; returns what it is to return."""
         ...
 
     def depth(self) -> int:
@@ -91,10 +91,9 @@ class ModuleEntry:
             return None
         return self.keeper.open(self, args, kwargs, hooked=True)
 
-    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Close the call, also after an error; the hook after the forward."""
-        if self.keeper is not None:
-            self.keeper.close(self, output)
+        return None if self.keeper is None else self.keeper.close(self, output)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward inside a call."""
@@ -108,8 +107,7 @@ class ModuleEntry:
         try:
             args, kwargs = self.keeper.open(self, args, kwargs, hooked=False)
             output = self._run(args, kwargs)
-            self.keeper.close(self, output)
-            return output
+            return self.keeper.close(self, output)
         finally:
             self.keeper.drop(depth)
 

@@ -21,7 +21,8 @@ from .batch import (
     segments_of,
     two_dimensional,
 )
-from .joined_losses import ForwardLosses, LayerLosses
+from .joined_losses import ForwardLosses
+from .measurement import Measurement
 from .thread_state import Call
 
 # What a pass knows of the tokens that its stack returns.
@@ -56,8 +57,10 @@ class ForwardPass:
         token_ids: (B, L) ids of the tokens, where a part needs them.
         prompt: (B, L) bool, True before the first label of a row, where a part needs it.
         cached: Tokens in the key-value cache before these, where a part needs it.
-        contexts: Token contexts made so far.
-        layers: (place, adapter) -> router losses of this call's layers, one per call of the layer.
+        contexts: Token contexts made so far, with what they are of; no dictionary, whose keys would fix the sizes of a
+            compiled graph.
+        again: (place, adapter) -> what compiled code decided when it was run again.
+        layers: (place, adapter) -> what this call's layers decided for their router losses, one per call of the layer.
         led: (block, adapter) -> decision that several places of a block share.
         inside: Passes of the stacks that ran inside this call of a whole model.
         module: The stack, or the whole model for the places outside of its stacks.
@@ -78,8 +81,9 @@ class ForwardPass:
     token_ids: torch.Tensor | None = None
     prompt: torch.Tensor | None = None
     cached: int = 0
-    contexts: dict[tuple, TokenContext] = field(default_factory=dict)
-    layers: dict[tuple[str, str], list[LayerLosses]] = field(default_factory=dict)
+    contexts: list[tuple[tuple, TokenContext]] = field(default_factory=list)
+    layers: dict[tuple[str, str], list[Measurement]] = field(default_factory=dict)
+    again: dict[tuple[str, str], Measurement] = field(default_factory=dict)
     led: dict[tuple[str, str], Routing] = field(default_factory=dict)
     inside: list[ForwardPass] = field(default_factory=list)
     module: nn.Module | None = None
@@ -147,13 +151,14 @@ class ForwardPass:
         if self.position is None or self.position[1] != leading[1]:
             return replace(self.tokens(leading, device), part=leading[1])
         key = ("slice", self.position, device)
-        if key not in self.contexts:
+        known = self._known(key)
+        if known is None:
             whole, (start, size) = self.tokens(shape, device), self.position
 
             def cut(tensor: torch.Tensor | None) -> torch.Tensor | None:
                 return None if tensor is None else tensor.view(shape)[:, start : start + size].reshape(-1)
 
-            self.contexts[key] = replace(
+            known = replace(
                 whole,
                 valid=cut(whole.valid),
                 sequences=cut(whole.sequences),
@@ -161,7 +166,8 @@ class ForwardPass:
                 prompt=cut(whole.prompt),
                 part=size,
             )
-        return self.contexts[key]
+            self.contexts.append((key, known))
+        return known
 
     def tokens(self, leading: tuple[int, ...], device: torch.device, rows: Rows = "tokens") -> TokenContext:
         """Describe the tokens of an input with the given leading shape.
@@ -175,12 +181,20 @@ class ForwardPass:
             The context of the T = prod(leading) tokens, cached for the pass.
         """
         key = (leading, device, rows)
-        if key not in self.contexts:
+        known = self._known(key)
+        if known is None:
             if rows == "media":
-                self.contexts[key] = self._describe_media(leading, device)
+                known = self._describe_media(leading, device)
             else:
-                self.contexts[key] = self._describe(leading, device, rows == "encoder_states")
-        return self.contexts[key]
+                known = self._describe(leading, device, rows == "encoder_states")
+            self.contexts.append((key, known))
+        return known
+
+    def _known(self, key: tuple) -> TokenContext | None:
+        for own, context in self.contexts:
+            if own == key:
+                return context
+        return None
 
     def _describe(self, leading: tuple[int, ...], device: torch.device, from_encoder: bool) -> TokenContext:
         mask = self.encoder_attention_mask if from_encoder else self.attention_mask

@@ -31,7 +31,7 @@ class LayerLosses:
         losses: The losses by name.
         coefficients: Their coefficients in this pass.
         scope: What the losses are measured on, out of `SCOPES`.
-        own: Name -> (N,) sums of this pass and process, without graph.
+        own: Name -> (N,) sums of this pass and process, without graph; empty until the stack's forward ends.
         joined: Name -> (N,) sums of everything the scope covers.
         count: m, the number of sums that were joined.
         gradients: Name -> (N,) derivative of coefficient * loss in its own sums; empty until the stack's forward ends.
@@ -41,7 +41,7 @@ class LayerLosses:
     losses: Mapping[str, RouterLoss]
     coefficients: dict[str, float]
     scope: str
-    own: dict[str, torch.Tensor]
+    own: dict[str, torch.Tensor] = field(default_factory=dict)
     joined: dict[str, torch.Tensor] = field(default_factory=dict)
     count: int = 1
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -104,12 +104,13 @@ class WindowSums:
         self.counts[key] = layer.count
 
 
-def finish(layers: Mapping[tuple, LayerLosses], window: WindowSums | None) -> None:
+def finish(layers: Mapping[tuple, LayerLosses], window: WindowSums | None, *, derive: bool = True) -> None:
     """Join the sums of the layers that a stack's forward ran, and differentiate their losses.
 
     Args:
         layers: (place, adapter, number of the call) -> losses; the same keys in the same order on every process.
         window: The accumulation window; None outside one.
+        derive: Whether to differentiate them; else their sums are joined alone.
     """
     for layer in layers.values():
         layer.joined = dict(layer.own)
@@ -117,7 +118,8 @@ def finish(layers: Mapping[tuple, LayerLosses], window: WindowSums | None) -> No
     for key, layer in layers.items():
         if window is not None and layer.scope == "accumulation_window":
             window.add(key, layer)
-    differentiate(list(layers.values()))
+    if derive:
+        differentiate(list(layers.values()))
 
 
 def _join_processes(layers: Sequence[LayerLosses]) -> None:
@@ -142,6 +144,23 @@ def differentiate(layers: Sequence[LayerLosses]) -> None:
             gradients_GN = gradients_GN * gradients_GN.new_tensor(weights_G)[:, None]
         for (layer, name), gradient_N in zip(members, gradients_GN, strict=True):
             layer.gradients[name] = gradient_N
+
+
+def joined_total(layers: Sequence[LayerLosses], name: str, sums_PN: torch.Tensor) -> torch.Tensor:
+    """One loss of several layers, whose gradient in their own sums is that of `differentiate`.
+
+    Args:
+        layers: P layers of one process, whose sums are joined.
+        name: Name of the loss.
+        sums_PN: (P, N) own sums, with their graph.
+
+    Returns:
+        0-d sum of coefficient * m * loss of the joined sums.
+    """
+    joined_PN = torch.stack([layer.joined[name] for layer in layers])
+    values_P = type(layers[0].losses[name]).value(sums_PN + (joined_PN - sums_PN.detach()))
+    weights = [layer.coefficients[name] * layer.count for layer in layers]
+    return torch.stack([value * weight for value, weight in zip(values_P.unbind(), weights, strict=True)]).sum()
 
 
 def _alike(layers: Sequence[LayerLosses]) -> dict[tuple, list[tuple[LayerLosses, str]]]:

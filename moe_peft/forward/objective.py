@@ -19,6 +19,8 @@ from ..messages import shown
 from ..types import LossScale, RouterLoss, Routing
 from .find import find_trackers
 from .joined_losses import ForwardLosses, LayerLosses, mean_values
+from .measurement import Measurement, tensors_of
+from .tied_output import InjectKnown
 from .tracker import ForwardTracker
 
 Loss = Callable[[Routing], torch.Tensor]
@@ -74,41 +76,67 @@ class RouterObjective:
         Returns:
             The same decision, whose weights must be used.
         """
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        compiling = torch.compiler.is_compiling()
+        if not compiling and torch._C._functorch.peek_interpreter_stack() is not None:
             raise ValueError(
                 f"{place}: router losses put their gradient into the backward pass of autograd, which torch.func's "
                 "transforms (grad, vmap, jvp) do not run. Use loss.backward() or torch.autograd.grad, evaluate the "
                 "model (model.eval()), or set the coefficients of the router losses to 0."
             )
-        sums = {name: loss.sums(routing) for name, loss in self.losses.items()}
-        own = {name: value.detach() for name, value in sums.items()}
-        layer = tracker.enter(
-            place,
-            adapter,
-            LayerLosses(self.losses, dict(self.coefficients), self.scope, own, part=routing.context.part),
-        )
+        layer = LayerLosses(self.losses, dict(self.coefficients), self.scope, part=routing.context.part)
+        call = Measurement(layer, routing, tied=compiling)
+        measured = tracker.enter(place, adapter, call)
+        others = (routing.probs, routing.logits, *routing.extras.values())
         scale = routing.context.loss_scale or LossScale()
         # A training pass without gradients is the first one of reentrant checkpointing; the recomputation attaches.
-        scale.attached += int(not torch.is_grad_enabled() or any(value.requires_grad for value in sums.values()))
-        weights = _InjectLosses.apply(routing.weights, layer, scale, *sums.values())
+        differentiable = routing.weights.requires_grad or any(own.requires_grad for own in others)
+        scale.attached += int(differentiable or not torch.is_grad_enabled())
+        if compiling:
+            return routing if measured is call or measured.tied else _inject_known(routing, measured, scale)
+        names = ("probs", "logits", *(f"extras.{name}" for name in routing.extras))
+        weights = _InjectLosses.apply(routing.weights, measured, scale, names, *others)
         return replace(routing, weights=weights)
 
 
+def _inject_known(routing: Routing, measured: Measurement, scale: LossScale) -> Routing:
+    """Inject gradients that are known already, in compiled code that repeats a decision."""
+    own = tensors_of(routing)
+    pairs = [(own[name], gradient * scale.value) for name, gradient in (measured.gradients or {}).items()]
+    if not pairs:
+        return routing
+    tensors, gradients = zip(*pairs, strict=True)
+    return replace(routing, weights=InjectKnown.apply(routing.weights, *tensors, *gradients))
+
+
 class _InjectLosses(torch.autograd.Function):
-    """Identity on the weights whose backward pass gives the losses their gradient."""
+    """Identity on the weights whose backward pass gives a decision the gradient of its losses."""
 
     @staticmethod
     def forward(
-        ctx: Any, weights: torch.Tensor, layer: LayerLosses, scale: LossScale, *sums: torch.Tensor
+        ctx: Any,
+        weights: torch.Tensor,
+        measured: Measurement,
+        scale: LossScale,
+        names: tuple[str, ...],
+        *others: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.layer, ctx.scale = layer, scale
+        ctx.measured, ctx.scale, ctx.names = measured, scale, names
         return weights.view_as(weights)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
-        ctx.scale.injected += 1
-        gradients = ctx.layer.gradients
-        return grad, None, None, *(gradients[name] * ctx.scale.value for name in ctx.layer.losses)
+        gradients, scale = ctx.measured.gradients, ctx.scale.value
+        if gradients is None:
+            raise RuntimeError(
+                "A backward pass reached a routed layer before the forward of its model had ended, so its router "
+                "losses are not known. Call backward() behind the model's forward."
+            )
+        weights = gradients.get("weights")
+        injected = [gradients.get(name) for name in ctx.names]
+        if not isinstance(scale, float) or scale != 1.0:
+            weights = None if weights is None else weights * scale
+            injected = [None if own is None else own * scale for own in injected]
+        return grad if weights is None else grad + weights, None, None, None, *injected
 
 
 class _ScaleInjection(torch.autograd.Function):
@@ -126,11 +154,11 @@ class _ScaleInjection(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, None]:
         scale = ctx.scale
-        already = scale.injected
+        already = scale.reached
         scale.value, scale.replaced = grad.detach(), True
 
         def check() -> None:
-            if scale.attached and scale.injected == already:
+            if scale.attached and scale.watched and scale.reached == already:
                 raise RuntimeError(
                     "The gradient of router_loss(model) is lost: it flows through the layers of the model's own "
                     "loss, and this backward pass did not reach them. Add it before the backward pass of the same "
@@ -139,6 +167,19 @@ class _ScaleInjection(torch.autograd.Function):
 
         torch.autograd.Variable._execution_engine.queue_callback(check)
         return None, None, None
+
+
+class _WeighCompiled(torch.autograd.Function):
+    """Value of losses that compiled code injects with a fixed weight; the gradient of it replaces that weight."""
+
+    @staticmethod
+    def forward(ctx: Any, graph: torch.Tensor, total: torch.Tensor, scale: LossScale) -> torch.Tensor:
+        ctx.scale = scale
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grad - ctx.scale.value, None, None
 
 
 def router_loss(model: nn.Module) -> torch.Tensor:
@@ -163,7 +204,9 @@ def router_loss(model: nn.Module) -> torch.Tensor:
     parts = []
     for latest in _latest_losses(model, "router_loss"):
         total = latest.total()
-        if total is not None:
+        if total is not None and latest.scale.graph is not None:
+            parts.append(_WeighCompiled.apply(latest.scale.graph, total, latest.scale))
+        elif total is not None:
             anchor = torch.zeros((), device=total.device, requires_grad=True)
             parts.append(_ScaleInjection.apply(anchor, total, latest.scale))
     if not parts:

@@ -24,9 +24,11 @@ from .calls import CallKeeper
 from .entry import ModuleEntry
 from .find import ENTRIES_ATTRIBUTE, TRACKER_ATTRIBUTE, find_stacks, find_tracker, find_trackers
 from .forward_pass import ForwardPass
-from .joined_losses import LayerLosses, WindowSums, finish
+from .joined_losses import WindowSums
+from .measurement import Measurement
+from .pass_losses import finish_compiled, finish_pass, repeated_call
 from .recomputation import in_backward
-from .slices import as_one, join_slices, position_in_storage
+from .slices import position_in_storage
 from .thread_state import Observer, RowNames
 
 __all__ = [
@@ -136,39 +138,34 @@ class ForwardTracker(CallKeeper):
         forward_pass.position = None
         return forward_pass.tokens(leading, x.device, rows)
 
-    def enter(self, place: str, adapter: str, measured: LayerLosses) -> LayerLosses:
-        """Keep the router losses of a layer in a training pass.
+    def enter(self, place: str, adapter: str, call: Measurement) -> Measurement:
+        """Keep what a layer decided in a training pass, for its router losses.
 
         Args:
             place: Name of the layer.
             adapter: Name of the adapter.
-            measured: What the layer measured.
+            call: The decision and the losses.
 
         Returns:
-            The same; in a recomputation what the layer measured in the pass that is repeated, whose sums have been
-            joined.
+            The same, whose gradients are known when the stack's forward has ended; in a recomputation the call that is
+            repeated, whose sums have been joined.
         """
         forward_pass, recomputing = self.asked()
         if not recomputing:
             assert forward_pass is not None
-            forward_pass.layers.setdefault((place, adapter), []).append(measured)
-            forward_pass.losses.layers.setdefault((place, adapter), []).append(measured)
-            return measured
+            forward_pass.layers.setdefault((place, adapter), []).append(call)
+            forward_pass.losses.layers.setdefault((place, adapter), []).append(call.losses)
+            return call
         repeated = forward_pass.layers.get((place, adapter), []) if forward_pass is not None else []
-        if not repeated:
-            finish({(place, adapter, 0): measured}, None)
-            return measured
-        if len(repeated) == 1:
-            return repeated[0]
-        # One module at several depths: the calls are repeated in reverse order, and told apart by what they measured.
-        return min(
-            repeated, key=lambda made: sum(float((made.own[n] - s).abs().sum()) for n, s in measured.own.items())
-        )
+        if torch.compiler.is_compiling() and forward_pass is not None:
+            # What leaves a compiled forward leaves its recomputation, so that a checkpoint finds the same saved.
+            forward_pass.again[place, adapter] = call
+        return repeated_call(repeated, call)
 
     def record(self, place: str, adapter: str, routing: Routing) -> None:
         """Show what a layer decided to the observers, once per forward pass and never in a recomputation."""
-        observers = self._thread.observers
-        if routing.context.training:
+        observers: Sequence[Observer] = self._thread.observers
+        if routing.context.training and self.training_observers:
             observers = [*observers, *self.training_observers]
         if not observers or self.asked()[1]:
             return
@@ -263,7 +260,7 @@ class ForwardTracker(CallKeeper):
                 return
             self._watched = weakref.ref(parameter)
         seen = (id(parameter), parameter._version)
-        unweighed = latest is not None and latest.scale.injected > 0 and not latest.scale.replaced
+        unweighed = latest is not None and latest.scale.reached > 0 and not latest.scale.replaced
         if unweighed and self.loss_scale == 1.0 and parameter.grad is not None and seen == self._last_parameter:
             self._warn_once(ACCUMULATION)
         self._last_parameter = seen
@@ -276,33 +273,15 @@ class ForwardTracker(CallKeeper):
             self._warn_accumulation(entry.module)
         return super().open(entry, args, kwargs, hooked=hooked)
 
-    @torch.compiler.disable
-    def finish(self, forward_pass: ForwardPass) -> None:
-        """Join and differentiate the router losses of a pass that has ended."""
-        layers, length = {}, 0 if forward_pass.shape is None else forward_pass.shape[1]
-        slices: list[tuple[LayerLosses, list[LayerLosses]]] = []
-        for key, made in forward_pass.layers.items():
-            groups = (
-                join_slices(made, length, key[0]) if any(layer.part for layer in made) else [[one] for one in made]
-            )
-            for call, group in enumerate(groups):
-                whole = layers[(*key, call)] = group[0] if len(group) == 1 else as_one(group)
-                slices += [(whole, group)] if len(group) > 1 else []
-        if self.window is None and any(layer.scope == "accumulation_window" for layer in layers.values()):
-            self._warn_once(NO_WINDOW)
-        finish(layers, self.window)
-        for whole, group in slices:
-            for layer in group:
-                layer.joined, layer.count, layer.gradients = whole.joined, whole.count, whole.gradients
-        if slices:
-            self._keep_as_one(forward_pass, slices)
+    def finish(self, forward_pass: ForwardPass, output: Any) -> Any:
+        """Measure, join and differentiate the router losses of a pass that has ended."""
+        if torch.compiler.is_compiling() and all(call.tied for made in forward_pass.layers.values() for call in made):
+            return finish_compiled(forward_pass, self.window, output)
+        return self._finish(forward_pass, output)
 
-    def _keep_as_one(self, forward_pass: ForwardPass, slices: Sequence[tuple[LayerLosses, list[LayerLosses]]]) -> None:
-        """Have one loss of each sliced place in the values, where the layers keep those of the slices."""
-        for key, made in forward_pass.losses.layers.items():
-            for whole, group in slices:
-                if any(layer is group[0] for layer in made):
-                    first = next(number for number, layer in enumerate(made) if layer is group[0])
-                    made = [layer for layer in made if not any(layer is part for part in group)]
-                    made.insert(first, whole)
-            forward_pass.losses.layers[key] = made
+    @torch.compiler.disable
+    def _finish(self, forward_pass: ForwardPass, output: Any) -> Any:
+        scopes = [call.losses.scope for made in forward_pass.layers.values() for call in made]
+        if self.window is None and "accumulation_window" in scopes:
+            self._warn_once(NO_WINDOW)
+        return finish_pass(forward_pass, self.window, output)

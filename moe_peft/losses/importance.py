@@ -17,8 +17,12 @@ class Importance(RouterLoss):
     Zero when all experts have the same mass and E - 1 when one has all of it.
     """
 
+    def stacks_by(self) -> tuple[()]:
+        """Any; see `RouterLoss.stacks_by`."""
+        return ()
+
     def sums(self, routing: Routing) -> torch.Tensor:
-        """(E,) gate mass of each expert."""
+        """(..., E) gate mass of each expert."""
         return masked_sum(routing.gate_matrix(), routing)
 
     @staticmethod

@@ -24,10 +24,14 @@ class LoadBalancing(RouterLoss):
 
     needs = frozenset({"selection"})
 
+    def stacks_by(self) -> tuple[()]:
+        """Any; see `RouterLoss.stacks_by`."""
+        return ()
+
     def sums(self, routing: Routing) -> torch.Tensor:
-        """(2E + 1,) requests for each expert, its summed probability, and the number of valid tokens."""
-        requests_E, probs_E = routing.request_matrix().sum(0), masked_sum(routing.probs, routing)
-        return torch.cat([requests_E, probs_E, num_valid(routing)[None]])
+        """(..., 2E + 1) requests for each expert, its summed probability, and the number of valid tokens."""
+        requests_E, probs_E = routing.request_matrix().sum(-2), masked_sum(routing.probs, routing)
+        return torch.cat([requests_E, probs_E, num_valid(routing).expand_as(probs_E[..., :1])], dim=-1)
 
     @staticmethod
     def value(sums: torch.Tensor) -> torch.Tensor:

@@ -55,6 +55,10 @@ class LocalizedBalancing(RouterLoss):
         self.group_column = group_column
         self._groups_on: dict[torch.device, torch.Tensor] = {}
 
+    def stacks_by(self) -> tuple:
+        """The groups and their shift; see `RouterLoss.stacks_by`."""
+        return (self.expert_groups, self.sign, self.delta, self.group_column)
+
     def sums(self, routing: Routing) -> torch.Tensor:
         """Sum over the entries of Z that count; sequences without a valid token do not.
 
@@ -62,27 +66,29 @@ class LocalizedBalancing(RouterLoss):
             routing: Any decision; its context carries the sequences and, where experts have groups, their groups.
 
         Returns:
-            (4,) number n of entries, sum of Z - c, sum of (Z - c)^2, and n * c. The entries of a balanced routing are
-            c = 1 / E, and the variance of small differences from c keeps its digits.
+            (..., 4) number n of entries, sum of Z - c, sum of (Z - c)^2, and n * c. The entries of a balanced routing
+            are c = 1 / E, and the variance of small differences from c keeps its digits.
 
         Raises:
             ValueError: The experts have groups, but the batch brings none.
         """
-        gates_TE = routing.gate_matrix()
-        context = routing.context
-        sequences_T = context.sequences
+        gates_TE, dim, context = routing.gate_matrix(), routing.token_dim, routing.context
+        sequences_T, num_sequences = context.sequences, context.num_sequences
         if sequences_T is None:
-            sequences_T = torch.zeros(gates_TE.shape[0], dtype=torch.long, device=gates_TE.device)
+            sequences_T = torch.zeros(gates_TE.shape[dim], dtype=torch.long, device=gates_TE.device)
         counts_T = torch.ones_like(sequences_T) if routing.valid is None else routing.valid.long()
         if routing.valid is not None:
             gates_TE = gates_TE.masked_fill(~routing.valid[:, None], 0.0)
-        tokens_S = sequences_T.new_zeros(context.num_sequences).index_add(0, sequences_T, counts_T)
-        mass_SE = gates_TE.new_zeros(context.num_sequences, routing.num_experts).index_add(0, sequences_T, gates_TE)
+        tokens_S = sequences_T.new_zeros(num_sequences).index_add(0, sequences_T, counts_T)
+        mass_SE = gates_TE.new_zeros(*gates_TE.shape[:dim], num_sequences, routing.num_experts)
+        mass_SE = mass_SE.index_add(dim, sequences_T, gates_TE)
         Z_SE = self._shift(routing) * mass_SE / tokens_S.clamp_min(1)[:, None]
-        keep_SE = (tokens_S > 0)[:, None].expand_as(Z_SE).to(Z_SE.dtype)
+        keep_S1 = (tokens_S > 0).to(Z_SE.dtype)[:, None]
         centre = 1.0 / routing.num_experts
-        difference_SE, count = (Z_SE - centre) * keep_SE, keep_SE.sum()
-        return torch.stack([count, difference_SE.sum(), difference_SE.square().sum(), count * centre])
+        difference, count = ((Z_SE - centre) * keep_S1).flatten(-2), keep_S1.sum() * routing.num_experts
+        total = difference.sum(-1)
+        counts = [number.expand_as(total) for number in (count, count * centre)]
+        return torch.stack([counts[0], total, difference.square().sum(-1), counts[1]], dim=-1)
 
     @staticmethod
     def value(sums: torch.Tensor) -> torch.Tensor:
@@ -109,4 +115,4 @@ class LocalizedBalancing(RouterLoss):
         if device not in self._groups_on:
             self._groups_on[device] = torch.tensor(self.expert_groups, device=device)
         matches_SE = groups_S[:, None] == self._groups_on[device][None, :]
-        return 1.0 + self.sign * self.delta * (2.0 * matches_SE.to(routing.probs.dtype) - 1.0)
+        return 1.0 + self.sign * self.delta * (2.0 * matches_SE.to(routing.one.probs.dtype) - 1.0)

@@ -9,22 +9,23 @@ from ..types import Routing
 
 def num_valid(routing: Routing) -> torch.Tensor:
     """Number of valid tokens, a 0-d tensor; divide by `num_valid(routing).clamp_min(1)`."""
-    if routing.valid is None:
-        return routing.logits.new_tensor(float(routing.logits.shape[0]))
-    return routing.valid.sum().to(routing.logits.dtype)
+    logits, valid = routing.one.logits, routing.valid
+    if valid is None:
+        return torch.full((), logits.shape[0], dtype=logits.dtype, device=logits.device)
+    return valid.sum().to(logits.dtype)
 
 
 def masked_sum(values: torch.Tensor, routing: Routing) -> torch.Tensor:
     """Sum over the valid tokens.
 
     Args:
-        values: (T, ...) one row per token.
+        values: (T, ...) one row per token, or (P, T, ...) where the routing stacks P places.
         routing: Whose padding to leave out.
 
     Returns:
-        (...) sum over T; padding adds nothing, even where it is not finite.
+        (...) or (P, ...) sum over T; padding adds nothing, even where it is not finite.
     """
     if routing.valid is not None:
-        keep = routing.valid.view(-1, *[1] * (values.ndim - 1))
+        keep = routing.valid.view(-1, *[1] * (values.ndim - 1 - routing.token_dim))
         values = values.masked_fill(~keep, 0.0)
-    return values.sum(0)
+    return values.sum(routing.token_dim)

@@ -11,10 +11,14 @@ from .masking import masked_sum, num_valid
 class ZLoss(RouterLoss):
     """Keeps the router logits small; zero when every token's logits have a log-sum-exp of zero."""
 
+    def stacks_by(self) -> tuple[()]:
+        """Any; see `RouterLoss.stacks_by`."""
+        return ()
+
     def sums(self, routing: Routing) -> torch.Tensor:
-        """(2,) sum of the squares, and the number of valid tokens."""
-        squares_T = routing.logits.logsumexp(dim=-1).square()
-        return torch.stack([masked_sum(squares_T, routing), num_valid(routing)])
+        """(..., 2) sum of the squares, and the number of valid tokens."""
+        squares = masked_sum(routing.logits.logsumexp(dim=-1).square(), routing)
+        return torch.stack([squares, num_valid(routing).expand_as(squares)], dim=-1)
 
     @staticmethod
     def value(sums: torch.Tensor) -> torch.Tensor:

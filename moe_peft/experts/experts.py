@@ -67,7 +67,7 @@ class Experts(ModulePart, nn.Module):
         """What the experts make of the input before anything is decided.
 
         Args:
-            x_TD: (T, D) input in the compute dtype.
+            x_TD: (T, D) input in the compute dtype; as it comes where the kind `casts_input`.
             context: What is known about the tokens.
 
         Returns:
@@ -113,7 +113,7 @@ class Experts(ModulePart, nn.Module):
         """Bring the routed experts into the base output.
 
         Args:
-            x_TD: (T, D) input in the compute dtype.
+            x_TD: (T, D) input in the compute dtype; as it comes where the kind `casts_input`.
             base_out_TO: (T, O) output of the frozen module.
             routing: Decision for the T tokens, or what makes it of the activations.
             in_place: Whether `base_out_TO` may be overwritten.
@@ -134,6 +134,29 @@ class Experts(ModulePart, nn.Module):
 
         Returns:
             (R, D), whose GEMM may take a router's rows along; None where `prepare` is anything else.
+        """
+        return None
+
+    def add_all(
+        self,
+        x_TD: torch.Tensor,
+        base_out_TO: torch.Tensor,
+        weight: float,
+        context: TokenContext,
+        *,
+        in_place: bool = False,
+    ) -> torch.Tensor | None:
+        """Add every expert with one weight, without a decision; for kinds that have a shorter way for it.
+
+        Args:
+            x_TD: (T, D) input, see `casts_input`.
+            base_out_TO: (T, O) output of the frozen module.
+            weight: Combine weight of every expert for every token.
+            context: What is known about the tokens.
+            in_place: Whether `base_out_TO` may be overwritten.
+
+        Returns:
+            (T, O) in the dtype of `base_out_TO`; None where there is no shorter way.
         """
         return None
 

@@ -131,6 +131,28 @@ class LowRankExperts(Experts):
         settings = {"scaling": self.scaling, "act": act, "in_place": in_place, **own}
         return op(x_TD, base_out_TO, self.A, self.B, routing, **settings)
 
+    def add_all(
+        self,
+        x_TD: torch.Tensor,
+        base_out_TO: torch.Tensor,
+        weight: float,
+        context: TokenContext,
+        *,
+        in_place: bool = False,
+    ) -> torch.Tensor | None:
+        """Add every expert with one weight, as one low-rank pair of rank E * r; arguments as in `Experts.add_all`."""
+        own = type(self)
+        plain = own.forward is LowRankExperts.forward and own.combine is LowRankExperts.combine
+        if (
+            not plain
+            or own.prepare is not LowRankExperts.prepare
+            or self.experts_implementation not in ("dense", AUTO)
+        ):
+            return None
+        h_TR, act = self.prepare(x_TD, context), self.activation(context)
+        scaling = self.scaling * weight
+        return combine_experts(h_TR, base_out_TO, self.B, None, scaling=scaling, act=act, in_place=in_place)
+
     def drop(self, x_TD: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """Apply `lora_dropout` to the input in training passes."""
         return self.lora_dropout(x_TD) if self.drops(context) else x_TD
@@ -154,6 +176,8 @@ class LowRankExperts(Experts):
         """Name of the op that computes a routed sum; arguments as in `Experts.implementation`."""
         if self.experts_implementation != AUTO:
             return self.experts_implementation
+        if num_slots >= self.num_choices:
+            return "dense"  # there is no work to skip
         num_experts, r, in_features = self.A.shape
         return choose(
             Work(

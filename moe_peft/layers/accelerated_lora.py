@@ -27,7 +27,7 @@ from ..backbone.experts_call import experts_call
 from ..messages import warn
 from ..ops.expert_lora import expert_lora
 from ..ops.expert_stacks import LowRankPairs
-from .expert_pass import is_watched, owner_of_pass, replaced_forward
+from .expert_pass import call_with, is_watched, owner_of_pass, replaced_forward
 from .fused_experts import DOWN, matrix_names, read_fused, stored_shape, why_not_fused
 
 
@@ -36,13 +36,22 @@ class AcceleratedParamWrapper(ParamWrapper):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the wrapped experts with the active adapters; arguments as in peft."""
-        if not torch.compiler.is_compiling() or self.disable_adapters or self.merged:
+        nest, experts = _nest(self), self.get_base_layer()
+        mixed = kwargs.get("adapter_names") is not None
+        if mixed or nest[-1].base_layer is not experts or any(own.disable_adapters or own.merged for own in nest):
             return super().forward(x, *args, **kwargs)
-        self._check_forward_args(x, *args, **kwargs)
-        if any(is_watched(wrapper) for wrapper in (*_nest(self), self.get_base_layer())):
+        if torch.compiler.is_compiling() and any(is_watched(module) for module in (*nest, experts)):
             return self._call_outside_of_the_graph(x, *args, **kwargs)
+        if not torch.compiler.is_compiling() and (self._is_inside(experts) or any(map(_does_more, nest[1:]))):
+            return super().forward(x, *args, **kwargs)
         # The outermost wrapper is called first, and nobody asks whether those inside it are.
-        return _run(self.get_base_layer(), _nest(self), x, *args, **kwargs)
+        out: torch.Tensor = call_with(partial(_run, experts, nest), self, experts, experts, x, *args, **kwargs)
+        return out
+
+    def _is_inside(self, experts: nn.Module) -> bool:
+        """Whether a wrapper around this one has set the pass of this call, which holds this one's pairs too."""
+        owner = owner_of_pass(experts)
+        return owner is not None and owner is not self and self in _nest(owner)
 
     @torch.compiler.disable
     def _call_outside_of_the_graph(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -51,9 +60,8 @@ class AcceleratedParamWrapper(ParamWrapper):
     @contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
         experts = self.get_base_layer()
-        owner = owner_of_pass(experts)
-        if owner is not None and owner is not self and self in _nest(owner):
-            yield  # the pass of the wrapper around this one holds this one's pairs too
+        if self._is_inside(experts):
+            yield
             return
         with replaced_forward(experts, self, partial(_run, experts, _nest(self))):
             yield
@@ -132,6 +140,11 @@ def _nest(outermost: object) -> list[ParamWrapper]:
     return nest
 
 
+def _does_more(wrapper: ParamWrapper) -> bool:
+    """Whether a call of a wrapper does more than its class's forward."""
+    return is_watched(wrapper) or "forward" in wrapper.__dict__
+
+
 def _why_not(nest: list[ParamWrapper], sharded: bool) -> str | None:
     """Why a nest has to be computed as stock peft does; None where it need not."""
     experts = nest[-1].base_layer
@@ -177,8 +190,7 @@ def _pairs_of(wrapper: ParamWrapper, adapter_name: str, num_experts: int) -> Low
     own: Any = wrapper
     A, B = own.lora_A[adapter_name].weight, own.lora_B[adapter_name].weight
     stored = own.num_experts
-    return LowRankPairs(
-        A.view(stored, -1, A.shape[1])[:num_experts],
-        B.view(B.shape[0], -1, stored).permute(2, 1, 0)[:num_experts],
-        wrapper.scaling[adapter_name],
-    )
+    A, B = A.view(stored, -1, A.shape[1]), B.view(B.shape[0], -1, stored).permute(2, 1, 0)
+    if stored > num_experts:
+        A, B = A[:num_experts], B[:num_experts]
+    return LowRankPairs(A, B, wrapper.scaling[adapter_name])

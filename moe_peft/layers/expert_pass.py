@@ -1,13 +1,14 @@
 """Runs another computation in the place of an experts module's forward, for the duration of one call.
 
-The module itself is called, so that its hooks fire and offloaded or sharded weights arrive; nothing of it changes
-between calls. Threads that call the module at the same time see their own computation.
+Where anything beside its forward happens in a call, the module itself is called, so that its hooks fire and offloaded
+or sharded weights arrive; nothing of it changes between calls. Threads that call the module at the same time see their
+own computation.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -93,9 +94,9 @@ def call_with(
         *args: Arguments of the call.
         **kwargs: The same by name.
     """
+    if outermost is experts and not is_watched(experts):
+        return compute(*args, **kwargs)
     if torch.compiler.is_compiling():
-        if outermost is experts and not is_watched(experts):
-            return compute(*args, **kwargs)
         return _call_outside_of_the_graph(compute, owner, outermost, experts, *args, **kwargs)
     with replaced_forward(experts, owner, compute):
         return outermost(*args, **kwargs)
@@ -113,7 +114,20 @@ def is_watched(module: nn.Module) -> bool:
         module: Any module.
     """
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "_old_forward" in module.__dict__
+    own = module.__dict__
+    replaced = "_old_forward" in own or own.get("_compiled_call_impl") is not None
+    return replaced or any(hooks) or any(hooks_of_all_modules())
+
+
+def hooks_of_all_modules() -> tuple[Mapping, ...]:
+    """Hooks that run when any module at all is called."""
+    own = nn.modules.module
+    return (
+        own._global_forward_hooks,
+        own._global_forward_pre_hooks,
+        own._global_backward_hooks,
+        own._global_backward_pre_hooks,
+    )
 
 
 def _slot(module: nn.Module) -> str:

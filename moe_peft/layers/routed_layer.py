@@ -6,13 +6,14 @@ from functools import partial
 
 import torch
 
-from ..experts import PendingRouting
+from ..experts import Experts, PendingRouting
 from ..ops import cast_to_compute_dtype, project
+from ..routers import Router
 from ..telemetry.stacked import as_sums
 from ..telemetry.statistics import RoutingStatistics
 from ..types import Routing, TokenContext
 from .merging_layer import MergingLayer
-from .shared_rows import shared_rows
+from .shared_rows import is_plain, shared_rows
 
 
 class RoutedLayer(MergingLayer):
@@ -80,14 +81,29 @@ class RoutedLayer(MergingLayer):
         if router.reads == "activations":
             decide = partial(self.route, adapter_name, context=context)
             return bank(read_TD, out_TO, PendingRouting(context, decide), in_place=in_place)
+        if self._undecided(adapter_name, router, bank):
+            out = bank.add_all(read_TD, out_TO, router.constant_weight, context, in_place=in_place)
+            if out is not None:
+                return out
         rows = shared_rows(router, bank, read_TD, context)
         if rows is not None:
-            out = project(read_TD, *rows)
-            h_TR, logits_TE = out.split([rows[0].shape[0], rows[1].shape[0]], dim=-1)
+            joined = project(read_TD, *rows)
+            h_TR, logits_TE = joined.split([rows[0].shape[0], rows[1].shape[0]], dim=-1)
             routing = self.note(adapter_name, router.decide(logits_TE, context))
             return bank.combine(h_TR, out_TO, routing, in_place=in_place)
         # A router reads the input as it comes: autocast's rounding would change which experts are selected.
         return bank(read_TD, out_TO, self.route(adapter_name, x_TD, context), in_place=in_place)
+
+    def _undecided(self, adapter_name: str, router: Router, bank: Experts) -> bool:
+        """Whether nothing depends on a decision that is the same for every token, and nobody would see it."""
+        return (
+            router.constant_weight is not None
+            and self.block is None
+            and not self.objectives[adapter_name]
+            and not self.tracker.watched()
+            and is_plain(router)
+            and is_plain(bank)
+        )
 
     def _led(self, adapter_name: str, x_TD: torch.Tensor) -> Routing:
         """The decision that the first place of the block has made about the same tokens.

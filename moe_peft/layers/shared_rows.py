@@ -9,6 +9,7 @@ from ..experts import Experts
 from ..ops import compute_dtype, joins
 from ..routers import Router
 from ..types import TokenContext
+from .expert_pass import hooks_of_all_modules
 
 
 def shared_rows(
@@ -34,17 +35,11 @@ def shared_rows(
 
 def is_plain(module: nn.Module) -> bool:
     """Whether calling a module runs its class's forward and nothing else, on weights that are there."""
-    own, everywhere = vars(module), torch.nn.modules.module
+    own = vars(module)
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    common = (
-        everywhere._global_forward_hooks,
-        everywhere._global_forward_pre_hooks,
-        everywhere._global_backward_hooks,
-        everywhere._global_backward_pre_hooks,
-    )
     return not (
         any(hooks)
-        or any(common)
+        or any(hooks_of_all_modules())
         or "forward" in own
         or own.get("_compiled_call_impl") is not None
         or any(p.is_meta for p in module._parameters.values() if p is not None)

@@ -69,9 +69,11 @@ def choose(work: Work) -> str:
     Returns:
         A key of `IMPLEMENTATIONS`.
     """
+    if work.num_slots >= work.num_experts:
+        return "dense"
     ranks, on_cpu = work.num_experts * work.r, work.device_type == "cpu"
     if not work.compiling and work.num_tokens * work.num_slots <= FEW_SLOTS:
-        if work.num_tokens == 0 or ranks <= FEW_RANKS or work.num_slots >= work.num_experts:
+        if work.num_tokens == 0 or ranks <= FEW_RANKS:
             return "dense"
         return "gather"
     if on_cpu and (work.num_experts / work.num_slots - 1) * work.r <= CPU_SPARE_RANKS:

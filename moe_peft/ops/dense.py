@@ -25,7 +25,7 @@ def combine_experts(
     h_TR: torch.Tensor,
     base_out_TO: torch.Tensor,
     B: torch.Tensor,
-    gates_TE: torch.Tensor,
+    gates_TE: torch.Tensor | None,
     *,
     scaling: float,
     act: Callable[[torch.Tensor], torch.Tensor] | None = None,
@@ -37,7 +37,7 @@ def combine_experts(
         h_TR: (T, E * r) down projections of all experts.
         base_out_TO: (T, O) output of the frozen layer.
         B: (E, r, O) up matrices, stored transposed.
-        gates_TE: (T, E) combine weights.
+        gates_TE: (T, E) combine weights; None where all are one.
         scaling: s, the factor of the routed sum.
         act: Elementwise function of the down projections; None for the identity.
         in_place: Whether `base_out_TO` may be overwritten.
@@ -46,7 +46,7 @@ def combine_experts(
         (T, O) in the dtype of `base_out_TO`.
     """
     h_TR = h_TR if act is None else act(h_TR)
-    if keeps_a_graph(h_TR, B, gates_TE):
+    if keeps_a_graph(h_TR, B) or (gates_TE is not None and keeps_a_graph(gates_TE)):
         # What is written in place must not be a view, whose graph a Function cannot rebase.
         in_place = in_place and not base_out_TO._is_view()
         out: torch.Tensor = _Combine.apply(base_out_TO, h_TR, gates_TE, B, scaling, in_place)
@@ -86,7 +86,9 @@ def dense_experts(
     return combine_experts(h_TR, base_out_TO, B, routing.gate_matrix(), scaling=scaling, act=act, in_place=in_place)
 
 
-def _gated(h_TR: torch.Tensor, gates_TE: torch.Tensor) -> torch.Tensor:
+def _gated(h_TR: torch.Tensor, gates_TE: torch.Tensor | None) -> torch.Tensor:
+    if gates_TE is None:
+        return h_TR
     by_expert_TEr = h_TR.unflatten(-1, (gates_TE.shape[-1], -1))
     return (by_expert_TEr * gates_TE.to(h_TR.dtype).unsqueeze(-1)).reshape(h_TR.shape)
 
@@ -94,7 +96,7 @@ def _gated(h_TR: torch.Tensor, gates_TE: torch.Tensor) -> torch.Tensor:
 def _combined(
     base_out_TO: torch.Tensor,
     h_TR: torch.Tensor,
-    gates_TE: torch.Tensor,
+    gates_TE: torch.Tensor | None,
     B: torch.Tensor,
     scaling: float,
     in_place: bool,
@@ -116,7 +118,7 @@ class _Combine(torch.autograd.Function):
         ctx: Any,
         base_out: torch.Tensor,
         h: torch.Tensor,
-        gates: torch.Tensor,
+        gates: torch.Tensor | None,
         B: torch.Tensor,
         scaling: float,
         in_place: bool,

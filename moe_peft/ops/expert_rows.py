@@ -1,7 +1,7 @@
 """Ways to multiply the rows of slots by the matrices of their experts, and the choice among them.
 
     segment   slots sorted by expert, one product for each expert that has some          any dtype, packed matrices
-    slots     one product for each slot, without sorting or copying                      few slots, no gradient
+    slots     one product for each slot, without sorting or copying matrices             few slots, no gradient
     grouped   slots sorted by expert, one grouped product                                16 and 32 bit
     gather    each slot's matrices copied, one batched product                           few slots, fixed shapes
 
@@ -84,17 +84,35 @@ class SegmentRows(Rows):
         return _touch(out_NO, missed) if missed and torch.is_grad_enabled() else out_NO
 
 
-class SlotRows(SegmentRows):
-    """One product for each slot, in the order of the slots."""
+class SlotRows(Rows):
+    """One product for each slot, in the order of the slots; what few slots use is read, and nothing else."""
 
     def __init__(self, index_TK: torch.Tensor, num_experts: int) -> None:
         self.num_tokens, self.num_slots = index_TK.shape
-        self.hit = index_TK.reshape(-1).tolist()
-        self.sizes = [1] * len(self.hit)
+        self.experts_N = index_TK.reshape(-1)
 
     def take(self, hidden_TD: torch.Tensor) -> torch.Tensor:
         """See `Rows.take`."""
-        return hidden_TD.repeat_interleave(self.num_slots, dim=0)
+        return hidden_TD if self.num_slots == 1 else hidden_TD.repeat_interleave(self.num_slots, dim=0)
+
+    def linear(self, x_NI: torch.Tensor, matrix: AdaptedMatrix) -> torch.Tensor:
+        """See `Rows.linear`."""
+        out_NO = self.products(x_NI, matrix.stack)
+        if matrix.bias is not None:
+            out_NO = out_NO + matrix.bias[self.experts_N].to(out_NO.dtype)
+        for own in matrix.pairs:
+            places_N = self.experts_N if own.table is None else own.table[self.experts_N]
+            kept_N = places_N.clamp(max=own.A.shape[0] - 1)
+            h_Nr = _batched(own.drop(x_NI), own.A.index_select(0, kept_N).to(x_NI.dtype).transpose(1, 2))
+            if own.table is not None:
+                h_Nr = h_Nr.masked_fill((places_N > kept_N)[:, None], 0.0)
+            out_NO = out_NO.add_(_up(h_Nr, own.B, kept_N), alpha=own.scaling)
+        return out_NO
+
+    def products(self, x_NI: torch.Tensor, stack: Stack) -> torch.Tensor:
+        """The (N, O) products with the frozen matrices."""
+        rows = zip(self.experts_N.tolist(), x_NI, strict=True)
+        return torch.stack([torch.mv(stack.matrix(expert).T, row_I) for expert, row_I in rows])
 
     def sum_slots(self, y_NO: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """See `Rows.sum_slots`."""
@@ -104,24 +122,9 @@ class SlotRows(SegmentRows):
 class GatherRows(SlotRows):
     """One batched product of copied matrices."""
 
-    def __init__(self, index_TK: torch.Tensor, num_experts: int) -> None:
-        self.num_tokens, self.num_slots = index_TK.shape
-        self.experts_N = index_TK.reshape(-1)
-
-    def linear(self, x_NI: torch.Tensor, matrix: AdaptedMatrix) -> torch.Tensor:
-        """See `Rows.linear`."""
-        stack = matrix.stack
-        out_NO = _batched(x_NI, stack.matrices()[self.experts_N])
-        if matrix.bias is not None:
-            out_NO = out_NO + matrix.bias[self.experts_N].to(out_NO.dtype)
-        for own in (p.read(stack.dtype) for p in matrix.pairs):
-            places_N = self.experts_N if own.table is None else own.table[self.experts_N]
-            kept_N = places_N.clamp(max=own.A.shape[0] - 1)
-            h_Nr = _batched(own.drop(x_NI), own.A[kept_N].transpose(1, 2))
-            if own.table is not None:
-                h_Nr = h_Nr.masked_fill((places_N > kept_N)[:, None], 0.0)
-            out_NO = out_NO + own.scaling * _batched(h_Nr, own.B[kept_N])
-        return out_NO
+    def products(self, x_NI: torch.Tensor, stack: Stack) -> torch.Tensor:
+        """See `SlotRows.products`."""
+        return _batched(x_NI, stack.matrices()[self.experts_N])
 
 
 class GroupedRows(Rows):
@@ -227,6 +230,15 @@ def _touch(out: torch.Tensor, pairs: list[LowRankPairs]) -> torch.Tensor:
     """Make an output depend on pairs that none of its rows used: their gradient is zero, not missing."""
     nothing = [factor.flatten()[:0].sum() for own in pairs for factor in (own.A, own.B)]
     return out + torch.stack(nothing).sum().to(out.dtype)
+
+
+def _up(h_Nr: torch.Tensor, B: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
+    """Each slot's ranks times the up matrix at its place in B, (N, O)."""
+    if B.stride(0) != 1 or torch.is_grad_enabled():
+        return _batched(h_Nr, B.index_select(0, places_N).to(h_Nr.dtype))
+    # Experts lie side by side: what the slots use is read row by row.
+    columns_OrN = B.permute(2, 1, 0).index_select(2, places_N).to(torch.promote_types(B.dtype, torch.float32))
+    return (columns_OrN * h_Nr.T).sum(1).T.to(h_Nr.dtype)
 
 
 def _batched(x_NI: torch.Tensor, matrices_NIO: torch.Tensor) -> torch.Tensor:

@@ -24,11 +24,28 @@ def grouped_mm(x_NI: torch.Tensor, matrices_GIO: torch.Tensor, ends_G: torch.Ten
     Returns:
         (N, O).
     """
-    if 1 not in matrices_GIO.stride()[1:]:
-        matrices_GIO = matrices_GIO.contiguous()
+    matrices_GIO = in_rows(matrices_GIO)
     if _takes(x_NI, matrices_GIO):
         return F.grouped_mm(x_NI.contiguous(), matrices_GIO, offs=ends_G)
     return torch.ops.moe_peft.segment_mm(x_NI, matrices_GIO, ends_G)
+
+
+def in_rows(matrices_GIO: torch.Tensor) -> torch.Tensor:
+    """Matrices whose rows or columns lie side by side in memory, copied only where they do not.
+
+    Where it is the groups that do, as in stock peft's packing of up matrices, the copy is one transposition of a
+    matrix, which torch makes in blocks; its gradient too.
+
+    Args:
+        matrices_GIO: (G, I, O).
+    """
+    if 1 in matrices_GIO.stride()[1:]:
+        return matrices_GIO
+    packed_OIG = matrices_GIO.permute(2, 1, 0)
+    if not packed_OIG.is_contiguous():
+        return matrices_GIO.contiguous()
+    groups, rows, columns = matrices_GIO.shape
+    return packed_OIG.flatten(1).t().contiguous().view(rows, groups, columns).transpose(0, 1)
 
 
 def padded_rank(A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,13 @@ class ConstantRouter(Router):
     fields: tuple[str, ...] = ("routed_scaling_factor",)
     mergeable = True
 
+    @property
+    def constant_weight(self) -> float | None:
+        """See `Router.constant_weight`; a class with a decision of its own has none."""
+        own = type(self)
+        plain = own.decide is ConstantRouter.decide and own.forward is Router.forward and own.scale is Router.scale
+        return self.routed_scaling_factor if plain else None
+
     def scores(self, x: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """Score all experts alike; arguments as in `Router.scores`."""
         return x.new_zeros(x.shape[0], self.num_experts, dtype=torch.promote_types(x.dtype, torch.float32))

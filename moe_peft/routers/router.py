@@ -90,6 +90,11 @@ class Router(ModulePart, nn.Module):
         )
 
     @property
+    def constant_weight(self) -> float | None:
+        """The one weight of every expert for every token, where that needs no decision; None elsewhere."""
+        return None
+
+    @property
     def num_slots(self) -> int:
         """K, experts a token uses; E where that is not fixed."""
         own = None if self.select is None else self.select.num_slots

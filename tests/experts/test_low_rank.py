@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from moe_peft.experts import LowRankExperts, PendingRouting
+from moe_peft.routers import ConstantRouter, DenseRouter
 from moe_peft.types import TokenContext
 from tests import reference
 from tests.compare import assert_same, gates_of, random_routing
@@ -136,6 +137,31 @@ def test_dropout_acts_in_training_with_one_mask_for_all_experts():
     expected = bank()(dropped, x @ W0.T, routing)
     torch.testing.assert_close(actual, expected)
     assert not torch.allclose(actual, bank()(x, x @ W0.T, routing))
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.4])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_all_experts_with_one_weight_are_one_pair_of_the_rank_of_all(weight, in_place):
+    experts, router = bank(), ConstantRouter(D, E, routed_scaling_factor=weight)
+    x, W0 = inputs(13)
+    assert router.constant_weight == weight
+    routing = router(x, TokenContext())
+    actual = experts.add_all(x, x @ W0.T, weight, TokenContext(), in_place=in_place)
+    leaves = [x, experts.A, experts.B]
+    assert_same(actual, experts(x, x @ W0.T, routing), leaves, leaves)
+
+
+def test_a_kind_or_a_router_of_its_own_decides():
+    x, W0 = inputs(3)
+    own = Squared(D, OUT, num_experts=E, r=R, scaling=1.0).double()
+    assert own.add_all(x, x @ W0.T, 1.0, TokenContext()) is None
+    assert bank(experts_implementation="eager").add_all(x, x @ W0.T, 1.0, TokenContext()) is None
+
+    class Halved(ConstantRouter):
+        def decide(self, logits_TE, context):
+            raise NotImplementedError
+
+    assert Halved(D, E).constant_weight is None and DenseRouter(D, E).constant_weight is None
 
 
 def test_dropout_is_silent_outside_training():

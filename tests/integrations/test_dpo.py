@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from trl import DPOConfig, DPOTrainer
 
+from moe_peft import accelerate_expert_lora, expert_parameters
+from moe_peft.layers import accelerated_lora
 from tests.contract.cases import METHODS, randomize, tiny_olmoe
 from tests.integrations.test_callback import tiny_tokenizer  # noqa: F401
 from tests.tiny import padded_batch, tiny_llama
@@ -20,6 +22,23 @@ CASES += [("perft-r", tiny_olmoe), ("perft-e", tiny_olmoe), ("esft", tiny_olmoe)
 def test_reference_adapter_of_dpo_equals_the_trained_one_and_stays(method, build, tmp_path, tiny_tokenizer):  # noqa: F811
     model = get_peft_model(build(), METHODS[method](task_type="CAUSAL_LM"))
     randomize(model)
+    check_reference_adapter(model, tmp_path, tiny_tokenizer)
+
+
+def test_reference_adapter_of_dpo_runs_accelerated_beside_the_trained_one(tmp_path, tiny_tokenizer):  # noqa: F811
+    base = tiny_olmoe()
+    config = LoraConfig(r=2, target_modules=[], target_parameters=expert_parameters(base), task_type="CAUSAL_LM")
+    model = accelerate_expert_lora(get_peft_model(base, config))
+    randomize(model)
+    ran = []
+    run = accelerated_lora._run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accelerated_lora, "_run", lambda *args: (ran.append(args[1][0].active_adapters), run(*args))[1])
+        check_reference_adapter(model, tmp_path, tiny_tokenizer)
+    assert ["ref"] in ran and ["default"] in ran
+
+
+def check_reference_adapter(model, tmp_path, tiny_tokenizer):  # noqa: F811
     data = [{"prompt": "w3 w4", "chosen": " w5 w6", "rejected": f" w7 w{8 + i}"} for i in range(8)]
     args = DPOConfig(
         output_dir=str(tmp_path),

@@ -9,7 +9,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 
-from moe_peft.layers.expert_pass import is_watched, owner_of_pass, replaced_forward
+from moe_peft.layers.expert_pass import call_with, is_watched, owner_of_pass, replaced_forward
 
 
 def test_the_module_is_called_and_the_computation_runs():
@@ -76,3 +76,25 @@ def test_hooks_watch_a_module():
     assert is_watched(module)
     handle.remove()
     assert not is_watched(module)
+
+
+def test_a_module_that_nobody_watches_is_not_called(monkeypatch):
+    module = nn.Identity()
+    monkeypatch.setattr(nn.Identity, "__call__", lambda *_: pytest.fail("called"))
+    assert call_with(lambda x: x + 1, "me", module, module, 1) == 2
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_hook_sees_the_call_and_what_was_computed(everywhere):
+    module, seen = nn.Identity(), []
+
+    def hook(module, inputs, output):
+        seen.append(int(output))
+
+    register = nn.modules.module.register_module_forward_hook if everywhere else module.register_forward_hook
+    handle = register(hook)
+    try:
+        assert call_with(lambda x: x + 1, "me", module, module, torch.tensor(1)) == 2
+    finally:
+        handle.remove()
+    assert seen == [2]

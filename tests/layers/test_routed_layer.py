@@ -8,12 +8,14 @@ from accelerate import cpu_offload
 from peft import get_peft_model
 from torch import nn
 
+from moe_peft import ExpertLoraConfig
 from moe_peft.layers import RoutedLayer
 from moe_peft.layers.shared_rows import is_plain
-from moe_peft.routers import Router
+from moe_peft.routers import ConstantRouter, Router
 from moe_peft.telemetry import record
-from tests.contract.cases import METHODS, MODELS, groups_for, randomize
+from tests.contract.cases import METHODS, MODELS, groups_for, randomize, tiny_olmoe
 from tests.slices import diagonal, sliced
+from tests.tiny import padded_batch
 
 CASES = [(model, method) for model in ("llama", "olmoe") for method in METHODS if MODELS[model].supports(method)]
 IMPLEMENTATIONS = ("dense", "eager")
@@ -120,3 +122,15 @@ def test_scores_of_a_float32_input_are_not_rounded_by_autocast(method):
     assert len(seen) == len(routers)
     for router, x, logits in seen:
         assert torch.equal(logits, x.float() @ router.weight.T)
+
+
+def test_one_pair_beside_experts_decides_only_where_somebody_looks(monkeypatch):
+    config = ExpertLoraConfig(r=2, target_modules=["q_proj"], init_weights=False)
+    model = get_peft_model(tiny_olmoe(), config).eval()
+    batch, decided, own = padded_batch([5]), [], ConstantRouter.decide
+    monkeypatch.setattr(ConstantRouter, "decide", lambda *args: (decided.append(1), own(*args))[1])
+    plain = model(**batch).logits
+    assert not decided
+    with record(model) as seen:
+        torch.testing.assert_close(model(**batch).logits, plain)
+    assert len(decided) == sum("q_proj" in place for place in seen) > 0

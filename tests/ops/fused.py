@@ -38,8 +38,9 @@ def experts_with_pairs(
     ranks: tuple[int, ...] = (3,),
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
+    rank_major: bool = False,
 ):
-    """Fused experts, and all their factors as leaves."""
+    """Fused experts, and all their factors as leaves; `rank_major` keeps B as (O, r, n), as stock peft does."""
     own = LAYOUTS[layout]
     generator = torch.Generator().manual_seed(seed)
 
@@ -62,8 +63,10 @@ def experts_with_pairs(
         pairs = []
         for r in ranks:
             count = num_experts if ids is None else len(ids)
-            A, B = random(count, r, in_features).requires_grad_(), random(count, r, out_features).requires_grad_()
-            leaves.extend([A, B])
+            A, B = random(count, r, in_features).requires_grad_(), random(count, r, out_features)
+            B = B.permute(2, 1, 0).contiguous() if rank_major else B
+            leaves.extend([A, B.requires_grad_()])
+            B = B.permute(2, 1, 0) if rank_major else B
             pairs.append(LowRankPairs(A, B, 0.7, ids, table))
         return AdaptedMatrix(stack, bias, tuple(pairs))
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from moe_peft.ops.expert_lora import dense_expert_lora, expert_lora
 from moe_peft.ops.expert_rows import PATHS
+from moe_peft.ops.expert_stacks import LowRankPairs
 from tests.compare import assert_same
 from tests.ops.fused import LAYOUTS, D, experts_with_pairs, slots
 
@@ -58,6 +59,35 @@ def test_pairs_of_some_experts_equal_zero_pairs_of_the_others(path, ids):
         assert_same(
             expert_lora(experts, x, index, weights, path), expected, [x, weights, *factors], [x, weights, *factors]
         )
+
+
+@pytest.mark.parametrize("path", EVERY_PATH)
+@pytest.mark.parametrize("ids", [None, (0, 3)])
+@pytest.mark.parametrize("grad", [True, False])
+def test_up_matrices_packed_rank_by_rank_give_the_same(path, ids, grad):
+    for num_tokens, top_k in ((1, 1), (1, 4), (29, 2)):
+        experts, factors = experts_with_pairs(ids=ids, rank_major=True)
+        assert ids is not None or experts.first.pairs[0].B.stride(0) == 1
+        x, index, weights = slots(num_tokens, top_k, 4)
+        with torch.set_grad_enabled(grad):
+            actual, expected = (
+                expert_lora(experts, x, index, weights, path),
+                dense_expert_lora(experts, x, index, weights),
+            )
+        leaves = [x, weights, *factors]
+        assert_same(actual, expected, leaves, leaves)
+
+
+def test_few_slots_read_the_factors_and_matrices_of_their_experts_alone(monkeypatch):
+    experts, _ = experts_with_pairs(dtype=torch.bfloat16)
+    read = []
+    own = type(experts.first.stack).matrix
+    monkeypatch.setattr(type(experts.first.stack), "matrix", lambda self, e: (read.append(e), own(self, e))[1])
+    monkeypatch.setattr(LowRankPairs, "read", lambda *_: pytest.fail("all factors were cast"))
+    x, index, weights = slots(1, 2, 4)
+    with torch.no_grad():
+        expert_lora(experts, x.bfloat16(), index, weights.bfloat16())
+    assert read == 2 * index[0].tolist()
 
 
 @pytest.mark.parametrize("path", EVERY_PATH)

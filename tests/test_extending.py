@@ -10,7 +10,10 @@ from unittest.mock import patch
 
 import torch
 from peft import PeftModel, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
+import moe_peft
+from moe_peft import extend
 from moe_peft.extend import EXPERTS, LOSSES, SCORERS
 from tests.tiny import padded_batch, tiny_llama
 
@@ -43,7 +46,7 @@ def test_the_programs_run_as_printed_and_their_parts_train_save_and_load(tmp_pat
     names["model"] = tiny_llama()
     registries = patch.dict(SCORERS), patch.dict(EXPERTS), patch.dict(LOSSES)
     with patch.dict(sys.modules, {"extending": module}), registries[0], registries[1], registries[2]:
-        router, described, experts, loss, method = PROGRAMS
+        router, described, experts, loss, method, _ = PROGRAMS
         exec(router, names)
         exec(described, names)
         assert "router top_k, top 2" in capsys.readouterr().out and names["config"].router_args == {"tau": 0.2}
@@ -54,6 +57,32 @@ def test_the_programs_run_as_printed_and_their_parts_train_save_and_load(tmp_pat
         lives(names["config"], tmp_path / "all")
         exec(method, names)
         lives(names["HydraConfig"](task_type="CAUSAL_LM"), tmp_path / "method")
+
+
+def test_a_callback_of_a_users_steers_choices_masks_and_coefficients_through_public_names(tmp_path):
+    names: dict = {}
+    exec(PROGRAMS[-1], names)
+    imported = re.findall(r"^from (?:moe_peft\S*) import (.*)$", PROGRAMS[-1], re.MULTILINE)
+    assert all(set(line.split(", ")) <= {*moe_peft.__all__, *extend.__all__} for line in imported)
+    assert not re.search(r"\._[a-z]", PROGRAMS[-1])
+
+    config = moe_peft.RoutedConfig(num_experts=3, top_k=1, target_modules=["q_proj"], router_aux_loss_coef=0.1)
+    model = get_peft_model(tiny_llama(), config)
+    costs, routings = [], []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            costs.append(float(moe_peft.router_loss(model)))
+
+    moe_peft.routed_layers(model)[0].router["default"].register_forward_hook(
+        lambda module, args, routing: routings.append(routing)
+    )
+    args = TrainingArguments(str(tmp_path), max_steps=4, per_device_train_batch_size=2, use_cpu=True, report_to=[])
+    data = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]} for _ in range(8)]
+    Trainer(model, args, train_dataset=data, callbacks=[names["Curriculum"](), Watch()]).train()
+    assert [routing.experts.shape[1] for routing in routings] == [1, 1, 2, 2]
+    assert not any((routing.experts == 0).any() for routing in routings[2:])
+    assert min(costs[:2]) > 20 * max(costs[2:]) > 0
 
 
 def test_the_router_of_the_page_has_twenty_lines():

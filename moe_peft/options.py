@@ -37,3 +37,23 @@ def check_options(parts: Sequence[type[Part]], given: Mapping[str, Any] | None, 
 def option_values(part: type[Part], given: Mapping[str, Any] | None) -> dict[str, Any]:
     """Values of a part's own options: what is given, and defaults elsewhere; names of other parts are passed over."""
     return {option.name: (given or {}).get(option.name, option.default) for option in part.options}
+
+
+def check_sizes(
+    parts: Sequence[type[Part]], given: Mapping[str, Any] | None, sizes: Mapping[str, int], field: str
+) -> None:
+    """Refuse options that cannot go with the sizes of a layer.
+
+    Args:
+        parts: The parts that the field configures.
+        given: Option -> value; None for none.
+        sizes: As in `Part.misfit`.
+        field: Name of the configuration's field, for the message.
+
+    Raises:
+        ValueError: They cannot; the message names the option, its value and what it must be.
+    """
+    for part in parts:
+        misfit = part.misfit(option_values(part, given), sizes)
+        if misfit is not None:
+            raise ValueError(f"{field}: {misfit}.")

@@ -6,9 +6,13 @@ one file and one line in a registry.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+
+# Words of `Part.gives` and `Part.needs` that are no names in `Routing.extras`.
+ABILITIES = frozenset({"selection", "activations", "shared_activations", "extra_scores"})
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class Part:
         fields: Names of the configuration's fields that the constructor takes by keyword, beside sizes.
         options: Further keywords of the constructor, which `router_args`, `experts_args` and `losses` set.
         gives: What is there for other parts: "selection" (some experts are left out), "activations" (A_e x of each
-            expert apart), or names in `Routing.extras`.
+            expert apart), "shared_activations" (A x of all together), "extra_scores" (scores of more columns than
+            experts), or names in `Routing.extras`.
         needs: What it asks of the other parts of a layer, in the same words.
         context_needs: Names of what `TokenContext` must hold beyond mask and sequences, in evaluation too.
         causal: No later token changes what an earlier one gets.
@@ -62,6 +67,28 @@ class Part:
     causal: bool = True
     batch_invariant: bool = True
     decode_stateless: bool = True
+
+    @classmethod
+    def misfit(cls, options: Mapping[str, Any], sizes: Mapping[str, int]) -> str | None:
+        """Why its options cannot go with the sizes of a layer.
+
+        Args:
+            options: Value of each of its options.
+            sizes: "num_experts", and "top_k" and "r" where the configuration has them.
+
+        Returns:
+            The option with its value and what it must be; None where they can.
+        """
+        return None
+
+    @classmethod
+    def known_groups(cls, options: Mapping[str, Any]) -> frozenset[int]:
+        """The sample groups that it can serve, of parts that read them; empty where any will do.
+
+        Args:
+            options: Value of each of its options.
+        """
+        return frozenset()
 
 
 class ModulePart(Part):

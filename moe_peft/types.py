@@ -212,11 +212,13 @@ class RouterLoss(Part):
         config_fields: Keyword of the constructor -> field of the configuration that gives it its value.
         additive: Whether sums over the slices of a batch, by positions, add up to those of the whole.
         adapts: Whether its coefficient follows what the routers decide, so that training passes are counted for it.
+        of_softmax: Whether it is about the softmax's normaliser, so that it says nothing of other gates.
     """
 
     config_fields: ClassVar[Mapping[str, str]] = {}
     additive: bool = True
     adapts: bool = False
+    of_softmax: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let no class inherit that its sums take several places: sums of its own may take one."""

@@ -53,7 +53,7 @@ def test_the_programs_run_as_printed_and_their_parts_train_save_and_load(tmp_pat
         lives(names["config"], tmp_path / "router")
         exec(experts, names)
         exec(loss, names)
-        assert names["config"].losses == {"token_entropy": 0.01}
+        assert names["config"].losses == {"my_entropy": 0.01}
         lives(names["config"], tmp_path / "all")
         exec(method, names)
         lives(names["HydraConfig"](task_type="CAUSAL_LM"), tmp_path / "method")

@@ -144,7 +144,8 @@ class MoeConfig(CheckedConfig):
     def group_columns(self) -> dict[str, frozenset[int]]:
         """Batch columns with the group of each sample that the adapter may read.
 
-        Each comes with the groups that own experts, which batches must then bring; none where no expert has an owner.
+        Each comes with the groups that own experts or that a router knows, which batches must then bring; none where
+        any will do.
         """
         return {}
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from ..experts import Experts, LowRankExperts
 from ..forward.joined_losses import SCOPES
+from ..options import option_values
 from ..routers import router_parts
 from .config import BACKBONE, MoeConfig
 from .meaning import NOT_MEANING
@@ -89,7 +90,9 @@ class MixtureConfig(RouterLossConfig, RouterConfig, LowRankConfig, PlacingConfig
         """See `MoeConfig.expected_shapes`; the expert kind says them, where layers have them in common."""
         if self.per_layer is not None:
             return {}
-        return {f"_experts.{name}": begins for name, begins in self.kind.shapes(self.num_experts, self.r).items()}
+        options = option_values(self.kind, self.experts_args)
+        shapes = self.kind.saved_shapes(self.num_experts, self.r, options)
+        return {f"_experts.{name}": begins for name, begins in shapes.items()}
 
     @property
     def kind(self) -> type[Experts]:

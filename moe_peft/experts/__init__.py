@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from .bottleneck import BottleneckExperts
+from .cp_diagonal import CpDiagonalExperts
 from .experts import Experts, PendingRouting
+from .latent_core import LatentCoreExperts
 from .low_rank import LowRankExperts
 from .selection import Selection
+from .shared_down import SharedDownExperts
 from .slices import ExpertSlices
 from .vector import VectorExperts
 
-EXPERTS: dict[str, type[Experts]] = {"low_rank": LowRankExperts, "bottleneck": BottleneckExperts}
+EXPERTS: dict[str, type[Experts]] = {
+    "low_rank": LowRankExperts,
+    "bottleneck": BottleneckExperts,
+    "shared_down": SharedDownExperts,
+    "cp_diagonal": CpDiagonalExperts,
+    "latent_core": LatentCoreExperts,
+}
 
 __all__ = [
     "EXPERTS",

@@ -29,6 +29,7 @@ class BottleneckExperts(LowRankExperts):
         lora_dropout: Probability that an element of the bottleneck is dropped in training passes.
         init_weights: See `LowRankExperts`.
         experts_implementation: See `LowRankExperts`.
+        shared: See `LowRankExperts`.
     """
 
     fields = ("activation", "lora_dropout", "init_weights", "experts_implementation")
@@ -46,6 +47,7 @@ class BottleneckExperts(LowRankExperts):
         lora_dropout: float = 0.0,
         init_weights: bool | str = True,
         experts_implementation: str = AUTO,
+        shared: int = 0,
     ) -> None:
         super().__init__(
             in_features,
@@ -56,12 +58,17 @@ class BottleneckExperts(LowRankExperts):
             lora_dropout=lora_dropout,
             init_weights=init_weights,
             experts_implementation=experts_implementation,
+            shared=shared,
         )
         self.act = ACTIVATIONS[activation]
 
     def drop(self, x_TD: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """Leave the input as it is: dropout acts in the bottleneck."""
         return x_TD
+
+    def undropped(self, x_TD: torch.Tensor, h: torch.Tensor, context: TokenContext) -> torch.Tensor:
+        """The down projections, which nothing has been dropped of."""
+        return h
 
     def activation(self, context: TokenContext) -> Callable[[torch.Tensor], torch.Tensor]:
         """The nonlinearity, after dropout in training passes."""

@@ -7,7 +7,7 @@ Additive kinds add a routed sum to what the frozen module gave; multiplicative o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +63,17 @@ class Experts(ModulePart, nn.Module):
         """
         raise NotImplementedError(f"{cls.__name__} does not say which tensors it saves.")
 
+    @classmethod
+    def saved_shapes(cls, num_experts: int, r: int, options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """How the shapes of saved tensors begin, of a bank with some options.
+
+        Args:
+            num_experts: E.
+            r: Rank of one expert.
+            options: Value of each of the kind's options.
+        """
+        return cls.shapes(num_experts, r)
+
     def prepare(self, x_TD: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """What the experts make of the input before anything is decided.
 
@@ -82,7 +93,7 @@ class Experts(ModulePart, nn.Module):
             h: Of `prepare`.
 
         Returns:
-            (T, E, r).
+            (T, E, r); (T, 1, r) of kinds whose experts share the matrix, which give "shared_activations".
         """
         raise NotImplementedError(f"{type(self).__name__} keeps no activations of each expert apart.")
 
@@ -123,8 +134,24 @@ class Experts(ModulePart, nn.Module):
         """
         h = self.prepare(x_TD, routing.context)
         if isinstance(routing, PendingRouting):
-            routing = routing.decide(self.activations(h))
+            routing = routing.decide(self.activations(self.undropped(x_TD, h, routing.context)))
         return self.combine(h, base_out_TO, routing, in_place=in_place)
+
+    def undropped(self, x_TD: torch.Tensor, h: torch.Tensor, context: TokenContext) -> torch.Tensor:
+        """What `prepare` makes of the input where nothing is dropped: dropout of experts decides about no token.
+
+        Args:
+            x_TD: (T, D) input in the compute dtype.
+            h: Of `prepare` in this pass.
+            context: What is known about the tokens.
+
+        Returns:
+            `h` itself where no dropout acts.
+        """
+        return h
+
+    def even_out(self) -> None:
+        """Let activations of the experts have equal sizes at the start, for routers that compare them."""
 
     def shared_rows(self, context: TokenContext) -> torch.Tensor | None:
         """The matrix whose product with the layer's input is all that `prepare` computes in this pass.

@@ -1,9 +1,13 @@
-"""Low-rank experts: y = base + s * sum_e g_e B_e A_e dropout(x), s = lora_alpha / r (LoRA, arXiv 2106.09685)."""
+"""Low-rank experts: y = base + s * sum_e g_e B_e A_e dropout(x), s = lora_alpha / r (LoRA, arXiv 2106.09685).
+
+Shared experts beside the routed ones have the gate one for every token (DeepSeekMoE, arXiv 2401.06066).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +22,7 @@ from ..ops import (
     compute_dtype,
     project,
 )
+from ..part import Option
 from ..types import Routing, TokenContext
 from .experts import Experts, PendingRouting
 
@@ -36,15 +41,25 @@ class LowRankExperts(Experts):
             "gaussian": A normal with standard deviation 0.02, B zero. False: both uniform, for tests.
         experts_implementation: Name of the op that computes the sum, see `moe_peft.ops.IMPLEMENTATIONS`; "auto"
             chooses by the work that each would do.
+        shared: S, further experts that every token uses with weight one; routers and losses know nothing of them.
 
     Attributes:
-        A: (E, r, D) down matrices.
-        B: (E, r, O) up matrices, stored transposed so that both GEMMs read them without a copy.
+        A: (E + S, r, D) down matrices, those of the shared experts last.
+        B: (E + S, r, O) up matrices, stored transposed so that both GEMMs read them without a copy.
         lora_dropout: Dropout on the experts' input, in training passes.
         act: Elementwise function between the two matrices; None for the identity.
     """
 
     fields: tuple[str, ...] = ("scaling", "lora_dropout", "init_weights", "experts_implementation")
+    options = (
+        Option(
+            "shared",
+            0,
+            "a whole number from 0 to 65536",
+            lambda value: type(value) is int and 0 <= value <= 2**16,
+            "Further experts that every token uses with weight one.",
+        ),
+    )
     gives = frozenset({"activations"})
     up = ("B",)
     mergeable = True
@@ -62,14 +77,15 @@ class LowRankExperts(Experts):
         lora_dropout: float = 0.0,
         init_weights: bool | str = True,
         experts_implementation: str = AUTO,
+        shared: int = 0,
     ) -> None:
         super().__init__()
-        self.scaling = scaling
+        self.scaling, self.shared = scaling, shared
         self.lora_dropout = nn.Dropout(lora_dropout)
         self.experts_implementation = experts_implementation
         self.num_choices = num_experts
-        self.A = nn.Parameter(torch.empty(num_experts, r, in_features))
-        self.B = nn.Parameter(torch.zeros(num_experts, r, out_features))
+        self.A = nn.Parameter(torch.empty(num_experts + shared, r, in_features))
+        self.B = nn.Parameter(torch.zeros(num_experts + shared, r, out_features))
         self.reset_parameters(init_weights)
 
     def reset_parameters(self, init_weights: bool | str) -> None:
@@ -91,22 +107,50 @@ class LowRankExperts(Experts):
         """See `Experts.shapes`."""
         return {"A": (num_experts, r), "B": (num_experts, r)}
 
+    @classmethod
+    def saved_shapes(cls, num_experts: int, r: int, options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """See `Experts.saved_shapes`."""
+        return cls.shapes(num_experts + options["shared"], r)
+
+    def even_out(self) -> None:
+        """Give all rows of A the norm that they have in the mean; see `Experts.even_out`."""
+        with torch.no_grad():
+            norms = torch.linalg.vector_norm(self.A, dim=-1, keepdim=True)
+            self.A.mul_(norms.mean() / norms)
+
     def prepare(self, x_TD: torch.Tensor, context: TokenContext) -> torch.Tensor:
-        """(T, E * r) down projections of all experts; arguments as in `Experts.prepare`."""
+        """(T, (E + S) r) down projections of all experts; arguments as in `Experts.prepare`."""
         dtype = compute_dtype(x_TD)
         if self.drops(context):
             x_TD = self.drop(x_TD.to(dtype), context)
         return project(x_TD, self.A.reshape(-1, self.A.shape[-1]), dtype=dtype)
 
     def activations(self, h: torch.Tensor) -> torch.Tensor:
-        """(T, E, r) of (T, E * r) down projections."""
-        return h.view(h.shape[0], *self.A.shape[:2])
+        """(T, E, r) of all down projections, without those of shared experts."""
+        return h.view(h.shape[0], *self.A.shape[:2])[:, : self.num_choices]
+
+    def undropped(self, x_TD: torch.Tensor, h: torch.Tensor, context: TokenContext) -> torch.Tensor:
+        """Down projections of the input as it is; see `Experts.undropped`."""
+        return self.prepare(x_TD, replace(context, training=False)) if self.drops(context) else h
+
+    def with_shared(self, routing: Routing) -> Routing:
+        """The decision about all experts of the bank, of which every token uses the shared ones with weight one."""
+        if not self.shared:
+            return routing
+        weights, experts = routing.weights, routing.experts
+        num_experts, everyone = routing.num_experts + self.shared, (weights.shape[0], self.shared)
+        if experts is not None:
+            experts = experts.masked_fill(experts == routing.num_experts, num_experts)
+            always = torch.arange(routing.num_experts, num_experts, device=experts.device).expand(everyone)
+            experts = torch.cat([experts, always], dim=-1)
+        weights = torch.cat([weights, weights.new_ones(everyone)], dim=-1)
+        return replace(routing, weights=weights, experts=experts, num_experts=num_experts, dropped=None)
 
     def combine(
         self, h: torch.Tensor, base_out_TO: torch.Tensor, routing: Routing, *, in_place: bool = False
     ) -> torch.Tensor:
         """Add the routed sum to the base output; arguments as in `Experts.combine`."""
-        gates_TE, act = routing.gate_matrix(), self.activation(routing.context)
+        gates_TE, act = self.with_shared(routing).gate_matrix(), self.activation(routing.context)
         return combine_experts(h, base_out_TO, self.B, gates_TE, scaling=self.scaling, act=act, in_place=in_place)
 
     def forward(
@@ -127,7 +171,7 @@ class LowRankExperts(Experts):
             own["dtype"] = dtype  # it keeps the input as it came
         else:
             x_TD = self.drop(x_TD.to(dtype), routing.context)
-        op = IMPLEMENTATIONS[name]
+        op, routing = IMPLEMENTATIONS[name], self.with_shared(routing)
         settings = {"scaling": self.scaling, "act": act, "in_place": in_place, **own}
         return op(x_TD, base_out_TO, self.A, self.B, routing, **settings)
 
@@ -183,7 +227,7 @@ class LowRankExperts(Experts):
             Work(
                 num_tokens=num_tokens,
                 num_experts=num_experts,
-                num_slots=num_slots,
+                num_slots=num_slots + self.shared,
                 r=r,
                 in_features=in_features,
                 out_features=self.B.shape[-1],
@@ -211,5 +255,6 @@ class LowRankExperts(Experts):
             (O, D) float32 or wider.
         """
         dtype = torch.promote_types(self.A.dtype, torch.float32)
-        B_ROE = (self.B.to(dtype) * weights_E.to(dtype)[:, None, None]).reshape(-1, self.B.shape[-1])
+        weights_E = torch.cat([weights_E.to(dtype), torch.ones(self.shared, dtype=dtype, device=weights_E.device)])
+        B_ROE = (self.B.to(dtype) * weights_E.to(self.B.device)[:, None, None]).reshape(-1, self.B.shape[-1])
         return self.scaling * B_ROE.T @ self.A.to(dtype).reshape(-1, self.A.shape[-1])

@@ -269,6 +269,6 @@ def check_groups(groups: torch.Tensor, column: str, allowed: frozenset[int]) -> 
     if unknown:
         raise ValueError(
             f"The batch column {shown(column)} holds the sample groups {shown(unknown)}, which no expert belongs to "
-            f"(expert_groups has {sorted(allowed)}). Change `expert_groups` so that every sample group owns an "
-            "expert, or map the column to the groups it has."
+            f"and no router knows (known are {shown(sorted(allowed))}). Change `expert_groups`, or the number of "
+            "groups in `router_args`, so that every sample group is known, or map the column to those that are."
         )

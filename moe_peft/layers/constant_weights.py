@@ -22,7 +22,9 @@ def constant_weights(router: Router, in_features: int) -> torch.Tensor:
     Returns:
         (E,) weights.
     """
-    return _weights(router, torch.zeros(1, in_features, device=_device(router)))[0]
+    parameter = next(router.parameters(), None)
+    dtype = torch.float64 if parameter is not None and parameter.dtype == torch.float64 else torch.float32
+    return _weights(router, torch.zeros(1, in_features, dtype=dtype, device=_device(router)))[0]
 
 
 @torch.no_grad()

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from ..types import RouterLoss
+from .active_l1 import ActiveL1
 from .importance import Importance, importance
 from .load_balancing import GShardLoadBalancing, LoadBalancing, gshard_load_balancing, load_balancing
 from .localized_balancing import LocalizedBalancing
+from .null_load_balancing import NullLoadBalancing
+from .sparsity_bound import SparsityBound
+from .token_entropy import TokenEntropy
 from .z_loss import ZLoss, z_loss
 
 LOSSES: dict[str, type[RouterLoss]] = {
@@ -14,6 +18,10 @@ LOSSES: dict[str, type[RouterLoss]] = {
     "importance": Importance,
     "localized_balancing": LocalizedBalancing,
     "z_loss": ZLoss,
+    "null_load_balancing": NullLoadBalancing,
+    "active_l1": ActiveL1,
+    "token_entropy": TokenEntropy,
+    "sparsity_bound": SparsityBound,
 }
 
 __all__ = [

@@ -83,6 +83,8 @@ def build_parts(
     if place.leader is not None:
         return RoutedParts(experts=bank, router=FollowingRouter(place.in_features, bank.num_choices))
     router = build_router(config, place.in_features, bank.num_choices, init_std=router_init_std)
+    if router.reads == "activations":
+        bank.even_out()
     return RoutedParts(
         router=router, experts=bank, objective=RouterObjective(losses, scope=config.load_balancing_scope)
     )

@@ -22,10 +22,11 @@ from ..config.ranges import IN_RANGE, is_coefficient
 from ..experts import EXPERTS, Experts
 from ..experts.bottleneck import ACTIVATIONS
 from ..losses import LOSSES
-from ..messages import shown
-from ..options import check_options, option_values
+from ..messages import shown, warn
+from ..options import check_options, check_sizes, option_values
+from ..part import Part
 from ..place import Place
-from ..routers import GATES, SCORERS, router_gives, router_learns, router_names, router_needs
+from ..routers import GATES, SCORERS, SELECTORS, router_learns, router_names
 from ..routers.registry import router_parts
 from ..tuner.registration import extend_peft_type, register
 from ..tuner.tuner import RoutedTuner
@@ -142,20 +143,58 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
             "expert_groups",
             "None without the loss that reads it; set its weight, as in losses={'localized_balancing': 0.1}",
         )
-        if self.router != BACKBONE:
-            lacking = router_needs(self.router, self.scorer, self.gate) - self.kind.gives
-            hint = f"one that needs no {', '.join(sorted(lacking))}: the kind {shown(self.experts)} does not give it"
-            self._check(not lacking, "scorer", hint)
-        else:
+        for name in ("lora_dropout", "experts_implementation"):
+            if name not in self.kind.fields:
+                self._check_left_alone(name, f"the kind {shown(self.experts)} does not use it")
+        if self.router == BACKBONE:
             self._check_left_alone("num_experts", "there is one expert for each of the backbone's")
+        self._validate_parts()
         if not self._router_learns():
             self._check(not self.losses, "losses", f"None: the {shown(self.router)} router learns nothing")
             self._check_left_alone("router_z_loss_coef", f"the {shown(self.router)} router learns nothing")
-        kind = type(self).__name__
-        parts = () if self.router == BACKBONE else router_parts(self.router, self.scorer, self.gate)
-        check_options(parts, self.router_args, f"{kind}: router_args")
-        check_options((EXPERTS[self.experts],), self.experts_args, f"{kind}: experts_args")
         self._validate_losses()
+
+    def _validate_parts(self) -> None:
+        """Check that the parts of the router and the kind of experts go together, and their options."""
+        parts, given = self._router_parts(), self._router_gives() | self.kind.gives
+        for name, part in zip(("scorer", "gate", "router")[-len(parts) :], parts, strict=False):
+            lacking = part.needs - given
+            giving = [own for known in (SCORERS, GATES, EXPERTS) for own in known if lacking <= known[own].gives]
+            hint = f"one that needs no {', '.join(sorted(lacking))}, or beside a part that gives it: {giving}"
+            self._check(not lacking, name, hint)
+        owner = type(self).__name__
+        for field_name, own, options in (
+            ("router_args", parts, self.router_args),
+            ("experts_args", (self.kind,), self.experts_args),
+        ):
+            check_options(own, options, f"{owner}: {field_name}")
+            check_sizes(own, options, self._sizes(), f"{owner}: {field_name}")
+
+    def _sizes(self) -> dict[str, int]:
+        """Sizes of a layer, as parts are asked about them."""
+        sizes = {"num_experts": self.num_experts, "top_k": self.top_k, "r": self.r}
+        return {name: size for name, size in sizes.items() if size is not None}
+
+    def _router_parts(self) -> tuple[type[Part], ...]:
+        return () if self.router == BACKBONE else router_parts(self.router, self.scorer, self.gate)
+
+    @property
+    def group_columns(self) -> dict[str, frozenset[int]]:
+        """See `MoeConfig.group_columns`; a router that reads the groups may know which ones there are."""
+        known = [part.known_groups(option_values(part, self.router_args)) for part in self._router_parts()]
+        return {column: groups.union(*known) for column, groups in super().group_columns.items()}
+
+    def advise(self) -> None:
+        """See `MoeConfig.advise`."""
+        super().advise()
+        learns = self._router_learns() and self.router in SELECTORS
+        for name in self._coefficients() if learns and not GATES[self.gate].sums_to_one else ():
+            if LOSSES[name].of_softmax:
+                warn(
+                    f"{type(self).__name__}: the loss {shown(name)} keeps the softmax's normaliser small, and the gate "
+                    f"{shown(self.gate)} has none, so that its weight has no meaning here. Leave it out, or use the gate "
+                    "'softmax'."
+                )
 
     def _validate_losses(self) -> None:
         for name in self.losses or {}:
@@ -164,7 +203,9 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
             hint = f"a dict with weights that are zero or positive numbers {IN_RANGE}, as {{{shown(name)}: 0.1}} or "
             hint += f"{{{shown(name)}: {{'weight': 0.1, ...}}}}"
             self._check(fits(coef, float) and is_coefficient(coef), "losses", hint)
-            check_options((LOSSES[name],), options, f"{type(self).__name__}: losses[{shown(name)}]")
+            owner = f"{type(self).__name__}: losses[{shown(name)}]"
+            check_options((LOSSES[name],), options, owner)
+            check_sizes((LOSSES[name],), options, self._sizes(), owner)
             lacking = LOSSES[name].needs - self._router_gives()
             self._check(
                 not lacking,
@@ -183,7 +224,7 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
         return self.router != BACKBONE and router_learns(self.router, self.scorer, self.gate)
 
     def _router_gives(self) -> frozenset[str]:
-        return router_gives(self.router, self.scorer, self.gate)
+        return frozenset().union(*(part.gives for part in self._router_parts()))
 
     def _losses_that_fit(self) -> list[str]:
         return [name for name, loss in LOSSES.items() if loss.needs <= self._router_gives()]
@@ -210,13 +251,17 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
         """Build the parts of one layer; see `MoeConfig.build`."""
         if not self._router_learns():
             return build_parts(self, place, losses={}, experts=self.experts)
-        coefficients = {
+        losses = {name: (self._loss(name), coef) for name, coef in self._coefficients().items()}
+        return build_parts(self, place, losses=losses, experts=self.experts)
+
+    def _coefficients(self) -> dict[str, float]:
+        """Weights of the losses by name, those that are not zero."""
+        weights = {
             self._balance_name(): self.router_aux_loss_coef,
             "z_loss": self.router_z_loss_coef,
             **{name: self._loss_settings(name)[0] for name in self.losses or {}},
         }
-        losses = {name: (self._loss(name), coef) for name, coef in coefficients.items()}
-        return build_parts(self, place, losses=losses, experts=self.experts)
+        return {name: weight for name, weight in weights.items() if weight != 0}
 
     def _loss(self, name: str) -> RouterLoss:
         loss = LOSSES[name]

@@ -155,7 +155,7 @@ def over_capacity(routing: Routing, capacity_factor: float, *, by_choice: bool =
     requests = torch.zeros(order.numel(), num_experts + 1, dtype=torch.long, device=order.device)
     requests.scatter_(1, order[:, None], counts.long()[:, None])
 
-    rank = _rank_in_sequence(requests, owner, context.num_sequences, contiguous=not by_choice)
+    rank = rank_in_sequence(requests, owner, context.num_sequences, contiguous=not by_choice)
     rank = rank.gather(1, order[:, None]).squeeze(1)
     full = (rank > capacity_S[owner]) & counts & (order < num_experts)
     return full.view(top_k, num_tokens).T if by_choice else full.view(num_tokens, top_k)
@@ -193,10 +193,20 @@ def _places(lengths: torch.Tensor | int, requests_per_token: float, num_experts:
     return (requests_per_token * lengths.double() / num_experts - 1e-9).ceil().clamp_min(1).long()
 
 
-def _rank_in_sequence(
+def rank_in_sequence(
     requests: torch.Tensor, owner: torch.Tensor, num_sequences: int, *, contiguous: bool
 ) -> torch.Tensor:
-    """Running count of the requests for each expert within the sequence that owns them, starting at one."""
+    """Running count of the requests for each expert within the sequence that owns them, starting at one.
+
+    Args:
+        requests: (N, E) int64 requests in the order in which they are served.
+        owner: (N,) int64 sequence of each.
+        num_sequences: S.
+        contiguous: Whether the requests of a sequence stand together.
+
+    Returns:
+        (N, E) int64.
+    """
     if not contiguous:
         ranks = torch.zeros_like(requests)
         for s in range(num_sequences):

@@ -61,6 +61,8 @@ class LinearRouter(Router):
             nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         else:
             nn.init.normal_(self.weight, std=init_std)
+        if select is not None and select.extra_starts_at_zero:
+            nn.init.zeros_(self.weight[num_experts:])
 
     def scores(self, x: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """Score the experts for each token; arguments as in `Router.scores`."""

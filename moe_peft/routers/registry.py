@@ -7,23 +7,56 @@ from typing import Any
 
 from ..options import option_values
 from ..part import Part
+from .activation_norm import ActivationNorm
+from .bias_balanced import BiasBalanced
 from .capacity import Capacity, CapacityRouter
+from .centroid import Centroid
 from .constant import ConstantRouter
 from .dense import Dense, DenseRouter
+from .entropy_top_k import EntropyTopK
 from .gates import Gate, Softmax
+from .gumbel import Gumbel
+from .layer_logits import LayerLogits
 from .linear import LinearRouter
+from .low_space import LowSpaceRouter
+from .null_top_k import NullTopK
+from .positive import Positive
+from .relu import Relu
 from .router import Router
 from .selector import Selector
+from .sigmoid import Sigmoid
+from .sparsegen import Sparsegen
+from .task_table import TaskTable
+from .threshold import Threshold
 from .top_k import TopK, TopKRouter
+from .top_p import TopP
 
 # What a configuration means that names neither scorer nor gate.
 DEFAULT_SCORER, DEFAULT_GATE = "linear", "softmax"
 # z = scorer(x)
-SCORERS: dict[str, type[Router]] = {"linear": LinearRouter}
+SCORERS: dict[str, type[Router]] = {
+    "linear": LinearRouter,
+    "activation_norm": ActivationNorm,
+    "low_space": LowSpaceRouter,
+    "task_table": TaskTable,
+    "layer_logits": LayerLogits,
+    "centroid": Centroid,
+}
 # p = gate(z)
-GATES: dict[str, type[Gate]] = {"softmax": Softmax}
+GATES: dict[str, type[Gate]] = {"softmax": Softmax, "sigmoid": Sigmoid, "relu": Relu, "gumbel": Gumbel}
 # routing = selector(z, p); the names that a configuration's `router` takes
-SELECTORS: dict[str, type[Selector]] = {"dense": Dense, "top_k": TopK, "capacity": Capacity}
+SELECTORS: dict[str, type[Selector]] = {
+    "dense": Dense,
+    "top_k": TopK,
+    "capacity": Capacity,
+    "bias_balanced": BiasBalanced,
+    "null_top_k": NullTopK,
+    "positive": Positive,
+    "top_p": TopP,
+    "entropy_top_k": EntropyTopK,
+    "threshold": Threshold,
+    "sparsegen": Sparsegen,
+}
 # Whole routers; those with the name of a selector are its router with linear scores and a softmax.
 ROUTERS: dict[str, type[Router]] = {
     "dense": DenseRouter,
@@ -56,13 +89,15 @@ def router_gives(router: str, scorer: str = DEFAULT_SCORER, gate: str = DEFAULT_
 
 
 def router_needs(router: str, scorer: str = DEFAULT_SCORER, gate: str = DEFAULT_GATE) -> frozenset[str]:
-    """What a router asks of the experts, in the words of `Part.gives`."""
-    return frozenset().union(*(part.needs for part in router_parts(router, scorer, gate)))
+    """What a router asks of the experts, in the words of `Part.gives`: all that its own parts do not give."""
+    needs = frozenset[str]().union(*(part.needs for part in router_parts(router, scorer, gate)))
+    return needs - router_gives(router, scorer, gate)
 
 
 def router_learns(router: str, scorer: str = DEFAULT_SCORER, gate: str = DEFAULT_GATE) -> bool:
-    """Whether a router has parameters that training changes."""
-    return any(issubclass(part, Router) and part.learns for part in router_parts(router, scorer, gate))
+    """Whether training changes its scores: by parameters of its own, or by those of the experts that it reads."""
+    scorers = [part for part in router_parts(router, scorer, gate) if issubclass(part, Router)]
+    return any(part.learns or part.reads == "activations" for part in scorers)
 
 
 def make_router(

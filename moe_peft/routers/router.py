@@ -33,17 +33,22 @@ class Router(ModulePart, nn.Module):
         init_std: Standard deviation of a normal initialisation of what a router has to initialise, if anything.
 
     Attributes:
-        reads: What it is given as x: the layer's input, the experts' activations (T, E, r), the decision of the
-            block's first router, or the input again where it decides by what the context holds.
+        reads: What it is given as x: the layer's input, the experts' activations (T, E, r), or (T, 1, r) of a down
+            matrix that they share, the decision of the block's first router, or the input again where it decides by
+            what the context holds.
+        gives: "extra_scores", further columns that a selector reads, where a scorer is not limited to the experts.
         learns: Whether it has parameters that the task or a router loss trains.
+        takes_prototypes: Whether its `weight` holds a vector of the input's space for each expert, which tools set.
         perturbs_training: Whether training passes may decide otherwise than evaluation does: with jitter, dropped
             gates, a capacity or sampled gates. Trainers that compare two passes of a model set it to False.
         num_scores: Columns of z: E, and the selector's further ones.
     """
 
     fields: tuple[str, ...] = ("routed_scaling_factor", "expert_dropout")
+    gives = frozenset({"extra_scores"})
     reads: Reads = "input"
     learns: bool = False
+    takes_prototypes: bool = False
     keeps_float32 = True
     perturbs_training: bool = True
 
@@ -82,6 +87,7 @@ class Router(ModulePart, nn.Module):
         own_decision = type(self).decide is not Router.decide or type(self).forward is not Router.forward
         return (
             not own_decision
+            and not self.context_needs
             and self.num_experts == 1
             and self.gate.sums_to_one
             and self.select is not None

@@ -16,6 +16,7 @@ class Selector(Part, ABC):
     Attributes:
         extra_scores: Number m of further columns of scores that the rule reads, as for null experts or a threshold.
         gates_extra: Whether the gate function is over the E + m columns, or over the first E alone.
+        extra_starts_at_zero: Whether a scorer is to start with further columns of zero.
         num_slots: K, columns of the decision; None where it has a weight for each expert, or their number varies.
         constant_for_one: Whether a single expert of probability one has the same weight for every token.
         counts: Whether it changes its tensors after each optimizer step, by what was decided in training passes.
@@ -25,6 +26,7 @@ class Selector(Part, ABC):
 
     extra_scores: int = 0
     gates_extra: bool = False
+    extra_starts_at_zero: bool = False
     num_slots: int | None = None
     constant_for_one: bool = False
 

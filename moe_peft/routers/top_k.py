@@ -38,12 +38,29 @@ class TopK(Selector):
         **own: torch.Tensor,
     ) -> Routing:
         """Keep the k largest probabilities; arguments as in `Selector`."""
-        weights_TK, experts_TK = probs_TE.topk(self.top_k, dim=-1)
+        weights_TK, experts_TK = self.pick(probs_TE, **own)
         if self.expert_dropout > 0 and context.training:
             experts_TK = experts_TK.masked_fill(weights_TK == 0, num_experts)
-        if self.norm_topk_prob:
-            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(torch.finfo(weights_TK.dtype).tiny)
+        weights_TK = self.rescale(weights_TK)
         return Routing(weights=weights_TK, experts=experts_TK, logits=logits_TE, probs=probs_TE, context=context)
+
+    def pick(self, probs_TE: torch.Tensor, **own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The kept experts of each token.
+
+        Args:
+            probs_TE: (T, E) gate probabilities.
+            **own: The tensors of `tensors`, by name.
+
+        Returns:
+            (T, K) their probabilities, and (T, K) their indices.
+        """
+        return probs_TE.topk(self.top_k, dim=-1)
+
+    def rescale(self, weights_TK: torch.Tensor) -> torch.Tensor:
+        """Let the weights of a token sum to one where `norm_topk_prob`; weights that are all zero stay so."""
+        if not self.norm_topk_prob:
+            return weights_TK
+        return weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(torch.finfo(weights_TK.dtype).tiny)
 
 
 class TopKRouter(LinearRouter):

@@ -198,3 +198,36 @@ def test_permuting_experts_and_gates_together_changes_nothing():
         permuted.B.copy_(experts.B[order])
     shuffled = type(routing)(routing.weights[:, order], None, routing.logits[:, order], routing.probs[:, order])
     torch.testing.assert_close(permuted(x, x @ W0.T, shuffled), experts(x, x @ W0.T, routing))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "dense", "segment", "gather"])
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize("shared", [1, 2])
+def test_shared_experts_have_weight_one_whatever_is_decided(implementation, top_k, shared):
+    experts = bank(shared=shared, experts_implementation=implementation)
+    assert experts.A.shape == (E + shared, R, D) and experts.num_choices == E
+    x, W0 = inputs(13)
+    routing = random_routing(13, E, top_k)
+    if top_k is not None:
+        routing.experts[3, 1] = E  # a slot without an expert is no shared one
+        routing.weights.data[3, 1] = 0.0
+    gates = [{**own, **{E + s: torch.ones(()).double() for s in range(shared)}} for own in gates_of(routing)]
+    expected = reference.routed_layer(x, W0, experts.A, experts.B.mT, gates, scaling=1.7)
+    leaves = [x, experts.A, experts.B]
+    assert_same(experts(x, x @ W0.T, routing), expected, leaves, leaves)
+    h = experts.prepare(x, routing.context)
+    assert_same(experts.combine(h, x @ W0.T, routing), expected, leaves, leaves)
+    assert experts.activations(h).shape == (13, E, R)
+
+
+def test_a_shared_expert_beside_experts_of_no_weight_is_plain_lora():
+    experts = bank(shared=1)
+    x, W0 = inputs(13)
+    nothing = torch.zeros(13, E).double()
+    routing = type(random_routing(1, E))(weights=nothing, experts=None, logits=nothing, probs=nothing)
+    lora = 1.7 * (x @ experts.A[E].T @ experts.B[E])
+    torch.testing.assert_close(experts(x, x @ W0.T, routing), x @ W0.T + lora)
+    weights = torch.arange(E).double()
+    expected = 1.7 * sum(w * experts.B[e].T @ experts.A[e] for e, w in enumerate([*weights, 1.0]))
+    torch.testing.assert_close(experts.delta_weight(weights), expected)
+    assert LowRankExperts.saved_shapes(E, R, {"shared": 1}) == {"A": (E + 1, R), "B": (E + 1, R)}

@@ -7,22 +7,22 @@ from unittest.mock import patch
 
 from moe_peft.extend import EXPERTS, GATES, LOSSES, SCORERS, SELECTORS
 
-from .activation_norm import ActivationNorm
+from .avg_k import AvgK
 from .biased_top_k import BiasedTopK
-from .cp_diagonal import CpDiagonal
-from .null_experts import NullLoadBalancing, NullTopK
-from .relu_router import ActiveL1, Positive, Relu
-from .task_table import TaskTable
+from .cluster_variance import ClusterVariance
+from .constants import Constants
+from .prototypes import Prototypes
+from .softplus import Softplus
 
 
 @contextmanager
 def registered():
     """Register all of them for a while, so that other tests see the package's own parts."""
     with (
-        patch.dict(SCORERS, {"activation_norm": ActivationNorm, "task_table": TaskTable}),
-        patch.dict(GATES, {"relu": Relu}),
-        patch.dict(SELECTORS, {"positive": Positive, "null_top_k": NullTopK, "biased_top_k": BiasedTopK}),
-        patch.dict(EXPERTS, {"cp_diagonal": CpDiagonal}),
-        patch.dict(LOSSES, {"active_l1": ActiveL1, "null_load_balancing": NullLoadBalancing}),
+        patch.dict(SCORERS, {"avg_k": AvgK}),
+        patch.dict(GATES, {"softplus": Softplus}),
+        patch.dict(SELECTORS, {"prototypes": Prototypes, "biased_top_k": BiasedTopK}),
+        patch.dict(EXPERTS, {"constants": Constants}),
+        patch.dict(LOSSES, {"cluster_variance": ClusterVariance}),
     ):
         yield

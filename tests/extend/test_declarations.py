@@ -37,8 +37,6 @@ REGISTRIES = {
 }
 with registered():
     NAMED = [(axis, name) for axis, registry in REGISTRIES.items() for name in registry]
-# Words of `Part.gives` and `needs` that are no names in `Routing.extras`.
-WORDS = {"selection", "activations"}
 CONTEXT = {"groups", "token_ids", "prompt", "cached"}
 every_part = pytest.mark.parametrize(("axis", "name"), NAMED, ids=["-".join(named) for named in NAMED])
 

@@ -58,7 +58,7 @@ def test_groups_per_token_become_groups_per_document():
 def test_groups_without_an_expert_are_named():
     check_groups(torch.tensor([0, 1, 1]), "task_type", frozenset({0, 1}))
     check_groups(torch.tensor([9]), "task_type", frozenset())
-    with pytest.raises(ValueError, match=r"'task_type' holds the sample groups \[2, 3\].*expert_groups has \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"'task_type' holds the sample groups \[2, 3\].*known are \[0, 1\]"):
         check_groups(torch.tensor([3, 0, 2]), "task_type", frozenset({0, 1}))
 
 

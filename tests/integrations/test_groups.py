@@ -12,7 +12,6 @@ from trl import SFTConfig, SFTTrainer
 
 from moe_peft import LoraMoeConfig, RoutedConfig, attach
 from moe_peft.integrations.groups import group_columns, routed_configs
-from tests.extend import registered
 from tests.integrations.test_callback import rows, tiny_tokenizer  # noqa: F401
 from tests.tiny import tiny_llama
 
@@ -140,8 +139,7 @@ def test_a_column_that_is_an_input_of_the_model_is_refused_before_anything_chang
 
 
 def test_the_column_of_a_router_that_reads_the_groups_is_carried_too():
-    with registered():
-        fields = {"router": "dense", "num_experts": 2, "r": 2, "router_aux_loss_coef": 0.0}
-        reading = get_peft_model(tiny_llama(), RoutedConfig(scorer="task_table", group_column="task", **fields))
+    fields = {"router": "dense", "num_experts": 2, "r": 2, "router_aux_loss_coef": 0.0}
+    reading = get_peft_model(tiny_llama(), RoutedConfig(scorer="task_table", group_column="task", **fields))
     other = get_peft_model(tiny_llama(), RoutedConfig(group_column="task", **fields))
     assert group_columns(reading) == {"task"} and group_columns(other) == set()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ def padded(routing: Routing, before: int, after: int, junk: float) -> Routing:
     """The same tokens between rows of junk that the context calls padding."""
 
     def pad(tensor, value):
-        rows = [tensor.new_full((count, tensor.shape[1]), value) for count in (before, after)]
+        rows = [tensor.new_full((count, *tensor.shape[1:]), value) for count in (before, after)]
         return torch.cat([rows[0], tensor, rows[1]])
 
     num_tokens = routing.probs.shape[0]
@@ -32,7 +34,15 @@ def padded(routing: Routing, before: int, after: int, junk: float) -> Routing:
         logits=pad(routing.logits, junk),
         probs=pad(routing.probs, junk),
         context=TokenContext(training=True, valid=valid),
+        extras={name: pad(extra, junk) for name, extra in routing.extras.items()},
     )
+
+
+def decided(num_tokens, num_experts, top_k):
+    """A decision that holds all that losses may ask for."""
+    routing = random_routing(num_tokens, num_experts, top_k)
+    extras = {"null_probs": routing.probs[:, :2] / 3, "sparsity": routing.logits[:, 0] / 9 - 1}
+    return replace(routing, extras=extras)
 
 
 def test_masked_sum_leaves_padding_out_even_where_it_is_not_finite():
@@ -56,7 +66,7 @@ def test_without_a_valid_token_there_are_none():
 @pytest.mark.parametrize("top_k", [None, 2])
 @pytest.mark.parametrize("junk", [0.0, 7.0, float("nan")])
 def test_every_loss_and_its_gradient_are_blind_to_padding(name, top_k, junk):
-    plain = random_routing(13, 4, top_k)
+    plain = decided(13, 4, top_k)
     expected = loss_of(name)(plain)
     (wanted,) = torch.autograd.grad(expected, [plain.logits], allow_unused=True, retain_graph=True)
     for before, after in ((0, 5), (5, 0), (2, 3)):
@@ -71,11 +81,12 @@ def test_every_loss_and_its_gradient_are_blind_to_padding(name, top_k, junk):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_every_loss_of_no_valid_token_is_finite_with_a_finite_gradient(name, top_k):
-    for routing in (random_routing(0, 4, top_k), padded(random_routing(0, 4, top_k), 2, 1, 3.0)):
+    for routing in (decided(0, 4, top_k), padded(decided(0, 4, top_k), 2, 1, 3.0)):
         weights = routing.weights.detach().requires_grad_()
         probs = routing.probs.detach().requires_grad_()
         logits = routing.logits.detach().requires_grad_()
-        value = loss_of(name)(Routing(weights, routing.experts, logits, probs, context=routing.context))
+        leaves = {"weights": weights, "logits": logits, "probs": probs}
+        value = loss_of(name)(replace(routing, **leaves, num_experts=4))
         assert value.ndim == 0 and value.item() == 0
         grads = torch.autograd.grad(value, [weights, probs, logits], allow_unused=True)
         assert all(g is None or g.isfinite().all() for g in grads)
@@ -83,7 +94,9 @@ def test_every_loss_of_no_valid_token_is_finite_with_a_finite_gradient(name, top
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_loss_of_a_float32_decision_is_a_float32_scalar(name):
-    routing = random_routing(13, 4, 2)
-    routing = Routing(routing.weights.float(), routing.experts, routing.logits.float(), routing.probs.float())
+    routing = decided(13, 4, 2)
+    extras = {key: extra.float() for key, extra in routing.extras.items()}
+    tensors = (routing.weights.float(), routing.experts, routing.logits.float(), routing.probs.float())
+    routing = Routing(*tensors, extras=extras)
     value = loss_of(name)(routing)
     assert value.dtype == torch.float32 and value.ndim == 0

@@ -224,7 +224,7 @@ class Follows(Selector):
 def test_a_router_makes_the_promises_of_its_parts_and_keeps_their_tensors():
     router = LinearRouter(D, E, select=Follows())
     assert not router.causal and router.batch_invariant and router.decode_stateless
-    assert router.gives == {"order"} and router.context_needs == {"prompt"}
+    assert router.gives == {"order", "extra_scores"} and router.context_needs == {"prompt"}
     assert router.frozen == ("bias",) and not router.bias.requires_grad and router.weight.shape == (E + 2, D)
     assert set(router.state_dict()) == {"weight", "bias"}
     routing = router(torch.randn(3, D), TokenContext())

@@ -1,0 +1,70 @@
+"""Experts that share both matrices and differ by a diagonal between them: y = base + s B diag(sum_e g_e c_e) A x.
+
+The CP form of multilinear mixtures (Oldfield et al., arXiv 2402.12550). An expert costs r parameters and the work does
+not grow with their number.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..types import Routing
+from .one_down import OneDownExperts
+
+
+class CpDiagonalExperts(OneDownExperts):
+    """A bank of diagonals.
+
+    Args:
+        in_features: D, width of the input.
+        out_features: O, width of the output.
+        num_experts: E.
+        r: Rank.
+        scaling: s, the factor of the routed sum.
+        lora_dropout: See `OneDownExperts`.
+        init_weights: See `LowRankExperts`; the diagonals are normal around one with standard deviation one.
+
+    Attributes:
+        A: (r, D) down matrix.
+        c: (E, r) diagonals.
+        B: (r, O) up matrix, stored transposed.
+    """
+
+    mergeable = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        num_experts: int,
+        r: int,
+        scaling: float,
+        lora_dropout: float = 0.0,
+        init_weights: bool | str = True,
+    ) -> None:
+        super().__init__(in_features, num_experts=num_experts, r=r, scaling=scaling, lora_dropout=lora_dropout)
+        self.c = nn.Parameter(torch.empty(num_experts, r))
+        nn.init.normal_(self.c, mean=1.0, std=1.0)
+        self.B = nn.Parameter(torch.empty(r, out_features))
+        self.start(self.B, init_weights)
+
+    @classmethod
+    def shapes(cls, num_experts: int, r: int) -> dict[str, tuple[int, ...]]:
+        """See `Experts.shapes`."""
+        return {"A": (r,), "c": (num_experts, r), "B": (r,)}
+
+    def combine(
+        self, h: torch.Tensor, base_out_TO: torch.Tensor, routing: Routing, *, in_place: bool = False
+    ) -> torch.Tensor:
+        """Scale the down projection by the mixed diagonal, and add its up projection; see `Experts.combine`."""
+        with torch.autocast(h.device.type, enabled=False):
+            mixed_Tr = h * (routing.gate_matrix().to(h.dtype) @ self.c.to(h.dtype))
+        return self.lift(mixed_Tr, base_out_TO, self.B, in_place)
+
+    def delta_weight(self, weights_E: torch.Tensor) -> torch.Tensor:
+        """S B diag(sum_e w_e c_e) A, (O, D); see `Experts.delta_weight`."""
+        dtype = torch.promote_types(self.A.dtype, torch.float32)
+        mixed_r = weights_E.to(self.c.device, dtype) @ self.c.to(dtype)
+        return self.scaling * self.B.to(dtype).T @ (mixed_r[:, None] * self.A.to(dtype))

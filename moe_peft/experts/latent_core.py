@@ -1,0 +1,73 @@
+"""Experts that share both matrices and differ by a core between them: y = base + s B (sum_e g_e C_e) A x.
+
+Mixture of latent experts (Liu et al., arXiv 2503.23100) and CoMoL (arXiv 2603.00573), whose router reads A x. An
+expert costs r^2 parameters.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..ops import project
+from ..types import Routing
+from .one_down import OneDownExperts
+
+# Standard deviation of the cores around the identity at the start, which tells them apart.
+CORE_STD = 0.02
+
+
+class LatentCoreExperts(OneDownExperts):
+    """A bank of cores.
+
+    Args:
+        in_features: D, width of the input.
+        out_features: O, width of the output.
+        num_experts: E.
+        r: Rank.
+        scaling: s, the factor of the routed sum.
+        lora_dropout: See `OneDownExperts`.
+        init_weights: See `LowRankExperts`; the cores are the identity plus noise.
+
+    Attributes:
+        A: (r, D) down matrix.
+        C: (E, r, r) cores.
+        B: (r, O) up matrix, stored transposed.
+    """
+
+    mergeable = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        num_experts: int,
+        r: int,
+        scaling: float,
+        lora_dropout: float = 0.0,
+        init_weights: bool | str = True,
+    ) -> None:
+        super().__init__(in_features, num_experts=num_experts, r=r, scaling=scaling, lora_dropout=lora_dropout)
+        self.C = nn.Parameter(torch.eye(r) + CORE_STD * torch.randn(num_experts, r, r))
+        self.B = nn.Parameter(torch.empty(r, out_features))
+        self.start(self.B, init_weights)
+
+    @classmethod
+    def shapes(cls, num_experts: int, r: int) -> dict[str, tuple[int, ...]]:
+        """See `Experts.shapes`."""
+        return {"A": (r,), "C": (num_experts, r), "B": (r,)}
+
+    def combine(
+        self, h: torch.Tensor, base_out_TO: torch.Tensor, routing: Routing, *, in_place: bool = False
+    ) -> torch.Tensor:
+        """Weigh what each core makes of the down projection, and add the up projection; see `Experts.combine`."""
+        made_TEr = project(h, self.C.flatten(0, 1)).view(h.shape[0], *self.C.shape[:2])
+        mixed_Tr = (made_TEr * routing.gate_matrix().to(h.dtype)[..., None]).sum(1)
+        return self.lift(mixed_Tr, base_out_TO, self.B, in_place)
+
+    def delta_weight(self, weights_E: torch.Tensor) -> torch.Tensor:
+        """S B (sum_e w_e C_e) A, (O, D); see `Experts.delta_weight`."""
+        dtype = torch.promote_types(self.A.dtype, torch.float32)
+        C_rr = torch.einsum("e,ers->rs", weights_E.to(self.C.device, dtype), self.C.to(dtype))
+        return self.scaling * self.B.to(dtype).T @ C_rr @ self.A.to(dtype)

@@ -1,0 +1,109 @@
+"""What kinds of experts share that have one down matrix: h = A dropout(x), of which each expert makes its own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ..ops import compute_dtype, project
+from ..types import TokenContext
+from .experts import Experts
+
+
+class OneDownExperts(Experts):
+    """Base of banks with one down matrix.
+
+    Args:
+        in_features: D, width of the input.
+        num_experts: E.
+        r: Rank.
+        scaling: s, the factor of the routed sum.
+        lora_dropout: Probability that an input element is dropped in training passes.
+
+    Attributes:
+        A: (r, D) down matrix.
+    """
+
+    fields: tuple[str, ...] = ("scaling", "lora_dropout", "init_weights")
+    gives = frozenset({"shared_activations"})
+    up = ("B",)
+    A: nn.Parameter
+
+    def __init__(
+        self, in_features: int, *, num_experts: int, r: int, scaling: float, lora_dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.num_choices, self.scaling = num_experts, scaling
+        self.lora_dropout = nn.Dropout(lora_dropout)
+        self.A = nn.Parameter(torch.empty(r, in_features))
+
+    def start(self, B: nn.Parameter, init_weights: bool | str) -> None:
+        """Initialise the down and up matrices.
+
+        Args:
+            B: (..., r, O) up matrices.
+            init_weights: See `LowRankExperts`.
+        """
+        if init_weights == "gaussian":
+            nn.init.normal_(self.A, std=0.02)
+        else:
+            bound = math.sqrt(1.0 / self.A.shape[-1])
+            nn.init.uniform_(self.A, -bound, bound)
+        if init_weights is False:
+            bound = math.sqrt(1.0 / B.shape[-2])
+            nn.init.uniform_(B, -bound, bound)
+        else:
+            nn.init.zeros_(B)
+
+    def drops(self, context: TokenContext) -> bool:
+        """Whether dropout acts in this pass."""
+        return context.training and self.lora_dropout.p > 0
+
+    def down(self, context: TokenContext) -> torch.Tensor:
+        """(r, D) the down matrix of this pass."""
+        return self.A
+
+    def prepare(self, x_TD: torch.Tensor, context: TokenContext) -> torch.Tensor:
+        """(T, r) down projection; arguments as in `Experts.prepare`."""
+        dtype = compute_dtype(x_TD)
+        read_TD = self.lora_dropout(x_TD.to(dtype)) if self.drops(context) else x_TD
+        return project(read_TD, self.down(context), dtype=dtype)
+
+    def activations(self, h: torch.Tensor) -> torch.Tensor:
+        """(T, 1, r) of the (T, r) down projection."""
+        return h[:, None]
+
+    def undropped(self, x_TD: torch.Tensor, h: torch.Tensor, context: TokenContext) -> torch.Tensor:
+        """Down projection of the input as it is; see `Experts.undropped`."""
+        return self.prepare(x_TD, replace(context, training=False)) if self.shared_rows(context) is None else h
+
+    def shared_rows(self, context: TokenContext) -> torch.Tensor | None:
+        """(r, D) down matrix, where nothing is dropped; see `Experts`."""
+        own = type(self)
+        plain = own.prepare is OneDownExperts.prepare and own.forward is Experts.forward
+        return self.A if plain and not self.drops(context) else None
+
+    def lift(
+        self, mixed_Tr: torch.Tensor, base_out_TO: torch.Tensor, B: torch.Tensor, in_place: bool = False
+    ) -> torch.Tensor:
+        """Add s B times what the experts made to the base output.
+
+        Args:
+            mixed_Tr: (T, r) weighed sum over the experts.
+            base_out_TO: (T, O) output of the frozen module.
+            B: (r, O) up matrix, stored transposed.
+            in_place: Whether `base_out_TO` may be overwritten.
+
+        Returns:
+            (T, O) in the dtype of `base_out_TO`.
+        """
+        B = B.to(mixed_Tr.dtype)
+        with torch.autocast(mixed_Tr.device.type, enabled=False):
+            if base_out_TO.dtype != mixed_Tr.dtype:
+                return base_out_TO + (self.scaling * (mixed_Tr @ B)).to(base_out_TO.dtype)
+            if in_place:
+                return base_out_TO.addmm_(mixed_Tr, B, alpha=self.scaling)
+            return torch.addmm(base_out_TO, mixed_Tr, B, alpha=self.scaling)

@@ -1,0 +1,40 @@
+"""One score for each expert at a place, whatever the token: z = w (Mixture-of-Linguistic-Experts, arXiv 2310.16240).
+
+All tokens use the experts alike, so that the adapter merges into the weights once training is over.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..types import TokenContext
+from .router import Router
+
+
+class LayerLogits(Router):
+    """Learned scores of a place.
+
+    Args:
+        in_features: Taken for the signature that scorers share.
+        num_experts: E.
+        init_std: Standard deviation of the scores at the start; None takes 1e-3.
+        **settings: Further arguments of `Router`.
+
+    Attributes:
+        weight: (num_scores,) the scores.
+    """
+
+    learns = True
+    mergeable = True
+
+    def __init__(self, in_features: int, num_experts: int, *, init_std: float | None = None, **settings: Any) -> None:
+        super().__init__(in_features, num_experts, **settings)
+        self.weight = nn.Parameter(torch.empty(self.num_scores))
+        nn.init.normal_(self.weight, std=1e-3 if init_std is None else init_std)
+
+    def scores(self, x: torch.Tensor, context: TokenContext) -> torch.Tensor:
+        """Give every token the same scores; arguments as in `Router.scores`."""
+        return self.weight.to(torch.promote_types(x.dtype, torch.float32)).expand(x.shape[0], -1)

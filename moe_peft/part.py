@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-
 # Words of `Part.gives` and `Part.needs` that are no names in `Routing.extras`.
 ABILITIES = frozenset({"selection", "activations", "shared_activations", "extra_scores"})
 

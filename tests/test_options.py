@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_peft.options import all_options, check_options, option_values
+from moe_peft.options import all_options, check_options, check_sizes, option_values
 from moe_peft.part import Option, Part
 
 
@@ -14,6 +14,10 @@ class Tempered(Part):
 
 class Counted(Part):
     options = (Option("count", 4, "a whole number from 1", lambda v: isinstance(v, int) and v >= 1),)
+
+    @classmethod
+    def misfit(cls, options, sizes):
+        return None if options["count"] <= sizes["num_experts"] else f"count={options['count']} must be less"
 
 
 def test_what_is_given_goes_to_the_part_that_declares_it_and_defaults_fill_the_rest():
@@ -47,3 +51,10 @@ def test_values_in_messages_are_cut():
     with pytest.raises(ValueError) as caught:
         check_options((Tempered,), {"tau": "x" * 10_000}, "router_args")
     assert len(str(caught.value)) < 300
+
+
+def test_parts_are_asked_whether_their_options_fit_the_sizes():
+    check_sizes((Tempered, Counted), None, {"num_experts": 4}, "router_args")
+    check_sizes((Tempered, Counted), {"count": 9}, {"num_experts": 9}, "router_args")
+    with pytest.raises(ValueError, match="router_args: count=4 must be less."):
+        check_sizes((Tempered, Counted), {"tau": 1}, {"num_experts": 3}, "router_args")

@@ -13,6 +13,7 @@ from moe_peft.part import ModulePart, Option, Part
 def test_a_part_that_says_nothing_can_neither_be_merged_nor_give_anything():
     assert not ModulePart.mergeable and not ModulePart.keeps_float32 and ModulePart.frozen == ()
     assert not (Part.gives or Part.needs or Part.context_needs or Part.fields or Part.options)
+    assert Part.misfit({}, {}) is None and not Part.known_groups({})
 
 
 @pytest.mark.parametrize(("value", "fits"), [(0.5, True), (2, False), ("a", False), (None, False), ([], False)])

@@ -110,7 +110,7 @@ class LowRankExperts(Experts):
     @classmethod
     def saved_shapes(cls, num_experts: int, r: int, options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """See `Experts.saved_shapes`."""
-        return cls.shapes(num_experts + options["shared"], r)
+        return cls.shapes(num_experts + options.get("shared", 0), r)
 
     def even_out(self) -> None:
         """Give all rows of A the norm that they have in the mean; see `Experts.even_out`."""

@@ -7,15 +7,15 @@ makes them), or the direction of the input that an expert answers most, either s
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ..part import Option
 from ..types import TokenContext
+from .gates import Gate
 from .router import Router
+from .selector import Selector
 
 
 class Centroid(Router):
@@ -26,9 +26,12 @@ class Centroid(Router):
         num_experts: E.
         tau: Temperature.
         sign_agnostic: Whether the absolute value of the cosine counts.
+        select: See `Router`.
+        gate: See `Router`.
+        routed_scaling_factor: See `Router`.
+        expert_dropout: See `Router`.
         init_std: Standard deviation of the vectors before they are fitted; None takes one. Their length is without
             effect.
-        **settings: Further arguments of `Router`.
 
     Attributes:
         weight: (num_scores, D) centroids, never trained.
@@ -60,10 +63,20 @@ class Centroid(Router):
         *,
         tau: float = 0.1,
         sign_agnostic: bool = False,
+        select: Selector | None = None,
+        gate: Gate | None = None,
+        routed_scaling_factor: float = 1.0,
+        expert_dropout: float = 0.0,
         init_std: float | None = None,
-        **settings: Any,
     ) -> None:
-        super().__init__(in_features, num_experts, **settings)
+        super().__init__(
+            in_features,
+            num_experts,
+            select=select,
+            gate=gate,
+            routed_scaling_factor=routed_scaling_factor,
+            expert_dropout=expert_dropout,
+        )
         self.tau, self.sign_agnostic = tau, sign_agnostic
         self.weight = nn.Parameter(torch.empty(self.num_scores, in_features), requires_grad=False)
         nn.init.normal_(self.weight, std=1.0 if init_std is None else init_std)

@@ -5,8 +5,6 @@ All tokens use the experts alike, so that the adapter merges into the weights on
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -20,8 +18,11 @@ class LayerLogits(Router):
     Args:
         in_features: Taken for the signature that scorers share.
         num_experts: E.
+        select: See `Router`.
+        gate: See `Router`.
+        routed_scaling_factor: See `Router`.
+        expert_dropout: See `Router`.
         init_std: Standard deviation of the scores at the start; None takes 1e-3.
-        **settings: Further arguments of `Router`.
 
     Attributes:
         weight: (num_scores,) the scores.
@@ -31,7 +32,14 @@ class LayerLogits(Router):
     mergeable = True
 
     def __init__(self, in_features: int, num_experts: int, *, init_std: float | None = None, **settings: Any) -> None:
-        super().__init__(in_features, num_experts, **settings)
+        super().__init__(
+            in_features,
+            num_experts,
+            select=select,
+            gate=gate,
+            routed_scaling_factor=routed_scaling_factor,
+            expert_dropout=expert_dropout,
+        )
         self.weight = nn.Parameter(torch.empty(self.num_scores))
         nn.init.normal_(self.weight, std=1e-3 if init_std is None else init_std)
 

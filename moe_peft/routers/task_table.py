@@ -19,7 +19,9 @@ from torch.nn import functional as F
 from ..messages import shown
 from ..part import Option
 from ..types import TokenContext
+from .gates import Gate
 from .router import Router
+from .selector import Selector
 
 # Score of an expert that a task may not use: its probability is zero under every gate.
 MASKED = -1e9
@@ -40,9 +42,12 @@ class TaskTable(Router):
         num_tasks: Rows of the table.
         width: Width of a task's embedding; None for a table of scores.
         task_mask: For each task, a list with one or zero for each expert; None lets all tasks use all experts.
+        select: See `Router`.
+        gate: See `Router`.
+        routed_scaling_factor: See `Router`.
+        expert_dropout: See `Router`.
         init_std: Standard deviation of table and embedding at the start; None takes 1e-3 for a table, and one for an
             embedding, with W as in `nn.Linear`.
-        **settings: Further arguments of `Router`.
 
     Attributes:
         weight: (num_tasks, num_scores), or W (num_scores, width).
@@ -84,10 +89,20 @@ class TaskTable(Router):
         num_tasks: int = 2,
         width: int | None = None,
         task_mask: Sequence[Sequence[int]] | None = None,
+        select: Selector | None = None,
+        gate: Gate | None = None,
+        routed_scaling_factor: float = 1.0,
+        expert_dropout: float = 0.0,
         init_std: float | None = None,
-        **settings: Any,
     ) -> None:
-        super().__init__(in_features, num_experts, **settings)
+        super().__init__(
+            in_features,
+            num_experts,
+            select=select,
+            gate=gate,
+            routed_scaling_factor=routed_scaling_factor,
+            expert_dropout=expert_dropout,
+        )
         self.num_tasks, self.task_mask = num_tasks, task_mask
         self.embedding: nn.Parameter | None = None
         if width is None:

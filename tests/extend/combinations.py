@@ -57,4 +57,6 @@ def losses_for(choice: Choice) -> list[str]:
     router, scorer, gate, _ = choice
     if not router_learns(router, scorer, gate):
         return []
-    return [name for name, loss in LOSSES.items() if loss.needs <= router_gives(router, scorer, gate)]
+    normalised = router not in SELECTORS or GATES[gate].sums_to_one
+    fitting = [name for name, loss in LOSSES.items() if normalised or not loss.of_softmax]
+    return [name for name in fitting if LOSSES[name].needs <= router_gives(router, scorer, gate)]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moe_peft.extend import EXPERTS, Place, Routing, TokenContext
+from moe_peft.part import ABILITIES
 from tests.compare import assert_same, random_routing
 
 from .cases import (
@@ -104,7 +105,7 @@ def test_a_decision_has_the_shapes_and_the_names_that_the_contract_says(choice):
         for tensor in (routing.weights, routing.probs, routing.logits, *routing.extras.values()):
             assert torch.isfinite(tensor).all() and tensor.shape[0] == num_tokens
         assert (routing.probs >= 0).all(), "a gate gives no negative probability; experts that are left out have zero"
-        words = router.gives - {"selection", "activations"}
+        words = router.gives - ABILITIES
         assert words <= routing.extras.keys(), f"gives names {sorted(words)}, but extras has {sorted(routing.extras)}"
 
 

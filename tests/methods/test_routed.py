@@ -167,6 +167,10 @@ def test_around_a_block_it_is_perft(router):
             {"experts": "bottleneck", "use_rslora": True},
             "use_rslora=True must be left at False: the kind 'bottleneck'",
         ),
+        (
+            {"experts": "shared_down", "experts_implementation": "eager"},
+            "experts_implementation='eager' must be left at 'auto': the kind 'shared_down' does not use it",
+        ),
         ({"router": "constant", "losses": {"z_loss": 0.1}}, "the 'constant' router learns nothing"),
         ({"router": "constant", "router_z_loss_coef": 0.1}, "the 'constant' router learns nothing"),
     ],

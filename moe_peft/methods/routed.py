@@ -191,9 +191,9 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
         for name in self._coefficients() if learns and not GATES[self.gate].sums_to_one else ():
             if LOSSES[name].of_softmax:
                 warn(
-                    f"{type(self).__name__}: the loss {shown(name)} keeps the softmax's normaliser small, and the gate "
-                    f"{shown(self.gate)} has none, so that its weight has no meaning here. Leave it out, or use the gate "
-                    "'softmax'."
+                    f"{type(self).__name__}: the loss {shown(name)} keeps the softmax's normaliser small, and the "
+                    f"gate {shown(self.gate)} has none, so that its weight has no meaning here. Leave it out, or use "
+                    "the gate 'softmax'."
                 )
 
     def _validate_losses(self) -> None:

@@ -31,7 +31,17 @@ class LayerLogits(Router):
     learns = True
     mergeable = True
 
-    def __init__(self, in_features: int, num_experts: int, *, init_std: float | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        num_experts: int,
+        *,
+        select: Selector | None = None,
+        gate: Gate | None = None,
+        routed_scaling_factor: float = 1.0,
+        expert_dropout: float = 0.0,
+        init_std: float | None = None,
+    ) -> None:
         super().__init__(
             in_features,
             num_experts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 
@@ -51,6 +52,13 @@ def random_routing(
         return Routing(weights=probs, experts=None, logits=logits, probs=probs, context=context)
     weights, experts = probs.topk(top_k, dim=-1)
     return Routing(weights=weights, experts=experts, logits=logits, probs=probs, context=context)
+
+
+def full_routing(num_tokens: int, num_experts: int, top_k: int | None = None, **settings) -> Routing:
+    """A random decision that holds all that losses may ask for; arguments as in `random_routing`."""
+    routing = random_routing(num_tokens, num_experts, top_k, **settings)
+    extras = {"null_probs": routing.probs[:, :2] / 3, "sparsity": routing.logits[:, 0] / 9 - 1}
+    return replace(routing, extras=extras)
 
 
 def as_lists(matrix: torch.Tensor) -> list[list[torch.Tensor]]:

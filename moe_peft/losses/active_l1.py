@@ -62,7 +62,9 @@ class ActiveL1(RouterLoss):
     def sums(self, routing: Routing) -> torch.Tensor:
         """(..., 2E + 1) E / k times the tokens that use each expert, its summed probability, and the valid tokens."""
         used_E = routing.request_matrix().sum(-2) * routing.num_experts / self.active
-        return torch.cat([used_E, masked_sum(routing.probs, routing), num_valid(routing).expand_as(used_E[..., :1])], -1)
+        return torch.cat(
+            [used_E, masked_sum(routing.probs, routing), num_valid(routing).expand_as(used_E[..., :1])], -1
+        )
 
     @staticmethod
     def value(sums: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ class ZLoss(RouterLoss):
     """Keeps the router logits small; zero when every token's logits have a log-sum-exp of zero."""
 
     of_softmax = True
+
     def stacks_by(self) -> tuple[()]:
         """Any; see `RouterLoss.stacks_by`."""
         return ()

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from ..types import TokenContext
+from .gates import Gate
 from .router import Router
+from .selector import Selector
 
 
 class LayerLogits(Router):

@@ -90,7 +90,8 @@ def check_groups(config: MoeConfig, places: Sequence[Place], model: nn.Module) -
         raise ValueError(
             f"expert_groups needs the group of every row, or the router does, but {media[0]} reads images or sound, "
             "which do not tell the sample they belong to. Set "
-            f"exclude_modules={encoder_pattern(encoder_names(model))!r}, target_modules=None, which leaves encoders out, or expert_groups=None."
+            f"exclude_modules={encoder_pattern(encoder_names(model))!r}, target_modules=None, which leaves encoders "
+            "out, or expert_groups=None."
         )
 
 

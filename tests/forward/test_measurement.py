@@ -10,7 +10,7 @@ from moe_peft.forward.measurement import Measurement, measure, own_graph, spread
 from moe_peft.forward.objective import MeanLoss
 from moe_peft.losses import LOSSES, LoadBalancing, LocalizedBalancing
 from moe_peft.types import TokenContext
-from tests.compare import random_routing
+from tests.compare import full_routing
 
 LENGTHS = [5, 4, 1, 3]
 CONTEXT = TokenContext(
@@ -46,7 +46,7 @@ def calls_of(names, top_k, sizes=(4, 4, 4), context=CONTEXT):
     for number, experts in enumerate(sizes):
         losses = {key: loss for name in names for key, loss in losses_of(name).items()}
         coefficients = dict.fromkeys(losses, 0.1 + number)
-        routing = random_routing(sum(LENGTHS), experts, top_k, context=context)
+        routing = full_routing(sum(LENGTHS), experts, top_k, context=context)
         made.append(Measurement(LayerLosses(losses, coefficients, "micro_batch"), routing))
     return made
 
@@ -56,7 +56,9 @@ def assert_as_each_alone(calls):
     expected = []
     for call in calls:
         leaves = {name: own.detach().requires_grad_() for name, own in tensors_of(call.routing).items()}
-        routing = type(call.routing)(**{**vars(call.routing), **leaves})
+        extras = {name: leaves[f"extras.{name}"] for name in call.routing.extras}
+        own = {name: leaf for name, leaf in leaves.items() if not name.startswith("extras.")}
+        routing = type(call.routing)(**{**vars(call.routing), **own, "extras": extras})
         losses = call.losses
         total = sum(losses.coefficients[name] * loss(routing) for name, loss in losses.losses.items())
         gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)

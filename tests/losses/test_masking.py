@@ -10,7 +10,7 @@ import torch
 from moe_peft.losses import LOSSES
 from moe_peft.losses.masking import masked_sum, num_valid
 from moe_peft.types import Routing, TokenContext
-from tests.compare import random_routing
+from tests.compare import full_routing, random_routing
 
 NAMES = sorted(LOSSES)
 
@@ -38,13 +38,6 @@ def padded(routing: Routing, before: int, after: int, junk: float) -> Routing:
     )
 
 
-def decided(num_tokens, num_experts, top_k):
-    """A decision that holds all that losses may ask for."""
-    routing = random_routing(num_tokens, num_experts, top_k)
-    extras = {"null_probs": routing.probs[:, :2] / 3, "sparsity": routing.logits[:, 0] / 9 - 1}
-    return replace(routing, extras=extras)
-
-
 def test_masked_sum_leaves_padding_out_even_where_it_is_not_finite():
     routing = padded(random_routing(3, 2), 1, 2, float("nan"))
     values = torch.tensor([float("nan"), 1.0, 2.0, 3.0, float("inf"), float("nan")])
@@ -66,7 +59,7 @@ def test_without_a_valid_token_there_are_none():
 @pytest.mark.parametrize("top_k", [None, 2])
 @pytest.mark.parametrize("junk", [0.0, 7.0, float("nan")])
 def test_every_loss_and_its_gradient_are_blind_to_padding(name, top_k, junk):
-    plain = decided(13, 4, top_k)
+    plain = full_routing(13, 4, top_k)
     expected = loss_of(name)(plain)
     (wanted,) = torch.autograd.grad(expected, [plain.logits], allow_unused=True, retain_graph=True)
     for before, after in ((0, 5), (5, 0), (2, 3)):
@@ -81,7 +74,7 @@ def test_every_loss_and_its_gradient_are_blind_to_padding(name, top_k, junk):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_every_loss_of_no_valid_token_is_finite_with_a_finite_gradient(name, top_k):
-    for routing in (decided(0, 4, top_k), padded(decided(0, 4, top_k), 2, 1, 3.0)):
+    for routing in (full_routing(0, 4, top_k), padded(full_routing(0, 4, top_k), 2, 1, 3.0)):
         weights = routing.weights.detach().requires_grad_()
         probs = routing.probs.detach().requires_grad_()
         logits = routing.logits.detach().requires_grad_()
@@ -94,7 +87,7 @@ def test_every_loss_of_no_valid_token_is_finite_with_a_finite_gradient(name, top
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_loss_of_a_float32_decision_is_a_float32_scalar(name):
-    routing = decided(13, 4, 2)
+    routing = full_routing(13, 4, 2)
     extras = {key: extra.float() for key, extra in routing.extras.items()}
     tensors = (routing.weights.float(), routing.experts, routing.logits.float(), routing.probs.float())
     routing = Routing(*tensors, extras=extras)

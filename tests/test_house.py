@@ -83,3 +83,9 @@ def test_no_part_is_named_outside_of_its_file_and_registry(path):
     others = {*LAYERS, *IMPLEMENTATIONS, *config_fields, *telemetry.__all__}
     parts = {name for registry in REGISTRIES for name in registry} - others
     assert parts and not [text for text in texts_of(ast.parse(path.read_text())) if text in parts]
+
+
+@pytest.mark.parametrize("path", [path for path in files_outside() if path.name != "__init__.py"], ids=short)
+def test_every_file_has_a_mirrored_test(path):
+    own = path.relative_to(PACKAGE)
+    assert (Path(__file__).parent / own.parent / f"test_{own.name}").exists()

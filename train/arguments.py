@@ -30,11 +30,17 @@ OF_THE_RUN = frozenset({"moe_router_lr", "moe_lora_plus_ratio", "moe_quantize_ex
 class ScriptParser(TrlParser):
     """TRL's parser with files by name, without abbreviations, and with messages that say what to write.
 
+    Args:
+        dataclass_types: As of TRL's parser.
+        ignores_unknown_keys: Leave keys of a file out that this parser lacks, which other programs read.
+        **kwargs: As of TRL's parser.
+
     Attributes:
         given: Names of the settings that were given, by a flag or by a file, in the last parse.
     """
 
-    def __init__(self, dataclass_types: Any, **kwargs: Any) -> None:
+    def __init__(self, dataclass_types: Any, *, ignores_unknown_keys: bool = False, **kwargs: Any) -> None:
+        self.ignores_unknown_keys = ignores_unknown_keys
         self.sections: list[tuple[type, list[argparse.Action]]] = []
         self.given: frozenset[str] = frozenset()
         program = os.environ.get("MOE_PEFT_PROGRAM") or None
@@ -66,7 +72,7 @@ class ScriptParser(TrlParser):
         words = list(sys.argv[1:] if args is None else args)
         origins: dict[str, str] = {}
         values = self._file_values(words, origins)
-        self._check_keys(values, origins)
+        values = self._known(values, origins)
         self.set_defaults_with_config(**values)
         namespace, unknown = self.parse_known_args(words)
         if unknown and not kwargs.get("return_remaining_strings"):
@@ -100,8 +106,11 @@ class ScriptParser(TrlParser):
             values = kept
         return {**values, **own}
 
-    def _check_keys(self, values: dict[str, Any], origins: dict[str, str]) -> None:
+    def _known(self, values: dict[str, Any], origins: dict[str, str]) -> dict[str, Any]:
+        """Settings that this parser has; what others there are is refused, or left out where a file is another's."""
         known = {action.dest for action in self._actions}
+        if self.ignores_unknown_keys:
+            return {name: value for name, value in values.items() if name in known}
         for name in values:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
@@ -109,6 +118,7 @@ class ScriptParser(TrlParser):
                 raise ValueError(
                     f"{origins[name]}: the key {shown(name)} means nothing to {self.prog}.{hint} Remove it."
                 )
+        return values
 
     def _unknown(self, words: list[str]) -> str:
         """What to say of words that are no flags."""

@@ -12,6 +12,9 @@ VERBS: dict[str, tuple[str, str | None, str]] = {
     "reward": ("launch", "reward", "train a reward model on pairs of answers"),
     "select-experts": ("launch", "select_experts", "choose the experts of a backbone that a data set uses (ESFT)"),
     "configs": ("configs", None, "list the configurations that ship with the package, or print one"),
+    "describe": ("describe", None, "say what an adapter would train, and the memory that it takes, without loading"),
+    "inspect": ("inspect", None, "say what a saved adapter is, and whether it is healthy"),
+    "route": ("route", None, "show which experts each token of a text uses"),
     "run": ("run", None, "run a module or script of any tool with our adapter types registered"),
 }
 

@@ -28,9 +28,18 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
         x: Input of any shape.
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if autocast_is_on(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def autocast_is_on(device_type: str) -> bool:
+    """Whether autocast is on for a device; the meta device, on which a dry run passes, knows of none.
+
+    Args:
+        device_type: As "cpu" or "cuda".
+    """
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def outside_autocast(device_type: str) -> AbstractContextManager:
@@ -39,7 +48,7 @@ def outside_autocast(device_type: str) -> AbstractContextManager:
     Args:
         device_type: As "cpu" or "cuda".
     """
-    if torch.is_autocast_enabled(device_type):
+    if autocast_is_on(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 

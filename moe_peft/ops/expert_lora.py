@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from .dtypes import autocast_is_on
 from .expert_rows import PATHS, choose_path
 from .expert_stacks import AdaptedMatrix, FusedExperts
 
@@ -65,7 +66,7 @@ def expert_lora(
         (..., O) in the dtype of the input.
     """
     device = hidden_TD.device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocast_is_on(device):
         return _run(experts, hidden_TD, index_TK, weights_TK, path)
     # Products in place and grouped ones are outside of autocast: all compute in the dtype of the matrices.
     with torch.autocast(device, enabled=False):

@@ -29,8 +29,8 @@ def test_every_verb_that_launches_nothing_has_help(verb, capsys):
 
 
 def test_a_wrong_verb_is_answered_with_the_nearest(capsys):
-    assert main(["cnfigs", "folder"]) == 2
-    assert capsys.readouterr().err == "moe-peft: 'cnfigs' is no verb. Did you mean configs?\n"
+    assert main(["inspct", "folder"]) == 2
+    assert capsys.readouterr().err == "moe-peft: 'inspct' is no verb. Did you mean inspect?\n"
 
 
 def test_an_error_of_a_user_is_one_line_and_its_traceback_can_be_asked_for(capsys, monkeypatch):

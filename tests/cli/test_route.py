@@ -1,0 +1,43 @@
+"""`moe-peft route` shows the experts of each token, of one place a layer or of those that are named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+import moe_peft
+from moe_peft.cli import main
+from tests.train.tiny_run import make_base
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("route")
+    base = AutoModelForCausalLM.from_pretrained(make_base(folder / "base"))
+    get_peft_model(base, moe_peft.RoutedConfig(task_type="CAUSAL_LM", num_experts=4)).save_pretrained(
+        folder / "adapter"
+    )
+    return folder / "adapter"
+
+
+def test_each_token_has_its_experts_at_one_place_of_each_layer(adapter, capsys, tmp_path):
+    assert main(["route", "--adapter", str(adapter), "w7 w8", "--json", str(tmp_path / "out.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "[0] model.layers.0.mlp." in printed and "[1] model.layers.1.mlp." in printed and "[2]" not in printed
+    (row,) = [line.split() for line in printed.splitlines() if line.startswith("w8")]
+    written = json.loads((tmp_path / "out.json").read_text())
+    weights = next(rows[1] for place, rows in written["weights"].items() if place.startswith("model.layers.0.mlp."))
+    best = max(range(4), key=weights.__getitem__)
+    assert written["tokens"] == ["w7", "w8"] and row[1] == f"{best}:{weights[best]:.2f}"
+    assert len(row) == 1 + 2 * 2
+
+
+def test_places_are_chosen_by_a_part_of_their_names(adapter, capsys):
+    assert main(["route", "--adapter", str(adapter), "w7", "--place", "layers.1.mlp", "--top", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "[2] model.layers.1.mlp" in printed and "layers.0" not in printed
+    assert main(["route", "--adapter", str(adapter), "w7", "--place", "nowhere"]) == 1
+    assert "--place nowhere: no place is called so" in capsys.readouterr().err

@@ -1,28 +1,23 @@
-"""What every adapter type's configuration is: checked values, parts that it builds, a file, and a part of a card."""
+"""What every adapter type's configuration is: checked values, the places it goes to, and parts that it builds."""
 
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from peft.config import PeftConfig
 from torch import nn
 
-from ..files import write_text
 from ..messages import LIMIT, shown
 from ..place import MoeLayer, Place
 from .absent import TARGET_PARAMETERS, Absent
-from .adapter_files import CONFIG, check_adapter_files
-from .card_section import SETTINGS, AdapterFacts, write_section
-from .checked import CheckedConfig
 from .meaning import NOT_MEANING, meaning_of
 from .parts import AROUND_WEIGHTS, RoutedParts
 from .patterns import NAMES_OR_PATTERN, PARTS_OF_NAMES, check_patterns
+from .saved import SavedConfig
 
 SCHEMA_VERSION = 1
 # Name of the router of adapters whose experts follow the backbone's own routing.
@@ -31,7 +26,7 @@ PEFT_FIELDS = frozenset(own.name for own in dataclasses.fields(PeftConfig))
 
 
 @dataclass
-class MoeConfig(CheckedConfig):
+class MoeConfig(SavedConfig):
     """Base of the configurations of all adapter types; use one of its subclasses.
 
     A subclass is composed from the groups of fields that mean something for it (see `fields`), overrides defaults with
@@ -39,21 +34,11 @@ class MoeConfig(CheckedConfig):
     wraps (`placement`) where that is not a linear layer.
 
     Attributes:
-        method: Name of the method.
-        equation: What it computes, in plain text.
-        source: Its paper.
-        adapter_type: peft's name of the type, in capitals.
         default_targets: Which linear layers are adapted where nothing is said.
-        fixed_fields: Field name -> why its default is the only value.
         absent_fields: Field name -> value and reason, see `accepts_absent`.
     """
 
-    method: ClassVar[str] = ""
-    equation: ClassVar[str] = ""
-    source: ClassVar[str] = ""
-    adapter_type: ClassVar[str] = ""
     default_targets: ClassVar[Literal["ffn", "attention", "all"]] = "ffn"
-    fixed_fields: ClassVar[dict[str, str]] = {}
     absent_fields: ClassVar[Absent] = TARGET_PARAMETERS
     target_parameters: ClassVar[None] = None  # peft asks for it
 
@@ -226,30 +211,6 @@ class MoeConfig(CheckedConfig):
         """
         return meaning_of(self, skipped=PEFT_FIELDS)
 
-    @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """Refuse the fields of another adapter type, which peft would load as that type without a word."""
-        found = kwargs.get("peft_type")
-        if cls.adapter_type and found is not None and str(found) != cls.adapter_type:
-            raise ValueError(
-                f"This adapter_config.json has peft_type={shown(found)}, but {cls.__name__} loads "
-                f"{shown(cls.adapter_type)}. Use peft.PeftConfig.from_pretrained, which picks the class by the file."
-            )
-        return super().check_kwargs(**kwargs)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> MoeConfig:
-        """Load a configuration, after checking that the weights beside it are complete; arguments as in peft.
-
-        Raises:
-            ValueError: The folder's weights are truncated, not safetensors, or do not fit the configuration.
-        """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        check_adapter_files(pretrained_model_name_or_path, subfolder, config.expected_shapes())
-        return config
-
     def resolve(self, model: nn.Module, layers: Sequence[MoeLayer]) -> None:
         """Fill in and check what depends on the model, before any weight is changed.
 
@@ -262,52 +223,9 @@ class MoeConfig(CheckedConfig):
         """Whether a sparse layer of the model gets an adapter by default."""
         return True
 
-    def expected_shapes(self) -> dict[str, tuple[int, ...]]:
-        """How the shapes of saved tensors begin, by the end of their names."""
-        return {}
-
     def summary(self) -> str:
         """Experts and router in a few words, for the dry run."""
         return self.method
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the configuration, and say in the folder's model card how to load the adapter; arguments as in peft.
-
-        Both files are written beside and renamed, so that no reader meets half of one.
-
-        Raises:
-            ValueError: There is a file in the place of the folder.
-        """
-        folder = Path(save_directory)
-        if folder.is_file():
-            raise ValueError(f"save_directory={shown(str(folder))} is a file; name a folder.")
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as beside:
-            super().save_pretrained(beside, **kwargs)
-            write_text(folder / CONFIG, Path(beside, CONFIG).read_text(encoding="utf-8"))
-        write_section(folder, self.facts())
-
-    def card_fields(self) -> list[str]:
-        """Fields that a model card shows where they are set."""
-        known = {own.name for own in dataclasses.fields(self)}
-        return [name for name in SETTINGS if name in known]
-
-    def facts(self) -> AdapterFacts:
-        """What a model card can say about this adapter without its weights."""
-        settings: dict[str, object] = {}
-        for name in self.card_fields():
-            value = getattr(self, name)
-            if name not in self.fixed_fields and value not in (None, False, 0.0):
-                settings[name] = sorted(value) if isinstance(value, set) else value
-        return AdapterFacts(
-            method=self.method,
-            adapter_type=self.adapter_type,
-            equation=self.equation,
-            source=self.source,
-            task_type=self.task_type,
-            settings=settings,
-            base_model=self.base_model_name_or_path,
-        )
 
 
 def _in_order(ids: list[int] | set[int]) -> list[int]:

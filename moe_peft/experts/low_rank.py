@@ -246,14 +246,7 @@ class LowRankExperts(Experts):
         return self.A.reshape(-1, self.A.shape[-1])
 
     def delta_weight(self, weights_E: torch.Tensor) -> torch.Tensor:
-        """The matrix that the experts add to the base weight under a constant routing.
-
-        Args:
-            weights_E: (E,) combine weights.
-
-        Returns:
-            (O, D) float32 or wider.
-        """
+        """S * sum_e w_e B_e A_e; arguments as in `Experts.delta_weight`."""
         dtype = torch.promote_types(self.A.dtype, torch.float32)
         weights_E = torch.cat([weights_E.to(dtype), torch.ones(self.shared, dtype=dtype, device=weights_E.device)])
         B_ROE = (self.B.to(dtype) * weights_E.to(self.B.device)[:, None, None]).reshape(-1, self.B.shape[-1])

@@ -20,7 +20,6 @@ from ..backbone.experts_call import ExpertsCall, experts_call
 from ..experts.expert_pairs import MATRICES
 from ..ops.expert_lora import expert_lora
 from ..ops.expert_stacks import LowRankPairs
-from ..routers import backbone_routing
 from .expert_pass import call_with
 from .fused_experts import matrix_names, read_fused
 from .selecting_layer import SelectingLayer
@@ -46,18 +45,11 @@ class AdaptedExperts(SelectingLayer):
         Raises:
             ValueError: Adapters are mixed in a batch.
         """
-        if adapter_names is not None or self.tracker.mixes_rows():
-            raise ValueError(
-                f"Cannot pass `adapter_names` to {self.place}, which receives flattened tokens: adapters on a "
-                "backbone's experts cannot be mixed in a batch. Activate one with model.set_adapter(name)."
-            )
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        names = [] if self.disable_adapters else self.active_names()
+        names = self.acting_names(adapter_names)
         if not names:
             return self.base_layer(*args, **kwargs)
         call = experts_call(args, kwargs)
-        self._show(names, call)
+        self.show(names, call)
         compute = partial(self._run, names, self._trains(names, call))
         return call_with(compute, self, self.base_layer, self.get_base_layer(), *args, **kwargs)
 
@@ -82,14 +74,6 @@ class AdaptedExperts(SelectingLayer):
         names = matrix_names(self.get_base_layer())
         assert names is not None
         return names[MATRICES.index(matrix)]
-
-    def _show(self, names: list[str], call: ExpertsCall) -> None:
-        """Tell the tracker what the backbone decided, where somebody looks."""
-        if not self.tracker.watched():
-            return
-        context = self.tracker.tokens(call.hidden, self.rows, self.training)
-        for name in names:
-            self.note(name, backbone_routing(call.index, call.weights, self.num_backbone_experts, context))
 
     def check_merge(self, adapter_names: Sequence[str], safe_merge: bool = False) -> None:
         """Refuse a merge that could not be stored; see `MergingLayer.check_merge`."""

@@ -10,40 +10,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .constant_weights import check_constant, check_weight, constant_weights
-from .routed_layer import RoutedLayer
+from .linear_layer import LinearLayer
 
 
-class RoutedLinear(RoutedLayer):
-    """Wraps a linear layer, plain or quantized."""
+class RoutedLinear(LinearLayer):
+    """Adds a routed sum to what the linear layer gives."""
 
-    merges = True
-
-    def forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
-    ) -> torch.Tensor:
-        """Apply the base layer and the active adapters.
-
-        Args:
-            x: (..., D) input.
-            *args: Passed to the base layer.
-            adapter_names: Adapter of each row of the batch, "__base__" for none; None uses the active adapters.
-            **kwargs: Passed to the base layer.
-
-        Returns:
-            (..., O) in the dtype the base layer returns.
-        """
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        if adapter_names is None:
-            adapter_names = self.tracker.row_names(x)
-        if adapter_names is not None:
-            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
-        names = self.active_names()
-        if not names:
-            return self.base_layer(x, *args, **kwargs)
-
+    def with_adapters(self, names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Add the routed sum of every adapter; see `LinearLayer.with_adapters`."""
         context = self.tracker.tokens(x, self.rows, self.training)
         x_TD = x.reshape(-1, x.shape[-1])
         out_TO = self.base_layer(x_TD, *args, **kwargs)
@@ -55,10 +29,10 @@ class RoutedLinear(RoutedLayer):
             out_TO = self.add(name, x_TD, out_TO, context, in_place=in_place)
         return out_TO.view(*x.shape[:-1], out_TO.shape[-1])
 
-    def _mixed_batch_forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    def with_adapters_of_rows(
+        self, adapter_names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        self.check_rows(adapter_names, x)
+        """Add to each row the routed sum of its adapter; see `LinearLayer.with_adapters_of_rows`."""
         out = self.base_layer(x, *args, **kwargs)
         result = out.clone()
         context = self.tracker.tokens(x, self.rows)

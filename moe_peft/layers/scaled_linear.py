@@ -12,47 +12,24 @@ from transformers.pytorch_utils import Conv1D
 
 from ..types import TokenContext
 from .constant_weights import check_constant, check_weight, constant_weights
-from .routed_layer import RoutedLayer
+from .linear_layer import LinearLayer
 
 
-class ScaledLinear(RoutedLayer):
+class ScaledLinear(LinearLayer):
     """Wraps a linear layer; the experts say which side is scaled, what their router reads, and how many heads.
 
     Attributes:
         originals: Weight, and bias where there is one, from before any merge; empty while nothing is merged.
     """
 
-    merges = True
     adds_to_output = False
     originals: tuple[torch.Tensor, ...] = ()
 
-    def forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
-    ) -> torch.Tensor:
-        """Scale by the active adapters and apply the base layer.
+    def with_adapters(self, names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Scale by the adapters; see `LinearLayer.with_adapters`.
 
         Scales of several adapters multiply; each router reads what is scaled as it is without any adapter.
-
-        Args:
-            x: (..., D) input.
-            *args: Passed to the base layer.
-            adapter_names: Adapter of each row of the batch, "__base__" for none; None uses the active adapters.
-            **kwargs: Passed to the base layer.
-
-        Returns:
-            (..., O) in the dtype the base layer returns.
         """
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        if adapter_names is None:
-            adapter_names = self.tracker.row_names(x)
-        if adapter_names is not None:
-            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
-        names = self.active_names()
-        if not names:
-            return self.base_layer(x, *args, **kwargs)
         context = self.tracker.tokens(x, self.rows, self.training)
         at_input = [name for name in names if self.experts[name].scales_input]
         at_output = [name for name in names if name not in at_input]
@@ -91,10 +68,10 @@ class ScaledLinear(RoutedLayer):
             scaled = bank(None, scaled.reshape(-1, u.shape[-1]), routing).view(u.shape)
         return scaled
 
-    def _mixed_batch_forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    def with_adapters_of_rows(
+        self, adapter_names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        self.check_rows(adapter_names, x)
+        """Scale each row by its adapter; see `LinearLayer.with_adapters_of_rows`."""
         names = sorted(set(adapter_names) & set(self.experts))
         at_input = [name for name in names if self.experts[name].scales_input]
         out = self.base_layer(self._scale_rows(at_input, x, x, adapter_names), *args, **kwargs)

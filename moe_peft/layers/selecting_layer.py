@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..backbone.experts_call import ExpertsCall
 from ..config.parts import RoutedParts
 from ..experts import Selection
+from ..routers import backbone_routing
 from .routed_layer import RoutedLayer
 
 
@@ -41,3 +43,34 @@ class SelectingLayer(RoutedLayer):
         super()._apply(fn, recurse)
         self._keep_tables()  # the base layer may have moved
         return self
+
+    def acting_names(self, adapter_names: list[str] | None) -> list[str]:
+        """Adapters that act in a call; merged ones come out of the weights where adapters are disabled.
+
+        Args:
+            adapter_names: Adapter of each row, which such a layer cannot serve, as it does not know the rows.
+
+        Raises:
+            ValueError: Adapters are mixed in a batch.
+        """
+        if adapter_names is not None or self.tracker.mixes_rows():
+            raise ValueError(
+                f"Cannot pass `adapter_names` to {self.place}, which receives flattened tokens: adapters on a "
+                "backbone's experts cannot be mixed in a batch. Activate one with model.set_adapter(name)."
+            )
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        return [] if self.disable_adapters else self.active_names()
+
+    def show(self, names: list[str], call: ExpertsCall) -> None:
+        """Tell the tracker what the backbone decided, where somebody looks.
+
+        Args:
+            names: Adapters that act on it.
+            call: What the experts module was called with.
+        """
+        if not self.tracker.watched():
+            return
+        context = self.tracker.tokens(call.hidden, self.rows, self.training)
+        for name in names:
+            self.note(name, backbone_routing(call.index, call.weights, self.num_backbone_experts, context))

@@ -21,7 +21,6 @@ from ..backbone.stand_in import stand_in_fault
 from ..config.parts import RoutedParts
 from ..experts import ExpertSlices
 from ..messages import warn
-from ..routers import backbone_routing
 from .selecting_layer import SelectingLayer
 
 
@@ -73,19 +72,12 @@ class SlicedExperts(SelectingLayer):
         Raises:
             ValueError: Adapters are mixed in a batch, or two active ones select the same expert.
         """
-        if adapter_names is not None or self.tracker.mixes_rows():
-            raise ValueError(
-                f"Cannot pass `adapter_names` to {self.place}, which receives flattened tokens: adapters on a "
-                "backbone's experts cannot be mixed in a batch. Activate one with model.set_adapter(name)."
-            )
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        names = [] if self.disable_adapters else self.active_names()
+        names = self.acting_names(adapter_names)
         if not names:
             return self.base_layer(*args, **kwargs)
         self._check_disjoint([*self.merged_adapters, *names])
         call = experts_call(args, kwargs)
-        self._show(names, call)
+        self.show(names, call)
         places = {name: self.selections[name].local(call.index) for name in names}
         frozen_TK = call.weights
         for name, local_TK in places.items():
@@ -97,14 +89,6 @@ class SlicedExperts(SelectingLayer):
 
     def _compute(self, tensors: Mapping[str, torch.Tensor], *call: torch.Tensor) -> torch.Tensor:
         return run_experts(self.get_base_layer(), tensors, self.num_backbone_experts, *call)
-
-    def _show(self, names: list[str], call: ExpertsCall) -> None:
-        """Tell the tracker what the backbone decided, where somebody looks."""
-        if not self.tracker.watched():
-            return
-        context = self.tracker.tokens(call.hidden, self.rows, self.training)
-        for name in names:
-            self.note(name, backbone_routing(call.index, call.weights, self.num_backbone_experts, context))
 
     def _check_disjoint(self, names: list[str]) -> None:
         seen: set[int] = set()

@@ -66,22 +66,7 @@ def dense_experts(
     in_place: bool = False,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Add the weighted output of every expert to the base output; arguments as in `eager_experts`.
-
-    Args:
-        x_TD: (T, D) input.
-        base_out_TO: (T, O) output of the frozen layer.
-        A: (E, r, D) down matrices.
-        B: (E, r, O) up matrices, stored transposed.
-        routing: Decision for the T tokens.
-        scaling: s, the factor of the routed sum.
-        act: Elementwise function of the down projections; None for the identity.
-        in_place: Whether `base_out_TO` may be overwritten.
-        dtype: Compute dtype; None takes the input's.
-
-    Returns:
-        (T, O) in the dtype of `base_out_TO`.
-    """
+    """Add the weighted output of every expert; arguments as in `eager_experts`, and what to compute in, or None."""
     h_TR = project(x_TD, A.reshape(-1, A.shape[-1]), dtype=dtype)
     return combine_experts(h_TR, base_out_TO, B, routing.gate_matrix(), scaling=scaling, act=act, in_place=in_place)
 

@@ -36,7 +36,7 @@ def eager_experts(
         routing: Decision for the T tokens.
         scaling: s, the factor of the routed sum.
         act: Elementwise function of the down projections; None for the identity.
-        in_place: Accepted for a common signature; the sum is always out of place here.
+        in_place: Whether `base_out_TO` may be overwritten; here the sum is out of place all the same.
 
     Returns:
         (T, O) in the dtype of `base_out_TO`.

@@ -27,21 +27,7 @@ def gather_experts(
     act: Callable[[torch.Tensor], torch.Tensor] | None = None,
     in_place: bool = False,
 ) -> torch.Tensor:
-    """Add the weighted output of the selected experts to the base output; arguments as in `eager_experts`.
-
-    Args:
-        x_TD: (T, D) input.
-        base_out_TO: (T, O) output of the frozen layer.
-        A: (E, r, D) down matrices.
-        B: (E, r, O) up matrices, stored transposed.
-        routing: Decision for the T tokens.
-        scaling: s, the factor of the routed sum.
-        act: Elementwise function of the down projections; None for the identity.
-        in_place: Whether `base_out_TO` may be overwritten.
-
-    Returns:
-        (T, O) in the dtype of `base_out_TO`.
-    """
+    """Add the weighted output of the selected experts to the base output; arguments as in `eager_experts`."""
     index_TK, weights_TK = slots_of(routing)
     num_tokens, num_slots = index_TK.shape
     r, out_features = B.shape[1:]

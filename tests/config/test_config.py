@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from peft import PeftConfig, PeftType, get_peft_model
+from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from moe_peft import LoraMoeConfig, MoePeftWarning, MoloraConfig, RoutedConfig, SiraConfig, describe
+from moe_peft import LoraMoeConfig, MoloraConfig, RoutedConfig, SiraConfig, describe
 from tests.tiny import tiny_llama
 
 CONFIGS = [LoraMoeConfig, MoloraConfig, SiraConfig, RoutedConfig]
@@ -69,75 +67,9 @@ def test_method_with_a_router_of_its_own_refuses_another(config, router, reason)
         config(router=router, top_k=2)
 
 
-@pytest.mark.parametrize("config", [LoraMoeConfig, RoutedConfig])
-def test_expert_groups_of_another_length_are_refused(config):
-    with pytest.raises(ValueError, match=r"expert_groups=\[1, 0\] must be one group per expert, that is 4 integers"):
-        config(num_experts=4, expert_groups=[1, 0])
-
-
-@pytest.mark.parametrize("config", [LoraMoeConfig, RoutedConfig])
-def test_one_expert_group_is_refused(config):
-    with pytest.raises(ValueError, match="at least two groups, or None"):
-        config(num_experts=3, expert_groups=[1, 1, 1])
-
-
-@pytest.mark.parametrize("config", [LoraMoeConfig, RoutedConfig])
-def test_three_expert_groups_are_refused_in_the_paper_mode_alone(config):
-    fields = {"num_experts": 3, "expert_groups": [0, 1, 2]}
-    if config is RoutedConfig:
-        fields["losses"] = {"localized_balancing": 0.1}
-    with pytest.raises(ValueError, match="for more groups set localized_balancing_mode='specialize'"):
-        config(**fields)
-    assert config(**fields, localized_balancing_mode="specialize").expert_groups == [0, 1, 2]
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"localized_balancing_delta": 1.1}, "localized_balancing_delta=1.1 must be a number from 0 to 1"),
-        ({"localized_balancing_mode": "code"}, "must be one of 'paper', 'specialize'"),
-        ({"group_column": ""}, "group_column='' must be the name of a batch column"),
-    ],
-)
-def test_wrong_field_of_localized_balancing_is_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
-        LoraMoeConfig(**fields)
-
-
-@pytest.mark.parametrize("fields", [{"localized_balancing_delta": 0.3}, {"localized_balancing_mode": "specialize"}])
-def test_localized_fields_without_groups_warn(fields):
-    with pytest.warns(MoePeftWarning, match="have no effect without expert_groups; give the group of each expert"):
-        LoraMoeConfig(**fields)
-
-
 def test_foreign_peft_type_is_refused():
     with pytest.raises(ValueError, match="does not belong to LoraMoeConfig, which is of type 'LORAMOE'"):
         LoraMoeConfig(peft_type="SIRA")
-
-
-def test_file_of_another_adapter_type_is_refused_by_the_class_and_loaded_by_peft(tmp_path):
-    SiraConfig(num_experts=5).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has peft_type='SIRA', but LoraMoeConfig loads 'LORAMOE'"):
-        LoraMoeConfig.from_pretrained(tmp_path)
-    loaded = PeftConfig.from_pretrained(tmp_path)
-    assert type(loaded) is SiraConfig and loaded.num_experts == 5
-
-
-def test_file_of_a_newer_schema_is_refused(tmp_path):
-    LoraMoeConfig().save_pretrained(tmp_path)
-    file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "schema_version": 2}))
-    with pytest.raises(ValueError, match="schema_version=2 must be at most 1; upgrade peft-moe"):
-        LoraMoeConfig.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-def test_configuration_survives_its_file(config, tmp_path):
-    before = config(r=3, num_experts=5, target_modules=["up_proj"], router_z_loss_coef=0.5)
-    before.save_pretrained(tmp_path)
-    after = config.from_pretrained(tmp_path)
-    assert after.to_dict() == before.to_dict()
-    assert after.peft_type is PeftType[config.adapter_type]
 
 
 def test_choice_order_is_refused_for_a_causal_model_unless_allowed():

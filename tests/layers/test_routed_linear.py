@@ -80,13 +80,6 @@ def test_sixteen_bit_input_computes_in_sixteen_bits_with_float32_logits():
     torch.testing.assert_close(logits, x.float() @ layer.router["default"].weight.T)
 
 
-def test_adapter_names_are_refused_on_merged_layers():
-    layer = layer_of(nn.Linear(12, 8), LoraMoeConfig(target_modules=["0"], num_experts=1))
-    layer.merge()
-    with pytest.raises(ValueError, match="call `unmerge_adapter` first"):
-        layer(torch.randn(2, 12), adapter_names=["default", "__base__"])
-
-
 def test_weights_that_are_not_finite_are_not_merged_safely():
     layer = layer_of(nn.Linear(12, 8), LoraMoeConfig(target_modules=["0"], num_experts=1))
     layer.experts["default"].A.data[0, 0, 0] = float("nan")

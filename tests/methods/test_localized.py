@@ -22,22 +22,42 @@ def test_the_loss_has_the_numbers_of_the_configuration():
     assert loss.expert_groups == tuple(GROUPS) and loss.delta == 0.3 and loss.group_column == "task_type"
 
 
+@pytest.mark.parametrize("config", [LoraMoeConfig, RoutedConfig])
+def test_expert_groups_of_another_length_are_refused(config):
+    with pytest.raises(ValueError, match=r"expert_groups=\[1, 0\] must be one group per expert, that is 4 integers"):
+        config(num_experts=4, expert_groups=[1, 0])
+
+
+@pytest.mark.parametrize("config", [LoraMoeConfig, RoutedConfig])
+def test_one_expert_group_is_refused(config):
+    with pytest.raises(ValueError, match="at least two groups, or None"):
+        config(num_experts=3, expert_groups=[1, 1, 1])
+
+
+@pytest.mark.parametrize("config", [LoraMoeConfig, RoutedConfig])
+def test_three_expert_groups_are_refused_in_the_paper_mode_alone(config):
+    fields = {"num_experts": 3, "expert_groups": [0, 1, 2]}
+    if config is RoutedConfig:
+        fields["losses"] = {"localized_balancing": 0.1}
+    with pytest.raises(ValueError, match="for more groups set localized_balancing_mode='specialize'"):
+        config(**fields)
+    assert config(**fields, localized_balancing_mode="specialize").expert_groups == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"expert_groups": [0, 0, 0, 0]}, "expert_groups=.* of at least two groups"),
-        ({"expert_groups": [0, 1, 2, 3]}, "expert_groups=.* localized_balancing_mode='specialize'"),
-        ({"localized_balancing_delta": 1.5}, "localized_balancing_delta=1.5 must be a number from 0 to 1"),
-        ({"localized_balancing_mode": "own"}, "localized_balancing_mode='own' must be one of 'paper', 'specialize'"),
+        ({"localized_balancing_delta": 1.1}, "localized_balancing_delta=1.1 must be a number from 0 to 1"),
+        ({"localized_balancing_mode": "code"}, "must be one of 'paper', 'specialize'"),
         ({"group_column": ""}, "group_column='' must be the name of a batch column"),
     ],
 )
-def test_what_has_no_meaning_together_is_refused(fields, message):
+def test_wrong_field_of_localized_balancing_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        LoraMoeConfig(num_experts=4, **fields)
-    LoraMoeConfig(num_experts=4, expert_groups=[0, 1, 2, 3], localized_balancing_mode="specialize")
+        LoraMoeConfig(**fields)
 
 
-def test_strength_without_groups_is_said_to_have_no_effect():
-    with pytest.warns(MoePeftWarning, match="have no effect without expert_groups"):
-        LoraMoeConfig(localized_balancing_mode="specialize")
+@pytest.mark.parametrize("fields", [{"localized_balancing_delta": 0.3}, {"localized_balancing_mode": "specialize"}])
+def test_localized_fields_without_groups_warn(fields):
+    with pytest.warns(MoePeftWarning, match="have no effect without expert_groups; give the group of each expert"):
+        LoraMoeConfig(**fields)

@@ -12,6 +12,7 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 from moe_peft.config.field_types import field_types
+from moe_peft.experts import EXPERTS
 from moe_peft.messages import shown
 from moe_peft.methods import METHODS
 
@@ -33,7 +34,7 @@ WITHOUT_FLAG = frozenset(
 )
 # Where the flag takes something else than the field.
 HELP = {
-    "experts": "Expert kind (low_rank, bottleneck), or the expert_config.json of train/select_experts.py.",
+    "experts": f"Expert kind ({', '.join(EXPERTS)}), or the expert_config.json of train/select_experts.py.",
     "init_weights": "'gaussian', or 'true' for uniform A.",
     "target_modules": "Linear layers to adapt, or all-linear; default: the method's places.",
     "group_column": "Data column with the group of each sample, for localized balancing.",

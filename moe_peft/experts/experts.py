@@ -150,6 +150,17 @@ class Experts(ModulePart, nn.Module):
         """
         return h
 
+    def directions(self) -> torch.Tensor:
+        """The direction of the input that each expert answers most, of kinds that know it.
+
+        Returns:
+            (E, D) unit vectors, float32 or wider, of either sign.
+
+        Raises:
+            ValueError: The kind does not know it, or an expert answers nothing.
+        """
+        raise ValueError(f"{type(self).__name__} does not know which direction of the input an expert answers most.")
+
     def even_out(self) -> None:
         """Let activations of the experts have equal sizes at the start, for routers that compare them."""
 

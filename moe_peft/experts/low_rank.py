@@ -112,6 +112,19 @@ class LowRankExperts(Experts):
         """See `Experts.saved_shapes`."""
         return cls.shapes(num_experts + options.get("shared", 0), r)
 
+    def directions(self) -> torch.Tensor:
+        """Right singular vectors of B_e A_e with the largest singular value; see `Experts.directions`.
+
+        B A = (P S) (Q R)' with orthogonal P and Q, so that the decomposition is that of an (r, r) matrix.
+        """
+        dtype = torch.promote_types(self.A.dtype, torch.float32)
+        A, B = (tensor[: self.num_choices].to(dtype) for tensor in (self.A, self.B))
+        if not B.flatten(1).any(-1).all():
+            raise ValueError(f"{type(self).__name__}: an expert's up matrix is zero, so that it answers nothing yet.")
+        (Q_EDr, R_Err), (_, S_Err) = torch.linalg.qr(A.mT), torch.linalg.qr(B.mT)
+        right_Err = torch.linalg.svd(S_Err @ R_Err.mT).Vh
+        return (Q_EDr @ right_Err[:, 0, :, None]).squeeze(-1)
+
     def even_out(self) -> None:
         """Give all rows of A the norm that they have in the mean; see `Experts.even_out`."""
         with torch.no_grad():

@@ -72,7 +72,7 @@ def test_every_method_file_fits_a_model_and_names_its_source(path, tmp_path):
     assert re.search(r"arXiv \d{4}\.\d{5}", "".join(text.splitlines()[:2]))
     moe = MoeArguments(**yaml.safe_load(text))
     assert path.stem.startswith(moe.moe_method)
-    if moe.moe_experts:
+    if moe.moe_method == "esft":
         moe.moe_experts = str(tmp_path / "expert_config.json")
         moe_peft.ExpertSelection({"0": [1, 3], "1": [2]}).save(moe.moe_experts)
     base = tiny_mixtral() if moe.moe_method in ("perft", "esft", "expert_lora") else tiny_llama()

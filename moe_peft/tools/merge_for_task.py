@@ -1,0 +1,105 @@
+"""An adapter that routes by task, as a fixed weight for one of its tasks: W = W0 + s sum_e w_e(task) B_e A_e."""
+
+from __future__ import annotations
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from ..layers import RoutedLayer, routed_layers
+from ..messages import shown
+from ..routers import Router
+from ..types import Routing, TokenContext
+
+
+class FixedRouter(Router):
+    """A router whose decision has been made: the same weights for every token.
+
+    Args:
+        in_features: D.
+        weights_E: (E,) combine weights.
+    """
+
+    mergeable = True
+
+    def __init__(self, in_features: int, weights_E: torch.Tensor) -> None:
+        super().__init__(in_features, len(weights_E))
+        self.weights_E = weights_E
+
+    def forward(self, x: torch.Tensor, context: TokenContext) -> Routing:
+        """Give every token the weights; arguments as in `Router.forward`."""
+        rows_TE = self.weights_E.to(x.device).expand(x.shape[0], -1)
+        return Routing(weights=rows_TE, experts=None, logits=rows_TE, probs=rows_TE, context=context)
+
+
+def merge_for_task(model: PeftModel, task: int, adapter_name: str | None = None) -> nn.Module:
+    """Merge what an adapter does for one task into the base weights, and take all adapters off.
+
+    Everything is checked first: all layers merge, or none does and the model stays as it was.
+
+    Args:
+        model: A model with an adapter whose router reads the task of a sample alone.
+        task: The task, as in the batch's column of groups.
+        adapter_name: Which adapter; None takes the active one.
+
+    Returns:
+        The base model, with merged weights.
+
+    Raises:
+        TypeError: The model is no PeftModel.
+        ValueError: The adapter is not there, decides by more than the task, has no such task, or stands beside more
+            than weights.
+    """
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"merge_for_task: model={shown(model)} is no PeftModel with an adapter.")
+    name = model.active_adapter if adapter_name is None else adapter_name
+    layers = [layer for layer in routed_layers(model) if name in layer.router]
+    if not layers:
+        raise ValueError(
+            f"merge_for_task: no layer holds a router of the adapter {shown(name)}; there are "
+            f"{shown(sorted(model.peft_config))}."
+        )
+    if not isinstance(task, int) or isinstance(task, bool):
+        raise ValueError(f"merge_for_task: task={shown(task)} must be a whole number, as in the column of groups.")
+    fixed = _decisions(layers, name, task)
+    before = [(layer, layer.router[name]) for layer in layers]
+    merged = False
+    try:
+        for layer, decided in zip(layers, fixed, strict=True):
+            layer.router[name] = decided
+        base: nn.Module = model.merge_and_unload(adapter_names=[name])
+        merged = True
+        return base
+    finally:
+        for layer, router in () if merged else before:
+            layer.router[name] = router
+
+
+@torch.no_grad()
+def _decisions(layers: list[RoutedLayer], name: str, task: int) -> list[FixedRouter]:
+    """What the router of each layer decides about the task; places of a block share its first one's decision."""
+    context = TokenContext(groups=torch.tensor([task]))
+    by_block: dict[str | None, torch.Tensor] = {}
+    made = []
+    for layer in layers:
+        router = layer.router[name]
+        if router.reads == "block":
+            weights_E = by_block[layer.block]
+        elif router.reads == "groups" or router.mergeable:
+            weights_E = _decided(router, layer.in_features, context)
+        else:
+            raise ValueError(
+                f"merge_for_task: the adapter {shown(name)} decides by the tokens at {layer.place}, not by the task "
+                "alone, so that no fixed weight equals it. Keep it as an adapter."
+            )
+        by_block[layer.block] = weights_E
+        made.append(FixedRouter(layer.in_features, weights_E))
+    return made
+
+
+def _decided(router: Router, in_features: int, context: TokenContext) -> torch.Tensor:
+    """(E,) weights that a router gives a token of zeros, in the precision of its parameters."""
+    x_TD = torch.zeros(1, in_features)
+    for parameter in router.parameters():
+        x_TD = x_TD.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
+    return router(x_TD, context).gate_matrix()[0]

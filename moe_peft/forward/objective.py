@@ -125,6 +125,13 @@ class _InjectLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        # The engine turns gradients on in a backward pass whose own graph is kept.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise ValueError(
+                "Router losses put their gradient into every backward pass of a forward, of which create_graph=True "
+                "makes two. Take second derivatives of the model in evaluation (model.eval()), or set the "
+                "coefficients of the router losses to 0."
+            )
         gradients, scale = ctx.measured.gradients, ctx.scale.value
         if gradients is None:
             raise RuntimeError(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe_peft import LoraMoeConfig, MoePeftWarning, MoloraConfig, RoutedConfig, SiraConfig, router_loss
 from moe_peft.forward.objective import router_loss_values
@@ -13,7 +15,7 @@ from moe_peft.forward.tracker import find_tracker
 from moe_peft.telemetry.functions import record
 from tests import reference
 from tests.compare import as_lists, chosen_of, gates_of
-from tests.tiny import padded_batch, tiny_llama
+from tests.tiny import padded_batch, tiny_gpt2, tiny_llama
 
 CHECKPOINTING = ["off", "non-reentrant", "reentrant"]
 GROUPS = [1, 1, 0]
@@ -452,3 +454,54 @@ def test_transforms_of_functions_are_refused_with_router_losses_and_work_without
     model(**batch).logits.square().mean().backward()
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(found[name], gradient)
+
+
+def gpt2_of(method, checkpointing, **coefficients):
+    """A model that computes everything in float64, as llama's norms do not."""
+    config = config_of(method, **coefficients)
+    config.target_modules = {"c_fc", "c_proj"}
+    model = get_peft_model(tiny_gpt2(), config).double().train()
+    if checkpointing != "off":
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING[:2])
+@pytest.mark.parametrize("method", ["routed", "molora"])
+def test_second_derivatives_are_refused_with_router_losses_and_right_without(method, checkpointing):
+    batch = batch_of(method)
+
+    def penalty(model, **kept):
+        """The squared norm of the gradient, and what it is of."""
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        parts = torch.autograd.grad(task_loss(model, batch), parameters, **kept)
+        return sum(gradient.square().sum() for gradient in parts), parameters
+
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+        model = gpt2_of(method, checkpointing)
+        with pytest.raises(ValueError, match="of which create_graph=True makes two"):
+            penalty(model, create_graph=True)
+        task_loss(model, batch).backward()  # the model goes on
+        model = gpt2_of(method, checkpointing, coef=0.0, z_coef=0.0)
+        value, parameters = penalty(model, create_graph=True)
+        torch.manual_seed(7)
+        directions = [torch.randn_like(parameter) for parameter in parameters]
+        second = torch.autograd.grad(value, parameters)
+        found = sum((own * direction).sum() for own, direction in zip(second, directions, strict=True))
+        values, step = [], 1e-5
+        for change in (step, -2 * step):
+            with torch.no_grad():
+                for parameter, direction in zip(parameters, directions, strict=True):
+                    parameter.add_(direction, alpha=change)
+            values.append(float(penalty(model)[0]))
+    assert found.item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5)
+
+
+def test_derivatives_in_forward_mode_are_refused():
+    model, batch = adapted("routed"), batch_of("routed")
+    name, parameter = next((n, p) for n, p in model.named_parameters() if n.endswith("routed_router.default.weight"))
+    with forward_ad.dual_level(), pytest.raises((ValueError, NotImplementedError), match="forward mode AD"):
+        dual = forward_ad.make_dual(parameter.detach(), torch.ones_like(parameter))
+        torch.func.functional_call(model, {name: dual}, (), {**batch, "use_cache": False})
+    task_loss(model, batch).backward()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,12 @@ def batch_shape(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
 def two_dimensional(value: Any) -> torch.Tensor | None:
     """The value where it is a (B, L) tensor, as a mask of padding is; None for masks of pairs and all else."""
     return value if isinstance(value, torch.Tensor) and value.ndim == 2 else None
+
+
+def first_mask(inputs: Mapping[str, Any], names: Iterable[str]) -> torch.Tensor | None:
+    """The first (B, L) tensor among inputs of some names; None where there is none."""
+    masks = (two_dimensional(inputs.get(name)) for name in names)
+    return next((mask for mask in masks if mask is not None), None)
 
 
 def segments_of(inputs: Mapping[str, Any]) -> torch.Tensor | None:

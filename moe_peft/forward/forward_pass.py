@@ -14,6 +14,7 @@ from ..types import Routing, TokenContext
 from .batch import (
     SampleGroups,
     batch_shape,
+    first_mask,
     frame_mask_of,
     further_inputs,
     groups_per_sequence,
@@ -22,6 +23,7 @@ from .batch import (
     two_dimensional,
 )
 from .joined_losses import ForwardLosses
+from .layout import turned, turned_shape
 from .measurement import Measurement
 from .thread_state import Call
 
@@ -38,6 +40,10 @@ DESCRIPTION = (
     "prompt",
     "cached",
 )
+
+
+# What decoders call the mask of the encoder states that they attend to.
+ENCODER_MASKS = ("encoder_attention_mask", "encoder_padding_mask")
 
 
 @dataclass
@@ -109,7 +115,7 @@ class ForwardPass:
             losses=call.losses,
             shape=shape,
             attention_mask=two_dimensional(inputs.get("attention_mask")),
-            encoder_attention_mask=two_dimensional(inputs.get("encoder_attention_mask")),
+            encoder_attention_mask=first_mask(inputs, ENCODER_MASKS),
             segments=segments_of(inputs),
             # ERNIE 4.5 VL has a block for each modality.
             modalities=two_dimensional(inputs.get("moe_mm_token_type_ids")),
@@ -186,7 +192,7 @@ class ForwardPass:
             if rows == "media":
                 known = self._describe_media(leading, device)
             else:
-                known = self._describe(leading, device, rows == "encoder_states")
+                known = self._describe_in_order(leading, device, rows == "encoder_states")
             self.contexts.append((key, known))
         return known
 
@@ -195,6 +201,14 @@ class ForwardPass:
             if own == key:
                 return context
         return None
+
+    def _describe_in_order(self, leading: tuple[int, ...], device: torch.device, from_encoder: bool) -> TokenContext:
+        """Describe tokens whose rows come one after the other, or whose positions do."""
+        mask = self.encoder_attention_mask if from_encoder else None
+        shape = self.shape if mask is None else (mask.shape[0], mask.shape[1])
+        if shape is None or not turned_shape(leading, shape, self.module):
+            return self._describe(leading, device, from_encoder)
+        return turned(self._describe(shape, device, from_encoder), shape)
 
     def _describe(self, leading: tuple[int, ...], device: torch.device, from_encoder: bool) -> TokenContext:
         mask = self.encoder_attention_mask if from_encoder else self.attention_mask

@@ -29,7 +29,7 @@ def test_axes_of_length_one_do_not_hide_the_rows():
         found = known.tokens(leading, CPU)
         assert torch.equal(found.valid, expected.valid) and torch.equal(found.sequences, expected.sequences)
         assert found.num_sequences == 2
-    assert known.tokens((5, 2), CPU).valid is None and known.tokens((2, 5, 3), CPU).valid is None
+    assert known.tokens((5, 3), CPU).valid is None and known.tokens((2, 5, 3), CPU).valid is None
 
 
 def test_keys_and_values_of_one_shared_head_see_the_mask():

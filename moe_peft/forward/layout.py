@@ -30,12 +30,18 @@ def turned_shape(leading: tuple[int, ...], shape: tuple[int, ...] | None, stack:
     """
     if shape is None or len(shape) != 2 or leading != shape[::-1] or 1 in shape:
         return False
-    return leading != shape or (stack is not None and _turns(type(stack)))
+    cls: Any = type(stack)
+    return leading != shape or (stack is not None and bool(_turns(cls)))
+
+
+@torch.compiler.assume_constant_result
+def _turns(cls: Any) -> bool:
+    """Whether the forward of a class turns its input around."""
+    return _source_turns(cls)
 
 
 @lru_cache(maxsize=1024)
-def _turns(cls: Any) -> bool:
-    """Whether the forward of a class, or of a stack, turns its input around."""
+def _source_turns(cls: Any) -> bool:
     try:
         return TURNS.search(inspect.getsource(inspect.unwrap(cls.forward))) is not None
     except (AttributeError, OSError, TypeError):

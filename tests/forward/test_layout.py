@@ -17,6 +17,7 @@ from transformers import (
 from moe_peft import LoraMoeConfig, RoutedConfig, SiraConfig, router_loss
 from moe_peft.forward.layout import turned_shape
 from moe_peft.telemetry.functions import record
+from tests.tiny import tiny_llama
 
 SHARED = {"num_experts": 4, "r": 2, "init_weights": False, "lora_dropout": 0.0}
 
@@ -117,3 +118,10 @@ def test_each_row_is_a_sample_whose_longer_neighbours_change_nothing(config):
 )
 def test_shapes_tell_where_rows_and_positions_differ(leading, shape, expected):
     assert turned_shape(leading, shape, None) is expected
+
+
+def test_as_many_rows_as_positions_compile_to_one_graph():
+    config = RoutedConfig(target_modules=["up_proj"], **SHARED)
+    model, batch = get_peft_model(tiny_llama(), config).eval(), batch_of((4, 2, 3, 1), 4)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)

@@ -83,12 +83,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     @property
     def experts(self) -> dict[str, Any]:
         """Expert banks by adapter name, a `ModuleDict`."""
-        return cast(dict[str, Any], getattr(self, f"{self.prefix}experts"))
+        return cast(dict[str, Any], self._modules[f"{self.prefix}experts"])
 
     @property
     def router(self) -> dict[str, Router]:
         """Routers by adapter name, a `ModuleDict`."""
-        return cast(dict[str, Router], getattr(self, f"{self.prefix}router"))
+        return cast(dict[str, Router], self._modules[f"{self.prefix}router"])
 
     def update_layer(self, adapter_name: str, parts: RoutedParts, *, inference_mode: bool = False) -> None:
         """Add an adapter.
@@ -151,7 +151,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def active_names(self) -> list[str]:
         """Adapters that act in this forward: active, present here and not merged."""
-        return [name for name in self.active_adapters if name in self.experts and name not in self.merged_adapters]
+        held, merged = self.experts, self.merged_adapters
+        return [name for name in self.active_adapters if name in held and name not in merged]
 
     def router_of(self, adapter_name: str) -> Router | None:
         """The router of an adapter; None where it follows the backbone's."""

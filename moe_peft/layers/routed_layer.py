@@ -7,13 +7,13 @@ from functools import partial
 import torch
 
 from ..experts import Experts, PendingRouting
-from ..ops import cast_to_compute_dtype, project
+from ..ops import cast_to_compute_dtype
 from ..routers import Router
 from ..telemetry.stacked import as_sums
 from ..telemetry.statistics import RoutingStatistics
 from ..types import Routing, TokenContext
 from .merging_layer import MergingLayer
-from .shared_rows import is_plain, shared_rows
+from .shared_rows import is_plain, products, shared_rows
 
 
 class RoutedLayer(MergingLayer):
@@ -87,8 +87,7 @@ class RoutedLayer(MergingLayer):
                 return out
         rows = shared_rows(router, bank, read_TD, context)
         if rows is not None:
-            joined = project(read_TD, *rows)
-            h_TR, logits_TE = joined.split([rows[0].shape[0], rows[1].shape[0]], dim=-1)
+            h_TR, logits_TE = products(read_TD, *rows)
             routing = self.note(adapter_name, router.decide(logits_TE, context))
             return bank.combine(h_TR, out_TO, routing, in_place=in_place)
         # A router reads the input as it comes: autocast's rounding would change which experts are selected.

@@ -20,11 +20,12 @@ class RoutedLinear(LinearLayer):
         """Add the routed sum of every adapter; see `LinearLayer.with_adapters`."""
         context = self.tracker.tokens(x, self.rows, self.training)
         x_TD = x.reshape(-1, x.shape[-1])
-        out_TO = self.base_layer(x_TD, *args, **kwargs)
+        base_layer = self.base_layer
+        out_TO = base_layer(x_TD, *args, **kwargs)
         if self.quantization_backend is not None:
             out_TO = self.quantization_backend.maybe_clone_base_result(out_TO)
         # A plain layer's fresh output may be added to in place; anything else may keep or share its output.
-        in_place = type(self.base_layer) in (nn.Linear, Conv1D) and not self.base_layer._forward_hooks
+        in_place = type(base_layer) in (nn.Linear, Conv1D) and not base_layer._forward_hooks
         for name in names:
             out_TO = self.add(name, x_TD, out_TO, context, in_place=in_place)
         return out_TO.view(*x.shape[:-1], out_TO.shape[-1])

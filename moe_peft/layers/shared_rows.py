@@ -1,4 +1,4 @@
-"""When experts and router may be computed in one GEMM on their input, without calling either module."""
+"""When the matrices of experts and router may be read for their products with the input, without calling either."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..experts import Experts
-from ..ops import compute_dtype, joins
+from ..ops import compute_dtype, joins, project
 from ..routers import Router
 from ..types import TokenContext
 from .expert_pass import hooks_of_all_modules
@@ -15,13 +15,12 @@ from .expert_pass import hooks_of_all_modules
 def shared_rows(
     router: Router, bank: Experts, x_TD: torch.Tensor, context: TokenContext
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Rows of experts and router that one GEMM on x may compute without calling either module.
+    """Rows of experts and router whose products with x are all that either computes of it in this pass.
 
-    Both read the same input in this pass, in one dtype that holds float32 scores, and nothing of what a call does
-    would be missed: hooks, weights that arrive when their module is called, a forward of somebody else's. For few rows
-    two products cost less than joining the matrices.
+    Both read the same input, in one dtype that holds float32 scores, and nothing of what a call does would be missed:
+    hooks, weights that arrive when their module is called, a forward of somebody else's.
     """
-    if not joins(x_TD.shape[0]) or compute_dtype(x_TD).itemsize < 4:
+    if compute_dtype(x_TD).itemsize < 4:
         return None
     if not (is_plain(router) and is_plain(bank)):
         return None
@@ -35,12 +34,26 @@ def shared_rows(
 
 def is_plain(module: nn.Module) -> bool:
     """Whether calling a module runs its class's forward and nothing else, on weights that are there."""
-    own = vars(module)
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not (
-        any(hooks)
-        or any(hooks_of_all_modules())
-        or "forward" in own
-        or own.get("_compiled_call_impl") is not None
-        or any(p.is_meta for p in module._parameters.values() if p is not None)
-    )
+    own = module.__dict__  # in every forward of every place, so each look is one at a dictionary
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return False
+    if "forward" in own or own.get("_compiled_call_impl") is not None or any(hooks_of_all_modules()):
+        return False
+    return not any(parameter is not None and parameter.is_meta for parameter in own["_parameters"].values())
+
+
+def products(x_TD: torch.Tensor, rows_RD: torch.Tensor, weight_ED: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What experts and router make of an input: one GEMM for many rows, two for few, where joining would cost more.
+
+    Args:
+        x_TD: (T, D) input.
+        rows_RD: (R, D) down matrices of the experts.
+        weight_ED: (E, D) matrix of the router.
+
+    Returns:
+        (T, R) and (T, E).
+    """
+    if not joins(x_TD.shape[0]):
+        return project(x_TD, rows_RD), project(x_TD, weight_ED)
+    h_TR, logits_TE = project(x_TD, rows_RD, weight_ED).split([rows_RD.shape[0], weight_ED.shape[0]], dim=-1)
+    return h_TR, logits_TE

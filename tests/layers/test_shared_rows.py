@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+import moe_peft.layers.shared_rows as module_of_rows
 from moe_peft.experts import LowRankExperts
-from moe_peft.layers.shared_rows import is_plain, shared_rows
+from moe_peft.layers.shared_rows import is_plain, products, shared_rows
 from moe_peft.ops.choice import SEPARATE_ROWS
 from moe_peft.routers import DenseRouter
 from moe_peft.types import TokenContext
@@ -47,20 +48,24 @@ def test_a_hook_on_all_modules_is_seen_too():
         handle.remove()
 
 
-@pytest.mark.parametrize(
-    ("num_tokens", "dtype", "shared"),
-    [
-        (SEPARATE_ROWS, torch.float32, False),
-        (SEPARATE_ROWS + 1, torch.float32, True),
-        (SEPARATE_ROWS + 1, torch.bfloat16, False),
-    ],
-)
-def test_many_rows_of_full_precision_are_read_once_for_experts_and_router(num_tokens, dtype, shared):
+@pytest.mark.parametrize(("dtype", "read"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_rows_of_full_precision_are_read_for_experts_and_router(dtype, read):
     router, bank = DenseRouter(6, 4), LowRankExperts(6, 5, num_experts=4, r=2, scaling=1.0)
-    x, context = torch.randn(num_tokens, 6, dtype=dtype), TokenContext()
+    x, context = torch.randn(3, 6, dtype=dtype), TokenContext()
     found = shared_rows(router, bank, x, context)
-    assert (found is not None) == shared
+    assert (found is not None) == read
     if found is not None:
         assert torch.equal(found[0], bank.A.flatten(0, 1)) and found[1] is router.weight
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert shared_rows(router, bank, x, context) is None, "scores would be rounded"
+
+
+@pytest.mark.parametrize(("num_tokens", "calls"), [(0, 2), (SEPARATE_ROWS, 2), (SEPARATE_ROWS + 1, 1)])
+def test_many_rows_are_read_once_and_few_without_joining_the_matrices(num_tokens, calls, monkeypatch):
+    made = []
+    own = module_of_rows.project
+    monkeypatch.setattr(module_of_rows, "project", lambda x, *weights: made.append(1) or own(x, *weights))
+    x, A, W = torch.randn(num_tokens, 6), torch.randn(8, 6), torch.randn(4, 6)
+    for found, weight in zip(products(x, A, W), (A, W), strict=True):
+        torch.testing.assert_close(found, x @ weight.T)
+    assert len(made) == calls

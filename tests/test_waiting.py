@@ -1,4 +1,4 @@
-"""No adapter makes an operator that waits for a device, in training as in decoding, beyond those of the frozen model."""
+"""No adapter makes an operator that waits for a device, in training or decoding, beyond those of the frozen model."""
 
 from __future__ import annotations
 

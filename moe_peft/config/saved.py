@@ -6,13 +6,15 @@ import dataclasses
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from ..files import write_text
 from ..messages import shown
 from .adapter_files import CONFIG, check_adapter_files
 from .card_section import SETTINGS, AdapterFacts, write_section
 from .checked import CheckedConfig
+
+C = TypeVar("C", bound="SavedConfig")
 
 
 @dataclass
@@ -46,8 +48,8 @@ class SavedConfig(CheckedConfig):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> SavedConfig:
+        cls: type[C], pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> C:
         """Load a configuration, after checking that the weights beside it are complete; arguments as in peft.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What the site needs beyond its pages: links from a page to other files of the repository.
+"""What the site needs beyond its pages: a place for every page, and links to other files of the repository.
 
 On a page, `[train/README.md](../train/README.md)` is right where the repository is browsed. The site holds the pages
 alone, so there such a link becomes the file's name, and a link again where mkdocs.yml has a `repo_url`.
@@ -7,9 +7,24 @@ alone, so there such a link becomes the file's name, and a link again where mkdo
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+)([^)\s]*)\)")
+
+
+def on_config(config: Any) -> Any:
+    """Give pages that the menu of mkdocs.yml does not name a place at its end; called by mkdocs before it builds.
+
+    Args:
+        config: What mkdocs.yml says.
+    """
+    folder = Path(config.docs_dir)
+    named = set(re.findall(r"[\w/-]+\.md", str(config.nav)))
+    others = sorted({str(page.relative_to(folder)) for page in folder.rglob("*.md")} - named)
+    if others:
+        config.nav.append({"More": others})
+    return config
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **kwargs: Any) -> str:

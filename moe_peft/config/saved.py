@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 
 from ..files import write_text
 from ..messages import shown
-from .adapter_files import CONFIG, check_adapter_files
+from .adapter_files import CONFIG, check_adapter_files, read_json_object
 from .card_section import SETTINGS, AdapterFacts, write_section
 from .checked import CheckedConfig
 
@@ -38,13 +38,24 @@ class SavedConfig(CheckedConfig):
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         """Refuse the fields of another adapter type, which peft would load as that type without a word."""
-        found = kwargs.get("peft_type")
-        if cls.adapter_type and found is not None and str(found) != cls.adapter_type:
+        found = kwargs.get("peft_type", cls.adapter_type)
+        if cls.adapter_type and str(found) != cls.adapter_type:
             raise ValueError(
                 f"This adapter_config.json has peft_type={shown(found)}, but {cls.__name__} loads "
                 f"{shown(cls.adapter_type)}. Use peft.PeftConfig.from_pretrained, which picks the class by the file."
             )
         return super().check_kwargs(**kwargs)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Read the fields of a file; arguments as in peft.
+
+        Raises:
+            ValueError: It is no JSON, is nested too deeply, or holds something else than an object.
+        """
+        fields = read_json_object(path_json_file)
+        fields.pop("runtime_config", None)  # of a run, which peft leaves out as well
+        return fields
 
     @classmethod
     def from_pretrained(

@@ -23,6 +23,7 @@ from ..config.adapter_files import (
     read_json_object,
 )
 from ..config.config import MoeConfig
+from ..config.stamp import saved_meaning
 from ..messages import shown
 from .tensors import PEFT_PREFIX
 
@@ -65,7 +66,24 @@ def routed_config_class(source: str, options: Mapping[str, Any]) -> type[MoeConf
             f"{path} has peft_type={shown(found)}, which is no adapter type that peft or peft-moe knows. If a newer "
             "version saved it, upgrade; else save the adapter again."
         )
+    if found not in ROUTED:
+        _refuse_routed_weights(path, found)
     return ROUTED.get(found)
+
+
+def _refuse_routed_weights(config: Path, peft_type: str) -> None:
+    """Refuse weights that say they are a routed adapter's under the configuration of another type."""
+    weights = config.parent / WEIGHTS
+    try:
+        meaning = saved_meaning(read_header(weights)) if weights.is_file() else None
+    except ValueError:
+        return  # of another package, which says what is wrong with them
+    if meaning is not None:
+        raise ValueError(
+            f"{config} has peft_type={shown(peft_type)}, but {weights.name} beside it holds weights of "
+            f"adapter_type={shown(meaning.get('adapter_type'))}. Put back the adapter_config.json that was saved "
+            "with them. Nothing has been changed."
+        )
 
 
 def open_weights(source: str, options: Mapping[str, Any], key_mapping: Mapping[str, str] | None = None) -> AdapterFile:

@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -222,6 +222,75 @@ def test_a_broken_configuration_is_refused_in_words(way, text, tmp_path):
     with pytest.raises((ValueError, TypeError)) as refused:
         load()
     assert len(str(refused.value)) < 1500 and str(refused.value)
+    assert_unchanged(model, before)
+
+
+# Ways that ask peft for the class by the file's peft_type, and one that knows the class.
+def _by_class(folder):
+    return RoutedConfig.from_pretrained(folder)
+
+
+def _by_type(folder):
+    return PeftConfig.from_pretrained(folder)
+
+
+def _auto_model(folder):
+    return AutoPeftModelForCausalLM.from_pretrained(folder)
+
+
+OF_OURS = [
+    {"r": 10**30},
+    {"r": "x"},
+    {"r": 2.5},
+    {"r": True},
+    {"num_experts": -1},
+    {"num_experts": [3]},
+    {"target_modules": {"a": 1}},
+    {"target_modules": "(a+)+$(("},
+    {"lora_alpha": float("inf")},
+    {"task_type": 7},
+    {"base_model_name_or_path": 5},
+    {"schema_version": 99},
+]
+
+
+@pytest.mark.parametrize("load", [_by_class, _by_type, _auto_model])
+def test_a_broken_configuration_that_names_one_of_our_types_is_refused_with_the_field(load, tmp_path):
+    folder = saved(tiny_llama(), ROUTED, tmp_path)
+    fields = json.loads((folder / CONFIG).read_text())
+    for change in OF_OURS:
+        (folder / CONFIG).write_text(json.dumps({**fields, **change}))
+        with pytest.raises((ValueError, TypeError), match=next(iter(change))) as refused:
+            load(folder)
+        assert len(str(refused.value)) < 1500
+
+
+def test_a_class_of_ours_refuses_every_file_that_is_no_configuration_of_it(tmp_path):
+    folder = saved(tiny_llama(), ROUTED, tmp_path)
+    for text in (*BROKEN, '{"peft_type": null}', '{"a":' * 50_000):
+        if text != "{}":  # which says nothing wrong
+            (folder / CONFIG).write_bytes(text.encode("utf-8", "surrogatepass"))
+            with pytest.raises(ValueError, match=r"."):
+                _by_class(folder)
+
+
+@pytest.mark.parametrize("load", [_by_type, _auto_model])
+def test_a_configuration_that_names_no_type_of_ours_is_refused_by_peft_itself(load, tmp_path):
+    folder = saved(tiny_llama(), ROUTED, tmp_path)
+    for text in ("{", "null", '{"peft_type": 5}', '{"peft_type": "NOPE"}', '{"peft_type": null}'):
+        (folder / CONFIG).write_text(text)
+        with pytest.raises((ValueError, TypeError, KeyError)):
+            load(folder)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_routed_weights_are_not_taken_for_those_of_another_type(way, tmp_path):
+    folder = saved(tiny_llama(), ROUTED, tmp_path / "adapter")
+    LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM").save_pretrained(folder)
+    model, load = WAYS[way](tiny_llama().eval(), ROUTED, folder)
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"peft_type='LORA', but .* holds weights of adapter_type='ROUTED'"):
+        load()
     assert_unchanged(model, before)
 
 

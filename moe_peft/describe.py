@@ -17,6 +17,7 @@ from .config.config import MoeConfig
 from .config.parts import RoutedParts
 from .experts import Experts
 from .messages import shown
+from .part import ModulePart
 from .place import Place
 from .places.hidden import choose_places
 
@@ -129,12 +130,18 @@ def describe(model: nn.Module, config: MoeConfig, inputs: Mapping[str, Any] | No
             way = _implementation(model, place, parts, tokens)
             if way is not None and way not in implementations.setdefault(tokens, []):
                 implementations[tokens].append(way)
-        parameters.append(sum(p.numel() for module in modules for p in module.parameters()))
+        parameters.append(sum(_trainable(module) for module in modules))
     uncalled = None
     if inputs is not None:
         called = called_modules(model, [place.name for place in places], inputs)
         uncalled = [place.name for place in places if place.name not in called]
     return Description(config, places, parameters, num_base_weights(model), implementations, uncalled)
+
+
+def _trainable(module: nn.Module) -> int:
+    """Parameters of a part that training changes; a part names those that it never trains."""
+    frozen = module.frozen if isinstance(module, ModulePart) else ()
+    return sum(parameter.numel() for name, parameter in module.named_parameters() if name not in frozen)
 
 
 def _implementation(model: nn.Module, place: Place, parts: RoutedParts, num_tokens: int) -> str | None:

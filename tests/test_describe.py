@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from moe_peft import LoraMoeConfig, SiraConfig, describe
+from moe_peft import LoraMoeConfig, RoutedConfig, SiraConfig, describe
 from tests.tiny import tiny_llama
 
 
@@ -47,3 +47,12 @@ def test_what_is_no_model_or_no_configuration_is_refused():
     for config in (LoraConfig(), LoraMoeConfig):
         with pytest.raises(ValueError, match=r"is no configuration of moe_peft. Give an instance"):
             describe(tiny_llama(), config)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"router": "bias_balanced"}, {"scorer": "fixed_random"}, {"scorer": "centroid"}], ids=str
+)
+def test_tensors_that_never_train_are_not_counted_as_trainable(fields):
+    config = RoutedConfig(num_experts=3, r=2, **fields)
+    counted = describe(tiny_llama(), config).num_parameters
+    assert counted == get_peft_model(tiny_llama(), config).get_nb_trainable_parameters()[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..types import RouterLoss
 from .active_l1 import ActiveL1
+from .entropy_balance import EntropyBalance
 from .importance import Importance, importance
 from .load_balancing import GShardLoadBalancing, LoadBalancing, gshard_load_balancing, load_balancing
 from .localized_balancing import LocalizedBalancing
@@ -22,6 +23,7 @@ LOSSES: dict[str, type[RouterLoss]] = {
     "active_l1": ActiveL1,
     "token_entropy": TokenEntropy,
     "sparsity_bound": SparsityBound,
+    "entropy_balance": EntropyBalance,
 }
 
 __all__ = [

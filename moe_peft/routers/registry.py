@@ -12,13 +12,16 @@ from .bias_balanced import BiasBalanced
 from .capacity import Capacity, CapacityRouter
 from .centroid import Centroid
 from .constant import ConstantRouter
+from .cosine import Cosine
 from .dense import Dense, DenseRouter
 from .entropy_top_k import EntropyTopK
+from .fixed_random import FixedRandomRouter
 from .gates import Gate, Softmax
 from .gumbel import Gumbel
 from .layer_logits import LayerLogits
 from .linear import LinearRouter
 from .low_space import LowSpaceRouter
+from .mixture import MixtureRouter
 from .null_top_k import NullTopK
 from .positive import Positive
 from .relu import Relu
@@ -41,6 +44,9 @@ SCORERS: dict[str, type[Router]] = {
     "task_table": TaskTable,
     "layer_logits": LayerLogits,
     "centroid": Centroid,
+    "cosine": Cosine,
+    "fixed_random": FixedRandomRouter,
+    "mixture": MixtureRouter,
 }
 # p = gate(z)
 GATES: dict[str, type[Gate]] = {"softmax": Softmax, "sigmoid": Sigmoid, "relu": Relu, "gumbel": Gumbel}

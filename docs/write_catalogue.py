@@ -1,0 +1,116 @@
+"""Writes docs/catalogue.md: every registered part and every preset, from what the classes and files say of themselves.
+
+Run from anywhere: `python docs/write_catalogue.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moe_peft.experts import EXPERTS
+from moe_peft.losses import LOSSES
+from moe_peft.part import ModulePart, Part
+from moe_peft.routers import GATES, ROUTERS, SCORERS, SELECTORS
+
+DOCS = Path(__file__).parent
+PAGE = DOCS / "catalogue.md"
+PRESETS = DOCS.parent / "configs" / "methods"
+AXES: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "Scorers": ("`RoutedConfig(scorer=...)`: what scores the experts, z.", SCORERS),
+    "Gates": ("`RoutedConfig(gate=...)`: how scores become probabilities, p.", GATES),
+    "Selectors": ("`RoutedConfig(router=...)`: which experts a token uses, and with which weight w.", SELECTORS),
+    "Whole routers": (
+        "`RoutedConfig(router=...)` too, without a scorer, gate and selector of their own.",
+        {name: router for name, router in ROUTERS.items() if name not in SELECTORS},
+    ),
+    "Experts": ("`RoutedConfig(experts=...)`: what a token may use.", EXPERTS),
+    "Losses": ("`RoutedConfig(losses={name: weight})`: what a decision costs.", LOSSES),
+}
+HEAD = """# Catalogue
+
+Every part that `RoutedConfig` takes by name, with its equation and source, its options, and what it says of itself;
+the tests of the parts hold them to it. Options go into `router_args`, `experts_args`, and
+`losses={"name": {"weight": 0.1, ...}}`. `python docs/write_catalogue.py` writes this page from the classes;
+[extending](extending.md) adds to it.
+
+    z = scorer(x),   p = gate(z),   w = selector(z, p),   y = W0 x + experts(x, w)
+
+In the equations T are tokens, E experts, K = k the experts a token uses, n valid tokens, and s = lora_alpha / r.
+"""
+
+
+def about(part: type[Part]) -> str:
+    """What a part's file says above its code, and its class where the file is about several parts."""
+    text = inspect.cleandoc(inspect.getmodule(part).__doc__ or "")
+    own = inspect.cleandoc(part.__doc__ or "").split("\n\n")[0].split("; arguments as in")[0]
+    return f"{text}\n\n{own.rstrip('.')}."
+
+
+def options(part: type[Part]) -> str:
+    """A table of a part's options; empty where it has none."""
+    if not part.options:
+        return ""
+    rows = ["| option | default | must be | meaning |", "|---|---|---|---|"]
+    rows += [f"| `{own.name}` | `{own.default!r}` | {own.expected} | {own.help} |" for own in part.options]
+    return "\n".join(rows).replace("||", "\\|\\|") + "\n"
+
+
+def flags(part: type[Part]) -> str:
+    """What a part says of itself, in a few words."""
+    said = []
+    if part.fields:
+        said.append("fields " + ", ".join(f"`{name}`" for name in part.fields))
+    for word in ("gives", "needs", "context_needs"):
+        names = sorted(getattr(part, word) - {"extra_scores"})
+        if names:
+            said.append(f"{word.replace('_', ' ')} " + ", ".join(f"`{name}`" for name in names))
+    for promise, broken in (("causal", "not causal"), ("batch_invariant", "depends on other rows")):
+        if not getattr(part, promise):
+            said.append(broken)
+    if not part.decode_stateless:
+        said.append("decoding differs from the full forward")
+    if issubclass(part, ModulePart) and part.mergeable is True:
+        said.append("merges where all else does")
+    if getattr(part, "counts", False) is True or getattr(part, "adapts", False) is True:
+        said.append("changes after each optimizer step (`moe_peft.after_step` in a plain loop)")
+    return "; ".join(said)
+
+
+def section(name: str, part: type[Part]) -> str:
+    """The text of one part."""
+    pieces = [f"### {name}\n", about(part) + "\n", options(part)]
+    said = flags(part)
+    return "\n".join([*(piece for piece in pieces if piece), *([f"{said[0].upper()}{said[1:]}.\n"] if said else [])])
+
+
+def presets() -> str:
+    """A table of the files for `--moe_config` that combine these parts."""
+    rows = ["| `--moe_config` | what it is | parts |", "|---|---|---|"]
+    for path in sorted(PRESETS.glob("routed_*.yaml")):
+        text = path.read_text(encoding="utf-8")
+        comment = " ".join(line[1:].strip() for line in text.splitlines() if line.startswith("#"))
+        values = yaml.safe_load(text)
+        named = {key: values.get(f"moe_{key}") for key in ("scorer", "gate", "router", "experts", "losses")}
+        parts = [f"`{own if isinstance(own, str) else ', '.join(own)}`" for own in named.values() if own]
+        rows.append(f"| `{path.stem}` | {comment} | {', '.join(parts)} |")
+    return "\n".join(rows) + "\n"
+
+
+def written() -> str:
+    """The page."""
+    pieces = [HEAD]
+    for title, (text, registry) in AXES.items():
+        pieces += [f"## {title}\n", f"{text}\n", *(section(name, part) for name, part in registry.items())]
+    pieces += ["## Presets\n", "Methods of the literature as choices of parts:\n", presets()]
+    lines = "\n".join(pieces).splitlines()
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in lines)) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(written(), encoding="utf-8")

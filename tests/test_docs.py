@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -173,3 +174,46 @@ def test_every_row_on_robustness_names_tests_that_exist():
         files = re.findall(r"tests/[\w/]+\.py", row.rsplit("|", 2)[-2])
         assert files, row
         assert all("def test_" in (ROOT / name).read_text() for name in files), row
+
+
+TOOL = """import sys
+from peft import AutoPeftModelForCausalLM
+print(type(AutoPeftModelForCausalLM.from_pretrained(sys.argv[1]).base_model).__name__)
+"""
+
+
+def test_the_commands_of_the_page_on_the_command_line_run_as_printed(tmp_path, monkeypatch, capsys):
+    import json
+
+    from moe_peft.cli import launch, main
+    from tests.train.tiny_run import make_base
+
+    make_base(tmp_path / "base")
+    chat = [{"role": "user", "content": "w7 w8"}, {"role": "assistant", "content": "w9"}]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for _ in range(12)))
+    (tmp_path / "tool.py").write_text(TOOL)
+    monkeypatch.chdir(tmp_path)
+    # The script runs in this process instead of taking its place.
+    start = lambda command, environment: launch.run_here(Path(command[1]), "moe-peft sft", command[2:])  # noqa: E731
+    monkeypatch.setattr(launch, "replace_process", start)
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/command_line.md").read_text(), re.DOTALL)
+    commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    assert len(commands) == 8
+    for command in commands:
+        program, *words = shlex.split(command)
+        assert program == "moe-peft" and main(words) == 0, command
+    printed = capsys.readouterr().out
+    for expected in (
+        "The adapter is in outputs/first",
+        "LoRAMoE (LORAMOE",
+        "activations of 128 tokens",
+        "LoraMoeModel",
+    ):
+        assert expected in printed
+
+
+def test_the_page_on_the_command_line_names_every_verb():
+    from moe_peft.cli.verbs import VERBS
+
+    text = (ROOT / "docs/command_line.md").read_text()
+    assert all(f"`{verb}`" in text for verb in VERBS)

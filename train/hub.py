@@ -7,6 +7,7 @@ ours and replaces that card.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 from data import names_of
 
 import moe_peft
+from moe_peft.config.adapter_files import num_parameters
 from moe_peft.config.card_section import write_section
-from moe_peft.hub.card import is_hub_name, read_card
+from moe_peft.files import write_text
+from moe_peft.hub.card import hub_card, is_hub_name, read_card
 
 # Endings of the entries of a trainer's log that measure the machine, not the model.
 TIMINGS = ("runtime", "_per_second", "total_flos")
@@ -58,6 +61,25 @@ def push_to_hub(trainer: Any, script_args: Any, metrics: Mapping[str, float] | N
         metrics=last_metrics(trainer) if metrics is None else metrics,
     )
     print(f"pushed to {commit.repo_url}", flush=True)
+
+
+def complete_card(trainer: Any) -> None:
+    """Make the card in the output folder whole: our section with the run's results, without the stock form's blanks.
+
+    Args:
+        trainer: A trainer whose adapter has been saved; call it in the main process.
+    """
+    folder = Path(trainer.args.output_dir)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    facts = dataclasses.replace(
+        model.peft_config[model.active_adapter].facts(),
+        name=str(folder),
+        num_parameters=num_parameters(folder),
+        metrics=last_metrics(trainer),
+    )
+    write_text(folder / "README.md", hub_card(read_card(folder / "README.md"), facts))
+    # The Hub takes no path as the name of a base model; this card is for this machine.
+    write_section(folder, facts)
 
 
 def write_card(trainer: Any, dataset_name: str | None) -> None:

@@ -10,7 +10,7 @@ from common import MoeArguments, model_init_kwargs, moe_config, refuse_plain_lor
 from data import check_columns, check_template, load_data, names_of, splits
 from dry_run import can_quantize_experts, check_model_name, dry_run, model_without_weights
 from endings import check_output, finished, interrupted, make_room
-from hub import push_to_hub, save_model
+from hub import complete_card, push_to_hub, save_model
 from rates import choose_rate
 from running import IN_TRAINING
 
@@ -159,6 +159,8 @@ def train(trainer: Any, script_args: Any, moe_args: MoeArguments, report: Any = 
         setattr(error, IN_TRAINING, True)
         raise
     save_model(trainer)
+    if trainer.is_world_process_zero():
+        complete_card(trainer)
     if report:
         report.after(training_args.output_dir, trainer.model.get_base_model().name_or_path)
     elif trainer.is_world_process_zero():

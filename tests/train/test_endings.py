@@ -66,6 +66,8 @@ def test_the_last_lines_of_a_run_load_its_adapter(tmp_path, capsys):
     names: dict = {}
     exec(code, names)
     assert (logits(names["model"]) == logits(trainer.model)).all()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "[More Information Needed]" not in card and "| train_loss |" in card and f'"{tmp_path}/base"' in card
 
 
 class CtrlC(TrainerCallback):

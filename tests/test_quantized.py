@@ -8,15 +8,15 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from moe_peft import LoraMoeConfig, MoloraConfig, MovConfig, PerftConfig, RoutedConfig, SiraConfig, describe
+from moe_peft import LoraMoeConfig, MovConfig, PerftConfig, RoutedConfig, describe
 from moe_peft.layers import RoutedLayer
+from tests.adapter_types import ROUTED_SUMS
 from tests.contract.cases import randomize
 from tests.tiny import padded_batch, tiny_llama, train
 
 pytestmark = pytest.mark.bnb
 pytest.importorskip("bitsandbytes")
 
-CONFIGS = [LoraMoeConfig, MoloraConfig, SiraConfig, RoutedConfig, MovConfig, PerftConfig]
 QUANTIZATIONS = {
     "nf4-double-quant": {
         "load_in_4bit": True,
@@ -48,7 +48,7 @@ def load(folder, quantization: str):
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-@pytest.mark.parametrize("config_cls", CONFIGS)
+@pytest.mark.parametrize("config_cls", [*ROUTED_SUMS, MovConfig, PerftConfig])
 def test_quantized_base_trains_and_comes_back(base_folder, tmp_path, config_cls, quantization):
     batch = padded_batch([9, 6, 9])
     base = load(base_folder, quantization)

@@ -25,41 +25,29 @@ VOCAB = 64
 HIDDEN = 32
 FFN = 48
 LAYERS = 2
+# Sizes of decoders of Llama's family.
+DECODER = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": FFN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def tiny_llama(seed: int = 0, pad_token_id: int = 0, **overrides) -> LlamaForCausalLM:
     seed_everything(seed)
-    fields = {
-        "vocab_size": VOCAB,
-        "hidden_size": HIDDEN,
-        "intermediate_size": FFN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "pad_token_id": pad_token_id,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    return LlamaForCausalLM(LlamaConfig(**{**fields, **overrides}))
+    return LlamaForCausalLM(LlamaConfig(**{**DECODER, "pad_token_id": pad_token_id, **overrides}))
 
 
 def tiny_mixtral(seed: int = 0, pad_token_id: int = 0, **overrides) -> MixtralForCausalLM:
     seed_everything(seed)
-    fields = {
-        "vocab_size": VOCAB,
-        "hidden_size": HIDDEN,
-        "intermediate_size": FFN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "max_position_embeddings": 128,
-        "pad_token_id": pad_token_id,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
+    fields = {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": pad_token_id}
     return MixtralForCausalLM(MixtralConfig(**{**fields, **overrides}))
 
 

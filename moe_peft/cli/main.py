@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
+from ..messages import shown
 from .errors import INTERRUPTED, MENDABLE, one_line, wants_traceback
 from .verbs import VERBS, help_text
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"It has {', '.join(VERBS)}."
-        print(f"moe-peft: {words[0]!r} is no verb. {hint}", file=sys.stderr)
+        print(f"moe-peft: {shown(words[0])} is no verb. {hint}", file=sys.stderr)
         return 2
     return _run(verb, rest)
 

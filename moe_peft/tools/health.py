@@ -194,7 +194,7 @@ def _by_place(header: AdapterFile, prefix: str) -> tuple[dict[str, dict[str, str
             further[key.removeprefix(PEFT_PREFIX).rpartition(".")[0]] += math.prod(shape)
     if not places:
         raise ValueError(
-            f"{header.name} holds none of this adapter's tensors (their names have {prefix!r}). It is of another "
+            f"{header.name} holds none of this adapter's tensors (their names have {shown(prefix)}). It is of another "
             "adapter, or was written by hand."
         )
     return dict(places), dict(further)

@@ -8,12 +8,11 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moe_peft import LoraMoeConfig, MoloraConfig, RoutedConfig, SiraConfig, describe
+from tests.adapter_types import ROUTED_SUMS
 from tests.tiny import tiny_llama
 
-CONFIGS = [LoraMoeConfig, MoloraConfig, SiraConfig, RoutedConfig]
 
-
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", ROUTED_SUMS)
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
@@ -119,7 +118,7 @@ def test_scaling_is_alpha_over_r_or_its_root(use_rslora, expected):
     assert LoraMoeConfig(r=4, lora_alpha=32, use_rslora=use_rslora).scaling == expected
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", ROUTED_SUMS)
 def test_parameters_of_a_layer_are_n_r_times_both_widths_plus_n_times_the_input(config):
     described = describe(tiny_llama(), config(num_experts=5, r=3, target_modules=["down_proj", "q_proj"]))
     assert len(described.places) == 4
@@ -127,7 +126,7 @@ def test_parameters_of_a_layer_are_n_r_times_both_widths_plus_n_times_the_input(
         assert count == 5 * 3 * (place.in_features + place.out_features) + 5 * place.in_features
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", ROUTED_SUMS)
 def test_described_parameters_are_those_that_train(config):
     fields = {"num_experts": 5, "r": 3}
     described = describe(tiny_llama(), config(**fields))

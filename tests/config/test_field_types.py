@@ -12,11 +12,12 @@ import torch
 from moe_peft import EsftConfig, LoraMoeConfig, MoloraConfig, MovConfig, PerftConfig, RoutedConfig, SiraConfig
 from moe_peft.config.field_types import describe_type, field_types, fits
 from moe_peft.methods import METHODS
+from tests.adapter_types import ROUTED_SUMS
 
 INTEGERS = "must be an integer"
 
 
-@pytest.mark.parametrize("config", [LoraMoeConfig, MoloraConfig, SiraConfig, PerftConfig, RoutedConfig])
+@pytest.mark.parametrize("config", [*ROUTED_SUMS, PerftConfig])
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

@@ -9,17 +9,15 @@ import pytest
 from peft import get_peft_model
 
 from moe_peft import (
-    EsftConfig,
     ExpertLoraConfig,
     LoraMoeConfig,
-    MoloraConfig,
     MovConfig,
     PerftConfig,
     RoutedConfig,
-    SiraConfig,
 )
 from moe_peft.config.patterns import check_patterns
 from moe_peft.layers import RoutedLayer
+from tests.adapter_types import ALL
 from tests.tiny import tiny_llama, tiny_mixtral
 
 USUAL = [
@@ -95,7 +93,7 @@ def test_broken_patterns_are_refused_with_the_field(pattern):
         assert len(str(error.value)) < 1000
 
 
-@pytest.mark.parametrize("cls", [EsftConfig, ExpertLoraConfig, MoloraConfig, MovConfig, PerftConfig, SiraConfig])
+@pytest.mark.parametrize("cls", ALL)
 def test_fields_that_a_type_declares_anew_hold_patterns_all_the_same(cls):
     needed = {"experts": {"0": [0]}} if cls.__name__ == "EsftConfig" else {}
     for field in ("target_modules", "exclude_modules"):

@@ -7,9 +7,8 @@ import json
 import pytest
 from peft import PeftConfig, PeftType
 
-from moe_peft import LoraMoeConfig, MoloraConfig, RoutedConfig, SiraConfig
-
-CONFIGS = [LoraMoeConfig, MoloraConfig, SiraConfig, RoutedConfig]
+from moe_peft import LoraMoeConfig, SiraConfig
+from tests.adapter_types import ROUTED_SUMS
 
 
 def test_file_of_another_adapter_type_is_refused_by_the_class_and_loaded_by_peft(tmp_path):
@@ -28,7 +27,7 @@ def test_file_of_a_newer_schema_is_refused(tmp_path):
         LoraMoeConfig.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", ROUTED_SUMS)
 def test_configuration_survives_its_file(config, tmp_path):
     before = config(r=3, num_experts=5, target_modules=["up_proj"], router_z_loss_coef=0.5)
     before.save_pretrained(tmp_path)

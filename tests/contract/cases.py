@@ -28,7 +28,7 @@ from moe_peft import (
     SiraConfig,
 )
 from moe_peft.layers import RoutedLayer
-from tests.tiny import FFN, HIDDEN, LAYERS, VOCAB, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from tests.tiny import DECODER, LAYERS, VOCAB, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
 SMALL = {"r": 2, "num_experts": 4}
 METHODS: dict[str, Callable] = {
@@ -98,41 +98,13 @@ class ModelCase:
 
 def tiny_qwen3(seed: int = 0) -> Qwen3ForCausalLM:
     set_seed(seed)
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=VOCAB,
-            hidden_size=HIDDEN,
-            intermediate_size=FFN,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            max_position_embeddings=128,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
+    return Qwen3ForCausalLM(Qwen3Config(**DECODER, head_dim=8))
 
 
 def tiny_olmoe(seed: int = 0) -> OlmoeForCausalLM:
     set_seed(seed)
-    model = OlmoeForCausalLM(
-        OlmoeConfig(
-            vocab_size=VOCAB,
-            hidden_size=HIDDEN,
-            intermediate_size=16,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            num_experts=4,
-            num_experts_per_tok=2,
-            max_position_embeddings=128,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
+    sizes = {"intermediate_size": 16, "num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2}
+    model = OlmoeForCausalLM(OlmoeConfig(**{**DECODER, **sizes}))
     model.set_experts_implementation("eager")  # grouped_mm has no float64
     return model
 
@@ -140,31 +112,11 @@ def tiny_olmoe(seed: int = 0) -> OlmoeForCausalLM:
 def tiny_deepseek_v2(seed: int = 0) -> DeepseekV2ForCausalLM:
     """Latent attention, a dense layer before the sparse ones, and shared experts."""
     set_seed(seed)
-    model = DeepseekV2ForCausalLM(
-        DeepseekV2Config(
-            vocab_size=VOCAB,
-            hidden_size=HIDDEN,
-            intermediate_size=FFN,
-            moe_intermediate_size=16,
-            num_hidden_layers=LAYERS + 1,
-            first_k_dense_replace=1,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            kv_lora_rank=16,
-            q_lora_rank=None,
-            qk_nope_head_dim=8,
-            qk_rope_head_dim=8,
-            v_head_dim=8,
-            head_dim=8,
-            n_routed_experts=4,
-            n_shared_experts=1,
-            num_experts_per_tok=2,
-            max_position_embeddings=128,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
+    heads = {"num_key_value_heads": 4, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "head_dim": 8}
+    ranks = {"kv_lora_rank": 16, "q_lora_rank": None}
+    experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    layers = {"num_hidden_layers": LAYERS + 1, "first_k_dense_replace": 1}
+    model = DeepseekV2ForCausalLM(DeepseekV2Config(**{**DECODER, **heads, **ranks, **experts, **layers}))
     model.set_experts_implementation("eager")
     return model
 

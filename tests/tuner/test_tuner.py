@@ -18,10 +18,9 @@ from safetensors.torch import load_file
 from moe_peft import LoraMoeConfig, MoePeftWarning, MoloraConfig, MovConfig, RoutedConfig, SiraConfig
 from moe_peft.forward.tracker import TRACKER_ATTRIBUTE
 from moe_peft.layers import RoutedLayer
+from tests.adapter_types import ROUTED_SUMS
 from tests.contract.cases import randomize
 from tests.tiny import padded_batch, tiny_bert, tiny_llama, tiny_t5
-
-CONFIGS = [LoraMoeConfig, MoloraConfig, SiraConfig, RoutedConfig]
 
 
 @pytest.fixture
@@ -41,7 +40,7 @@ def adapt(base, config_cls=LoraMoeConfig, name="default", **overrides):
     return model
 
 
-@pytest.mark.parametrize("config_cls", CONFIGS)
+@pytest.mark.parametrize("config_cls", ROUTED_SUMS)
 def test_state_keys_are_module_prefix_attribute_and_parameter(base, tmp_path, config_cls):
     model = adapt(base, config_cls, target_modules=["down_proj"])
     prefix = model.base_model.prefix
@@ -184,7 +183,7 @@ def test_classification_head_is_saved_with_the_adapter(tmp_path):
     assert torch.equal(loaded(**batch).logits, model(**batch).logits)
 
 
-@pytest.mark.parametrize("config_cls", [*CONFIGS, MovConfig])
+@pytest.mark.parametrize("config_cls", [*ROUTED_SUMS, MovConfig])
 def test_one_expert_merges_exactly_and_unmerges(base, batch, config_cls):
     top_k = {"top_k": 1} if config_cls in (SiraConfig, RoutedConfig) else {}
     model = adapt(base, config_cls, num_experts=1, **top_k)

@@ -55,11 +55,19 @@ docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/train_step.py --output benchmarks/results/train_step.json
+	$(BIN)/python benchmarks/train_step.py --dtypes float32 --tokens 16 256 --layers 4 --output benchmarks/results/train_step.json
+	$(BIN)/python benchmarks/train_step.py --dtypes bfloat16 --tokens 16 256 --output benchmarks/results/train_step_bfloat16.json
+	$(BIN)/python benchmarks/train_step.py --dtypes float32 --tokens 2048 --layers 1 \
+		--output benchmarks/results/train_step_2048.json
+	$(BIN)/python benchmarks/train_step.py --dtypes float32 --tokens 256 --layers 1 --experts 32 --all-linear --slow \
+		--telemetry --output benchmarks/results/train_step_32_experts.json
 	$(BIN)/python benchmarks/moe_block.py --output benchmarks/results/moe_block.json
 	$(BIN)/python benchmarks/decode.py --output benchmarks/results/decode.json
+	$(BIN)/python benchmarks/expert_lora.py --output benchmarks/results/expert_lora.json
 	for tokens in 1 256 2048; do $(BIN)/python benchmarks/routed_sum.py --tokens $$tokens \
 		--output benchmarks/results/routed_sum_$$tokens.json || exit 1; done
+	$(BIN)/python benchmarks/growth.py --output benchmarks/results/growth.json --plot docs/growth.svg
+	$(BIN)/python benchmarks/table.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-3.* .cache outputs

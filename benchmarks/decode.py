@@ -1,9 +1,10 @@
-"""One token after another with a KV cache: adapters of a mixture-of-experts backbone, against plain LoRA on attention.
+"""One token after another with a KV cache: adapters of dense and of mixture-of-experts backbones, against plain LoRA.
 
-    python benchmarks/decode.py [--output results.json]
+    python benchmarks/decode.py [--backbones dense moe] [--dtypes float32 bfloat16] [--output results.json]
 
-Every contestant reads the same prompt, then a few single tokens, on one OLMoE-like model of random weights. The logits
-with the cache are compared to those without before anything is timed.
+Every contestant reads the same prompt, then a few single tokens: on a Llama-like model with adapters on the FFN, and
+on an OLMoE-like model with adapters around its blocks and experts, both of random weights. The logits with the cache
+are compared to those without before anything is timed.
 """
 
 from __future__ import annotations
@@ -12,24 +13,26 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from moe_block import adapted
+from dense_models import FFN, FROZEN, LORA, adapted, backbone, baseline_of, configs
 from peft import LoraConfig, PeftConfig
-from timing import interleave, report
+from timing import interleave, print_rows, rows, write
 from torch import nn
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 import moe_peft
 
-BASELINE = "peft LoRA r=16 on attention"
+ON_ATTENTION = "peft LoRA r=16 on attention"
 VOCABULARY = 512
+# Decoding has no dropout: contestants that differ in it alone are left out.
+DENSE = ("LoRAMoE", "top-2, balance and z-loss", "SiRA", "MoLORA", "peft (IA)3", "MoV")
 
 
-def configs(num_experts: int, num_layers: int) -> dict[str, PeftConfig | None]:
-    """The contestants; None is the model itself."""
+def moe_configs(num_experts: int, num_layers: int) -> dict[str, PeftConfig | None]:
+    """The contestants on a mixture of experts; None is the model itself."""
     selected = {str(layer): list(range(max(1, num_experts // 10))) for layer in range(num_layers)}
     return {
-        BASELINE: LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
-        "frozen model": None,
+        ON_ATTENTION: LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
+        FROZEN: None,
         "PERFT-S r=16": moe_peft.PerftConfig(variant="S"),
         "PERFT-R top 2 of 8, r=16": moe_peft.PerftConfig(num_experts=8),
         "PERFT-E r=4": moe_peft.PerftConfig(variant="E", r=4),
@@ -39,13 +42,32 @@ def configs(num_experts: int, num_layers: int) -> dict[str, PeftConfig | None]:
     }
 
 
+def moe_backbone(args: argparse.Namespace, dtype: torch.dtype) -> nn.Module:
+    """A frozen OLMoE-like model."""
+    torch.manual_seed(0)
+    config = OlmoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=args.hidden,
+        intermediate_size=args.hidden // 2,
+        num_hidden_layers=args.layers,
+        num_experts=args.experts,
+        num_experts_per_tok=args.top_k,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        pad_token_id=0,
+    )
+    model = OlmoeForCausalLM(config).to("cuda" if torch.cuda.is_available() else "cpu", dtype)
+    model.set_experts_implementation(args.implementation)
+    return model.requires_grad_(False)
+
+
 @torch.no_grad()
 def check_cache(model: nn.Module, ids_BL: torch.Tensor) -> None:
     """The last token's logits with a cache are those without."""
     whole = model(input_ids=ids_BL, use_cache=False).logits[:, -1]
     cache = model(input_ids=ids_BL[:, :-1], use_cache=True).past_key_values
     last = model(input_ids=ids_BL[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
-    tolerance = 1e-4 if ids_BL.device.type == "cpu" else 5e-2
+    tolerance = 1e-4 if whole.dtype == torch.float32 and ids_BL.device.type == "cpu" else 5e-2
     torch.testing.assert_close(last, whole, rtol=tolerance, atol=tolerance)
 
 
@@ -63,10 +85,28 @@ def decode(model: nn.Module, ids_BL: torch.Tensor, num_tokens: int) -> Callable[
     return run
 
 
+def contestants(args: argparse.Namespace, kind: str, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+    """Decoding by each contestant on one kind of backbone."""
+    if kind == "dense":
+        base, own = backbone(args.hidden, args.layers, dtype), configs(8, 4, FFN)
+        own = {name: config for name, config in own.items() if name in (LORA, FROZEN, *DENSE)}
+    else:
+        base, own = moe_backbone(args, dtype), moe_configs(args.experts, args.layers)
+    ids_BL = torch.randint(3, VOCABULARY, (1, args.prompt), device=base.device)
+    works = {}
+    for name, config in own.items():
+        model = adapted(base, config).eval()
+        check_cache(model, ids_BL)
+        works[name] = decode(model, ids_BL, args.tokens)
+    return works
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--backbones", nargs="+", default=["dense", "moe"], choices=["dense", "moe"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--experts", type=int, default=64)
@@ -78,33 +118,16 @@ def main() -> None:
     parser.add_argument("--output")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = OlmoeConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=args.hidden,
-        intermediate_size=args.hidden // 2,
-        num_hidden_layers=args.layers,
-        num_experts=args.experts,
-        num_experts_per_tok=args.top_k,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        pad_token_id=0,
-    )
-    base = OlmoeForCausalLM(config).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    base.set_experts_implementation(args.implementation)
-    ids_BL = torch.randint(3, VOCABULARY, (1, args.prompt), device=device)
-    contestants = {}
-    for name, peft_config in configs(args.experts, args.layers).items():
-        model = adapted(base, peft_config).eval()
-        check_cache(model, ids_BL)
-        contestants[name] = decode(model, ids_BL, args.tokens)
-    title = (
-        f"{args.tokens} tokens one by one after {args.prompt}, {args.layers} layers of width {args.hidden}, top "
-        f"{args.top_k} of {args.experts} experts ({args.implementation}), {device}"
-    )
-    times = interleave(contestants, rounds=args.rounds)
-    report(title, times, BASELINE, args.output)
+    title = f"{args.tokens} tokens one by one after {args.prompt}, {args.layers} layers of width {args.hidden}"
+    found = []
+    for dtype in args.dtypes:
+        for kind in args.backbones:
+            times = interleave(contestants(args, kind, getattr(torch, dtype)), rounds=args.rounds)
+            over = {name: ON_ATTENTION if kind == "moe" else baseline_of(name) for name in times}
+            own = rows(times, over, backbone=kind, dtype=dtype)
+            print_rows(f"{title}, {kind}, {dtype}", own)
+            found += own
+    write(args.output, title, found)
 
 
 if __name__ == "__main__":

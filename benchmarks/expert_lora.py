@@ -1,6 +1,6 @@
 """LoRA on fused experts: stock peft, the same accelerated, and the type of its own, against attention-only LoRA.
 
-    python benchmarks/expert_lora.py [--dtype bfloat16] [--experts 8] [--output results.json]
+    python benchmarks/expert_lora.py [--dtypes float32 bfloat16] [--experts 64 8] [--output results.json]
 
 A Qwen3-MoE-like model is trained for a step, decodes one token with a cache, and reads a prompt, by each contestant in
 turn. Losses and gradients are compared in float64 before anything is timed. Printed besides: bytes saved for the
@@ -15,10 +15,11 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from timing import interleave, ratios, report
+from timing import interleave, print_rows, ratios, rows, write
 from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, set_seed
 
@@ -148,22 +149,28 @@ def _places(stock: PeftModel, own: PeftModel) -> list[list[tuple[tuple[str, str]
     return places
 
 
-def peak_memory(name: str) -> float:
-    """MiB by which a training step of one contestant raises the peak of a process of its own."""
-    command = [sys.executable, *sys.argv, "--alone", name]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+def peak_memory(name: str, args: argparse.Namespace, num_experts: int, dtype: str) -> float | None:
+    """MiB by which a training step of one contestant raises the peak of a process of its own; None beyond the time."""
+    sizes = ("hidden", "layers", "top_k", "tokens", "r", "threads")
+    flags = [word for size in sizes for word in (f"--{size.replace('_', '-')}", str(getattr(args, size)))]
+    own = ["--experts", str(num_experts), "--dtypes", dtype, "--alone", name]
+    command = [sys.executable, __file__, *flags, *own]
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=args.memory_seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    return float(done.stdout.split()[-1])
 
 
 def alone(args: argparse.Namespace, dtype: torch.dtype, ids: torch.Tensor) -> None:
-    """Print the rise of the peak of memory in two training steps."""
+    """Print the rise of the peak of memory in a training step."""
     model = contestant(args.alone, args, dtype)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    for _ in range(2):
-        step(model, ids.to(model.device))()
+    step(model, ids.to(model.device))()
     after = (
         torch.cuda.max_memory_allocated()
         if torch.cuda.is_available()
@@ -172,47 +179,64 @@ def alone(args: argparse.Namespace, dtype: torch.dtype, ids: torch.Tensor) -> No
     print((after - before) / 2**20)
 
 
-def main() -> None:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--top-k", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--r", type=int, default=8)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--alone", choices=NAMES, help="measure the memory of one contestant; used by the benchmark")
-    parser.add_argument("--output")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    dtype = getattr(torch, args.dtype)
-    ids = torch.randint(3, 1024, (1, args.tokens), generator=torch.Generator().manual_seed(0))
-    if args.alone:
-        alone(args, dtype, ids)
-        return
-    check_agreement(args)
-    models = {name: contestant(name, args, dtype) for name in NAMES}
+def measure(args: argparse.Namespace, num_experts: int, dtype: str, ids: torch.Tensor) -> list[dict[str, Any]]:
+    """Rows of all contestants with one number of experts in one dtype."""
+    own = argparse.Namespace(**{**vars(args), "experts": num_experts})
+    models = {name: contestant(name, own, getattr(torch, dtype)) for name in NAMES}
     ids = ids.to(models[ATTENTION].device)
     used = {name: saved_bytes(model, ids) for name, model in models.items()}
-    peaks = {name: peak_memory(name) for name in NAMES}
     works = {
         "training step": {name: step(model, ids) for name, model in models.items()},
         "one decoded token": {name: reading(model, ids, cached=32) for name, model in models.items()},
         "prefill": {name: reading(model, ids) for name, model in models.items()},
     }
-    shape = f"{args.layers} layers, width {args.hidden}, top {args.top_k} of {args.experts} experts, r={args.r}"
-    times = {work: interleave(own, rounds=args.rounds) for work, own in works.items()}
-    for work, own in times.items():
-        further = {"saved_bytes": used, "peak_mib": peaks, "all_times_s": times} if work == "training step" else None
-        print(f"{STOCK} over {FAST}: {ratios(own, FAST)[STOCK]:.2f}")
-        output = args.output if further else None
-        report(f"{work}, {shape}, {args.tokens} tokens, {args.dtype}", own, ATTENTION, output, further)
-    print("\n| contestant | MiB saved beyond attention-only LoRA | MiB of peak |\n|---|---|---|")
+    labels = {"experts": num_experts, "dtype": dtype}
+    found: list[dict[str, Any]] = []
+    for work, each in works.items():
+        times = interleave(each, rounds=args.rounds, warm_up=1)
+        mine = rows(times, dict.fromkeys(times, ATTENTION), work=work, **labels)
+        for row in mine:
+            row["stock_over_this"] = ratios(times, row["contestant"])[STOCK]
+        print_rows(f"{work}, top {own.top_k} of {num_experts} experts, {args.tokens} tokens, {dtype}", mine)
+        found += mine
+    del models, works
     for name in NAMES:
-        print(f"| {name} | {(used[name] - used[ATTENTION]) / 2**20:.1f} | {peaks[name]:.0f} |")
+        extra = {"saved_beyond_attention": used[name] - used[ATTENTION]}
+        peak = None if args.no_memory else peak_memory(name, args, num_experts, dtype)
+        print(f"| {name} | {extra['saved_beyond_attention'] / 2**20:.1f} MiB saved | {peak} MiB of peak |", flush=True)
+        found.append({"contestant": name, "work": "memory", **labels, **extra, "peak_mib": peak})
+    return found
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--experts", type=int, nargs="+", default=[64, 8])
+    parser.add_argument("--top-k", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--r", type=int, default=8)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--no-memory", action="store_true", help="leave the peaks of memory out")
+    parser.add_argument(
+        "--memory-seconds", type=float, default=120.0, help="limit of one process that measures a peak"
+    )
+    parser.add_argument("--alone", choices=NAMES, help="measure the memory of one contestant; used by the benchmark")
+    parser.add_argument("--output")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    ids = torch.randint(3, 1024, (1, args.tokens), generator=torch.Generator().manual_seed(0))
+    if args.alone:
+        args.experts = args.experts[0]
+        alone(args, getattr(torch, args.dtypes[0]), ids)
+        return
+    check_agreement(args)
+    found = [row for dtype in args.dtypes for count in args.experts for row in measure(args, count, dtype, ids)]
+    title = f"Expert LoRA, {args.layers} layers of width {args.hidden}, r={args.r}, {args.tokens} tokens"
+    write(args.output, title, found)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 from peft import PeftConfig, get_peft_model
-from timing import interleave, report
+from timing import interleave, print_rows, rows, write
 from torch import nn
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
@@ -166,10 +166,15 @@ def main() -> None:
         f"{args.tokens} tokens, {device}"
     )
     times = interleave(contestants, rounds=args.rounds, warm_up=1)
-    report(title, times, "frozen block", args.output, {"bytes": used})
+    found = rows(times, dict.fromkeys(times, "frozen block"))
+    print_rows(title, found)
     print("\n| contestant | MiB saved for backward | MiB of gradients |\n|---|---|---|")
-    for name, sizes in used.items():
-        print(f"| {name} | {sizes['saved'] / 2**20:.1f} | {sizes['gradients'] / 2**20:.2f} |")
+    for row in found:
+        sizes = used.get(row["contestant"])
+        if sizes is not None:
+            row |= {"saved_bytes": sizes["saved"], "gradient_bytes": sizes["gradients"]}
+            print(f"| {row['contestant']} | {sizes['saved'] / 2**20:.1f} | {sizes['gradients'] / 2**20:.2f} |")
+    write(args.output, title, found)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""A whole training step: routed experts against stock peft LoRA of equal rank, and against a loop over experts.
+"""A whole training step on a dense model: routed experts against stock peft's adapters of equal parameters.
 
-    python benchmarks/train_step.py [--output results.json]
+    python benchmarks/train_step.py [--tokens 16 256 2048] [--dtypes float32 bfloat16] [--output results.json]
 
-Every contestant adapts the same FFN linears of the same Llama-like model; E = 8 experts of rank 4 stand against LoRA
-of rank 32. Outputs and gradients of the routed layer are checked against the loop before anything is timed.
+Every contestant adapts the same linears of the same Llama-like model: E experts of rank r stand against LoRA of rank
+E * r, vectors against (IA)3. A step is forward, backward to the input and AdamW. The step of the frozen model is
+measured too, so that what the adapters add can be compared without it. Outputs and gradients of the routed layer are
+checked against the loop over experts in float64 before anything is timed.
 """
 
 from __future__ import annotations
@@ -13,16 +15,16 @@ import copy
 from collections.abc import Callable
 
 import torch
-from peft import LoraConfig, get_peft_model
-from timing import interleave, report
+from dense_models import EVERY, FFN, FROZEN, LORA, XLORA, adapted, backbone, baseline_of, configs, x_lora
+from peft import get_peft_model
+from timing import interleave, print_rows, rows, write
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import moe_peft
 from moe_peft.forward.tracker import find_tracker
 from moe_peft.telemetry.meter import RoutingMeter, metrics_of
 
-TARGETS = ["gate_proj", "up_proj", "down_proj"]
+LOOP, TELEMETRY = "loop over experts, balance", "top-2, losses and telemetry in every step"
 
 
 class LoopedExperts(nn.Module):
@@ -32,26 +34,27 @@ class LoopedExperts(nn.Module):
         super().__init__()
         self.base_layer, self.scaling = base_layer, scaling
         features = base_layer.in_features, base_layer.out_features
-        self.router = nn.Linear(features[0], num_experts, bias=False)
-        self.lora_A = nn.ModuleList(nn.Linear(features[0], r, bias=False) for _ in range(num_experts))
-        self.lora_B = nn.ModuleList(nn.Linear(r, features[1], bias=False) for _ in range(num_experts))
+        like = {"bias": False, "dtype": base_layer.weight.dtype, "device": base_layer.weight.device}
+        wide = torch.promote_types(base_layer.weight.dtype, torch.float32)
+        self.router = nn.Linear(features[0], num_experts, **{**like, "dtype": wide})
+        self.lora_A = nn.ModuleList(nn.Linear(features[0], r, **like) for _ in range(num_experts))
+        self.lora_B = nn.ModuleList(nn.Linear(r, features[1], **like) for _ in range(num_experts))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weights = self.router(x.to(self.router.weight.dtype)).softmax(-1)
         out = self.base_layer(x)
         for e, (lora_A, lora_B) in enumerate(zip(self.lora_A, self.lora_B, strict=True)):
-            out = out + self.scaling * weights[..., e : e + 1] * lora_B(lora_A(x))
+            out = out + self.scaling * weights[..., e : e + 1].to(x.dtype) * lora_B(lora_A(x))
         mass = weights.mean(1).flatten()
         self.balance = mass.var() / mass.mean().square()
         return out
 
 
-def loop_over_experts(model: nn.Module, num_experts: int, r: int, scaling: float) -> nn.Module:
-    """Freeze a model and put a `LoopedExperts` at each target."""
-    model.requires_grad_(False)
+def loop_over_experts(model: nn.Module, targets: list[str], num_experts: int, r: int, scaling: float) -> nn.Module:
+    """Put a `LoopedExperts` at each target."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if name in TARGETS:
+            if name in targets:
                 setattr(parent, name, LoopedExperts(child, num_experts, r, scaling))
     return model
 
@@ -59,21 +62,26 @@ def loop_over_experts(model: nn.Module, num_experts: int, r: int, scaling: float
 def training_step(
     model: nn.Module, input_ids: torch.Tensor, coef: float = 0.0, meter: RoutingMeter | None = None
 ) -> Callable[[], None]:
-    """One forward, backward and AdamW step on a fixed batch; a meter is read in every step, its worst case."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    """One forward, backward to the input and AdamW step on a fixed batch; a meter is read in every step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
     layers = [m for m in model.modules() if isinstance(m, LoopedExperts)]
     tracker = find_tracker(model)
     if meter is not None:
         tracker.training_observers.append(meter.observe)
+    embedded = model.get_input_embeddings()(input_ids).detach()
     model.train()
 
     def step() -> None:
-        loss = model(input_ids=input_ids, labels=input_ids).loss
+        leaf = embedded.requires_grad_()
+        loss = model(inputs_embeds=leaf, labels=input_ids).loss
         if layers:
             loss = loss + coef * torch.stack([layer.balance for layer in layers]).sum()
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        leaf.grad = None
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
         if meter is not None:
             meter.add_losses(tracker)
             metrics_of(meter.read(), layer_groups=4)
@@ -102,51 +110,59 @@ def check_agreement(device: torch.device) -> None:
     torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-9)
 
 
+def contestants(
+    args: argparse.Namespace, base: nn.Module, input_ids: torch.Tensor, targets: list[str]
+) -> dict[str, Callable[[], None]]:
+    """A step of each contestant."""
+    own = configs(args.experts, args.r, targets)
+    steps = {name: training_step(adapted(base, config), input_ids) for name, config in own.items()}
+    if args.telemetry:
+        model = adapted(base, own["top-2, balance and z-loss"])
+        steps[TELEMETRY] = training_step(model, input_ids, meter=RoutingMeter())
+    if args.slow:
+        loop = loop_over_experts(adapted(base, None), targets, args.experts, args.r, 8.0)
+        steps[LOOP] = training_step(loop, input_ids, coef=0.1)
+        steps[XLORA] = training_step(x_lora(base, args.experts, args.r, targets), input_ids)
+    return steps
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--r", type=int, default=4)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 256, 2048])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--all-linear", action="store_true", help="adapt attention too, not the FFN alone")
+    parser.add_argument("--slow", action="store_true", help="the loop over experts and stock X-LoRA too")
+    parser.add_argument("--telemetry", action="store_true", help="one more contestant whose telemetry is read")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_agreement(device)
-    base = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=2048,
-            hidden_size=args.hidden,
-            intermediate_size=4 * args.hidden,
-            num_hidden_layers=args.layers,
-            num_attention_heads=8,
-            max_position_embeddings=args.length,
-        )
-    ).to(device)
-    input_ids = torch.randint(2048, (args.batch, args.length), device=device)
-    shared = {"r": 4, "lora_alpha": 32, "num_experts": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
-    lora = LoraConfig(r=32, lora_alpha=64, target_modules=TARGETS, task_type="CAUSAL_LM")
-    loramoe = moe_peft.LoraMoeConfig(lora_dropout=0.0, **shared)
-    top_2 = moe_peft.RoutedConfig(router="top_k", top_k=2, router_z_loss_coef=0.001, **shared)
-    contestants = {
-        "peft LoRA r=32": training_step(get_peft_model(copy.deepcopy(base), lora), input_ids),
-        "LoRAMoE E=8 r=4, balance on": training_step(get_peft_model(copy.deepcopy(base), loramoe), input_ids),
-        "top-2 of 8 r=4, balance and z-loss on": training_step(get_peft_model(copy.deepcopy(base), top_2), input_ids),
-        "top-2 of 8 r=4, losses and telemetry on": training_step(
-            get_peft_model(copy.deepcopy(base), top_2), input_ids, meter=RoutingMeter()
-        ),
-        "loop over experts, balance on": training_step(
-            loop_over_experts(copy.deepcopy(base), 8, 4, 8.0), input_ids, coef=0.1
-        ),
-    }
+    targets = EVERY if args.all_linear else FFN
     title = (
-        f"Whole training step, {args.layers} layers, width {args.hidden}, {args.batch * args.length} tokens, {device}"
+        f"Training step, {args.layers} layers of width {args.hidden}, E={args.experts} experts of rank {args.r} on "
+        f"{'all linears' if args.all_linear else 'the FFN'}, {device.type}"
     )
-    report(title, interleave(contestants, rounds=args.rounds), "peft LoRA r=32", args.output)
+    found = []
+    for dtype in args.dtypes:
+        base = backbone(args.hidden, args.layers, getattr(torch, dtype))
+        for tokens in args.tokens:
+            # Up to 512 tokens a row.
+            batch = -(-tokens // 512)
+            input_ids = torch.randint(1, 2048, (batch, tokens // batch), device=device)
+            times = interleave(contestants(args, base, input_ids, targets), rounds=args.rounds)
+            over = {name: LORA if name == FROZEN else baseline_of(name) for name in times}
+            own = rows(times, over, FROZEN, dtype=dtype, tokens=tokens)
+            print_rows(f"{title}, {dtype}, {tokens} tokens", own)
+            found += own
+    write(args.output, title, found)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from ..backbone.structure import base_of
 from ..config.absent import TARGET_PARAMETERS, Absent, absent, accepts_absent
 from ..config.config import BACKBONE
 from ..config.fields import MixtureConfig, PlacingConfig, RouterLossConfig
+from ..config.layer_sizes import sizes_at, with_sizes, wrong_sizes
 from ..config.meaning import NOT_MEANING
 from ..config.pair_fields import LowRankConfig, PairConfig
 from ..config.parts import RoutedParts
@@ -63,6 +64,7 @@ class ExpertLoraConfig(SelectedExpertsConfig, PairConfig, PlacingConfig):
             name: own
             for group in ROUTING_GROUPS
             for name, own in absent(group, ROUTED_BY_BACKBONE, router=BACKBONE).items()
+            if name != "per_layer"
         },
         **absent(LowRankConfig, "the way through the experts is chosen by the number of tokens"),
     }
@@ -83,6 +85,13 @@ class ExpertLoraConfig(SelectedExpertsConfig, PairConfig, PlacingConfig):
             "{'layers.0.mlp.experts': 4, 'q_proj': 8}.",
             "pattern": RANK_PATTERN,
             "patterns_in_lists": True,
+        },
+    )
+    per_layer: dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Ranks by layer, from the first to the last: {'r': [4, 8]} gives the first half of the layers "
+            "rank 4 and the second rank 8; rank_pattern goes before it."
         },
     )
     target_matrices: list[str] | None = field(
@@ -145,9 +154,20 @@ class ExpertLoraConfig(SelectedExpertsConfig, PairConfig, PlacingConfig):
                 re.compile(pattern)
             except re.error as error:
                 self._check(False, "rank_pattern", f"of names or regular expressions; {shown(pattern)}: {error}")
+        if self.per_layer is not None:
+            reason = wrong_sizes(self, ("r",))
+            self._check(reason is None, "per_layer", reason or "")
         if self.experts is not None:
             for name in ("layers_to_transform", "layers_pattern"):
                 self._check(getattr(self, name) is None, name, "None, as `experts` names the layers")
+
+    def at(self, place: Place) -> ExpertLoraConfig:
+        """See `MoeConfig.at` and `layer_sizes`."""
+        return self if self.per_layer is None else with_sizes(self, sizes_at(self.per_layer, place))
+
+    def sizes_at(self, place: Place) -> dict[str, int]:
+        """See `MoeConfig.sizes_at`."""
+        return {} if self.per_layer is None else {"r": self.at(place).rank_at(place.name)}
 
     def rank_at(self, name: str) -> int:
         """Rank at a module.
@@ -213,8 +233,8 @@ class ExpertLoraConfig(SelectedExpertsConfig, PairConfig, PlacingConfig):
 
     def card_fields(self) -> list[str]:
         """See `MoeConfig.card_fields`."""
-        own = ["r", "lora_alpha", "use_rslora", "rank_pattern", "lora_dropout", "target_matrices", "experts"]
-        return [*own, "target_modules", "modules_to_save"]
+        own = ["r", "lora_alpha", "use_rslora", "rank_pattern", "per_layer", "lora_dropout", "target_matrices"]
+        return [*own, "experts", "target_modules", "modules_to_save"]
 
     def summary(self) -> str:
         """See `MoeConfig.summary`."""

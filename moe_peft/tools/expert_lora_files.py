@@ -9,7 +9,8 @@ expert is what serving engines load: `<experts>.<e>.gate_proj.lora_A.weight`, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from ..methods import ExpertLoraConfig
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+AS_STOCK = "Load it with peft and call moe_peft.accelerate_expert_lora(model)."
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -112,15 +114,16 @@ def import_expert_lora(base: nn.Module, folder: str, adapter_name: str = "defaul
         The adapted model.
 
     Raises:
-        ValueError: The folder's adapter is no LoRA on the experts of this model, or of several ranks.
+        ValueError: The folder's adapter is no LoRA on the experts of this model, or has scales or ranks that an
+            adapter here cannot have. The model is as it was.
     """
     stock, tensors = PeftConfig.from_pretrained(folder), load_file(Path(folder) / WEIGHTS)
     if not isinstance(stock, LoraConfig) or not stock.target_parameters:
         raise ValueError(f"{shown(folder)} holds no LoRA with target_parameters, so there is nothing to import.")
-    if stock.alpha_pattern or len({*(stock.rank_pattern or {}).values(), stock.r}) > 1:
+    if {*(stock.alpha_pattern or {}).values()} - {stock.lora_alpha}:
         raise ValueError(
-            f"The adapter in {shown(folder)} has ranks or scales of several sizes (rank_pattern, alpha_pattern), for "
-            "which an adapter here has one. Load it with peft and call moe_peft.accelerate_expert_lora(model)."
+            f"The adapter in {shown(folder)} has scales of several sizes (alpha_pattern), for which an adapter here "
+            f"has one lora_alpha. {AS_STOCK}"
         )
     leaves = {name.rpartition(".")[2] for name in stock.target_parameters}
     linears = stock.target_modules or None
@@ -129,24 +132,60 @@ def import_expert_lora(base: nn.Module, folder: str, adapter_name: str = "defaul
         lora_alpha=stock.lora_alpha,
         use_rslora=stock.use_rslora,
         task_type=stock.task_type,
+        rank_pattern={name: r for name, r in _ranks(base, tensors, folder).items() if r != stock.r} or None,
         target_matrices=[m for m in MATRICES if ("down_proj" in leaves if m == "down" else leaves - {"down_proj"})],
         target_modules=sorted(linears) if isinstance(linears, (set, list)) else linears,
     )
     model = get_peft_model(base, config, adapter_name=adapter_name)
     assert isinstance(model, PeftModel)
+    try:
+        _fill_all(model, adapter_name, tensors, folder)
+    except ValueError:
+        model.unload()
+        raise
+    return model
+
+
+def _ranks(base: nn.Module, tensors: Mapping[str, torch.Tensor], folder: str) -> dict[str, int]:
+    """Module -> rank of its pairs in a stock file, as the shapes tell; wrappers of one module share its rank."""
+    modules, ranks = dict(base.named_modules()), dict[str, int]()
+    for key, tensor in tensors.items():
+        inner, dot, _ = key.removeprefix(PREFIX).partition(".lora_A.weight")
+        name = re.sub(r"(\.base_layer)+$", "", inner)
+        if not dot or name not in modules:
+            continue
+        names = matrix_names(modules[name])
+        count = 1 if names is None else stored_shape(modules[name], names[0])[0]
+        rank = tensor.shape[0] // count
+        if ranks.setdefault(name, rank) != rank:
+            raise ValueError(
+                f"The adapter in {shown(folder)} has pairs of ranks {ranks[name]} and {rank} on the matrices of "
+                f"{shown(name)}, for which an adapter here has one rank (rank_pattern). {AS_STOCK}"
+            )
+    return ranks
+
+
+def _fill_all(model: PeftModel, adapter_name: str, tensors: dict[str, torch.Tensor], folder: str) -> None:
+    """Copy a stock file's tensors into an adapter that has a place for each.
+
+    Raises:
+        ValueError: Some have no place, or a place has none.
+    """
     used: set[str] = set()
     for name, layer in _layers(model, adapter_name):
         if isinstance(layer, AdaptedExperts):
             used |= _fill(name, layer, adapter_name, tensors)
-        else:
-            keys = [f"{PREFIX}{name}.lora_{factor}.weight" for factor in "AB"]
-            layer.experts[adapter_name].A.data[0].copy_(tensors[keys[0]])
-            layer.experts[adapter_name].B.data[0].copy_(tensors[keys[1]].T)
-            used |= set(keys)
+            continue
+        keys = [f"{PREFIX}{name}.lora_{factor}.weight" for factor in "AB"]
+        missing = sorted(set(keys) - set(tensors))
+        if missing:
+            raise ValueError(f"The adapter in {shown(folder)} lacks tensors for {shown(name)}: {shown(missing)}.")
+        layer.experts[adapter_name].A.data[0].copy_(tensors[keys[0]])
+        layer.experts[adapter_name].B.data[0].copy_(tensors[keys[1]].T)
+        used |= set(keys)
     if used != set(tensors):
         left = sorted(set(tensors) - used)
         raise ValueError(f"The adapter in {shown(folder)} has tensors of other places than the model: {shown(left)}.")
-    return model
 
 
 def _config_of(model: PeftModel, adapter_name: str) -> ExpertLoraConfig:

@@ -331,3 +331,18 @@ def test_describe_counts_the_pairs_and_the_card_says_what_they_are(tmp_path):
     model.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "Expert LoRA" in card and "import moe_peft" in card
+
+
+def test_ranks_may_grow_with_the_layers():
+    config = ExpertLoraConfig(r=3, per_layer={"r": [2, 4]}, target_modules=["q_proj"], rank_pattern={"1.*q_proj": 5})
+    model = get_peft_model(tiny_olmoe(), config)
+    ranks = {}
+    for layer in (module for module in model.modules() if isinstance(module, RoutedLayer)):
+        bank = layer.experts["default"]
+        ranks[str(layer.place).partition("layers.")[2]] = rank = next(bank.parameters()).shape[1]
+        assert bank.scaling == 32 / rank
+    assert ranks == {"0.mlp.experts": 2, "1.mlp.experts": 4, "0.self_attn.q_proj": 2, "1.self_attn.q_proj": 5}
+    with pytest.raises(ValueError, match="per_layer"):
+        ExpertLoraConfig(per_layer={"num_experts": [2, 4]})
+    with pytest.raises(ValueError, match="per_layer"):
+        ExpertLoraConfig(per_layer={"r": [2, 0]})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from moe_peft import ExpertLoraConfig, LoraMoeConfig
 from moe_peft.tools import export_expert_lora, export_per_expert, import_expert_lora
@@ -108,7 +108,54 @@ def test_other_adapters_and_files_are_refused(tmp_path):
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="nothing to import"):
         import_expert_lora(tiny_olmoe(), tmp_path / "other")
-    stock = stock_lora(rank_pattern={"gate_up_proj": 5})
-    stock.save_pretrained(tmp_path / "ranks")
-    with pytest.raises(ValueError, match="several sizes"):
-        import_expert_lora(tiny_olmoe().double(), tmp_path / "ranks")
+
+
+def test_ranks_that_differ_between_modules_are_imported_and_come_back(tmp_path):
+    ranks = {"layers.1.mlp.experts": 5, "q_proj": 2}
+    config = ExpertLoraConfig(r=3, rank_pattern=ranks, target_modules=["q_proj", "v_proj"])
+    own = get_peft_model(tiny_olmoe().double(), config).eval()
+    randomize(own)
+    export_expert_lora(own, tmp_path)
+    again = import_expert_lora(tiny_olmoe().double(), tmp_path).eval()
+    close(again(**BATCH).logits, own(**BATCH).logits)
+    assert {p.shape for p in adapter_parameters(again).values()} == {p.shape for p in adapter_parameters(own).values()}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"rank_pattern": {"gate_up_proj": 5}}, r"ranks \d and \d on the matrices.*accelerate_expert_lora"),
+        ({"alpha_pattern": {"gate_up_proj": 5.5}}, "several sizes.*accelerate_expert_lora"),
+    ],
+)
+def test_ranks_or_scales_that_differ_within_a_module_are_refused_before_anything_changes(overrides, message, tmp_path):
+    stock_lora(**overrides).save_pretrained(tmp_path)
+    base = tiny_olmoe().double()
+    before = [name for name, _ in base.named_modules()]
+    with pytest.raises(ValueError, match=message):
+        import_expert_lora(base, tmp_path)
+    assert [name for name, _ in base.named_modules()] == before
+
+
+def test_a_file_of_another_model_leaves_the_model_as_it_was(tmp_path):
+    stock_lora().save_pretrained(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file({key.replace("layers.1", "layers.7"): own for key, own in tensors.items()}, weights)
+    base = tiny_olmoe().double()
+    before = [name for name, _ in base.named_modules()]
+    with pytest.raises(ValueError, match=r"were found|other places"):
+        import_expert_lora(base, tmp_path)
+    assert [name for name, _ in base.named_modules()] == before
+
+
+def test_a_file_of_other_experts_over_a_taken_name_is_refused(tmp_path):
+    def chosen(ids):
+        return get_peft_model(tiny_olmoe(), ExpertLoraConfig(r=2, experts={"0": ids}))
+
+    chosen([1, 3]).save_pretrained(tmp_path)
+    model = chosen([0, 2])
+    before = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
+    with pytest.raises(ValueError, match="experts"):
+        model.load_adapter(tmp_path, "default")
+    assert all(torch.equal(p, before[name]) for name, p in adapter_parameters(model).items())

@@ -1,0 +1,80 @@
+"""The benchmarks run at a small size, check what they time, and write what the page's tables are made from."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "benchmarks"
+SMALL = {
+    "train_step": "--hidden 32 --layers 1 --tokens 9 --rounds 2 --dtypes float32 --telemetry",
+    "decode": "--hidden 32 --layers 1 --experts 4 --top-k 2 --prompt 5 --tokens 1 --rounds 2",
+    "expert_lora": "--hidden 32 --layers 1 --experts 4 --tokens 8 --rounds 2 --dtypes bfloat16 --no-memory",
+    "moe_block": "--hidden 32 --experts 4 --top-k 2 --tokens 8 --rounds 2",
+    "routed_sum": "--tokens 3 --experts 8 --width 16 --out 16 --rounds 2",
+    "growth": "--width 64 --tokens 4 --rounds 2",
+}
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.filterwarnings("ignore::moe_peft.MoePeftWarning")
+def test_a_benchmark_writes_rows_that_a_table_shows(name, scripts, monkeypatch, tmp_path):
+    import table
+    import torch
+
+    if name == "growth":
+        import growth
+
+        monkeypatch.setattr(growth, "EXPERTS", (1, 4))
+        monkeypatch.setattr(growth, "TOKENS", (4, 8))
+        monkeypatch.setattr(growth, "LAYERS", (1, 2))
+    threads, module = torch.get_num_threads(), __import__(name)
+    plot = ["--plot", str(tmp_path / "growth.svg")] if name == "growth" else []
+    monkeypatch.setattr(sys, "argv", [name, *SMALL[name].split(), *plot, "--output", str(tmp_path / f"{name}.json")])
+    try:
+        module.main()
+    finally:
+        torch.set_num_threads(threads)
+    record = json.loads((tmp_path / f"{name}.json").read_text())
+    assert record["rows"] and record["versions"]["peft"] and "cores" in record["machine"]
+    for row in record["rows"]:
+        assert row.get("median_s", 1) > 0
+        if row.get("contestant") == row.get("over"):
+            assert row["ratio"] == 1.0
+    text = table.table(name, tmp_path)
+    assert text.count("\n| ") > len(record["rows"])
+    assert not plot or (tmp_path / "growth.svg").read_text().count("<svg") == 1
+
+
+def test_a_ratio_is_that_of_the_same_round(scripts):
+    from timing import rows
+
+    found = rows({"a": [1.0, 2.0, 4.0], "b": [2.0, 4.0, 8.0], "frozen": [0.5] * 3}, {"b": "a"}, "frozen", size=3)
+    by_name = {row["contestant"]: row for row in found}
+    assert by_name["b"]["ratio"] == 2.0 and by_name["b"]["spread"] == [2.0, 2.0] and by_name["b"]["size"] == 3
+    assert by_name["b"]["increment"] == (4.0 - 0.5) / (2.0 - 0.5)
+    assert "ratio" not in by_name["a"]
+
+
+def test_a_process_that_takes_too_long_is_given_up(scripts, monkeypatch):
+    import argparse
+    import subprocess
+
+    import expert_lora
+
+    def late(command, **limits):
+        assert "--output" not in command and limits["timeout"] == 1.0
+        raise subprocess.TimeoutExpired(command, limits["timeout"])
+
+    monkeypatch.setattr(subprocess, "run", late)
+    sizes = {"hidden": 8, "layers": 1, "top_k": 1, "tokens": 2, "r": 1, "threads": 1, "memory_seconds": 1.0}
+    assert expert_lora.peak_memory(expert_lora.OWN, argparse.Namespace(**sizes), 4, "float32") is None

@@ -43,7 +43,7 @@ def step(width: int, number: int, num_experts: int | None, tokens: int) -> Calla
         )
     )
     model = get_peft_model(layers(width, number), config).train()
-    x = torch.randn(1, tokens, width, device=model.device)
+    x = torch.randn(1, tokens, width, device="cuda" if torch.cuda.is_available() else "cpu")
 
     def run() -> None:
         leaf = x.detach().requires_grad_()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
-
-import pytest
 
 import moe_peft
 from moe_peft import extend, telemetry
@@ -53,39 +52,79 @@ def texts_of(tree: ast.AST) -> list[str]:
 
 
 def names_of(tree: ast.AST) -> set[str]:
-    """The names of variables, attributes and imports of a file."""
-    found = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    found |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    return found | {alias.name for node in imports for alias in node.names}
+    """Every name that a file makes, takes, reads or imports."""
+    found = set()
+    for node in ast.walk(tree):
+        found |= {value for value in (getattr(node, key, None) for key in ("id", "attr", "name", "arg")) if value}
+        if isinstance(node, ast.ImportFrom):
+            found |= {*(node.module or "").split("."), *(alias.name for alias in node.names)}
+    return {name for name in found if isinstance(name, str)}
 
 
-def short(path: Path) -> str:
-    return str(path.relative_to(PACKAGE))
+def words_of(text: str) -> set[str]:
+    """The words of a text, or of an identifier in either style, in lower case; those with an underscore as one too."""
+    whole = re.findall(r"[A-Za-z0-9_]+", text)
+    parts = [part for word in whole for part in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", word)]
+    return {word.lower() for word in (*whole, *parts)}
 
 
-def files_outside(*rooms: str) -> list[Path]:
-    return [path for path in sorted(PACKAGE.rglob("*.py")) if path.relative_to(PACKAGE).parts[0] not in rooms]
+def files(*without: str) -> dict[str, ast.AST]:
+    """Files of the package outside of some rooms, parsed."""
+    paths = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py"))]
+    return {str(path): ast.parse((PACKAGE / path).read_text()) for path in paths if path.parts[0] not in without}
 
 
-@pytest.mark.parametrize("path", files_outside(*ABOVE_METHODS), ids=short)
-def test_no_method_is_named_outside_of_its_room(path):
-    tree, configs = ast.parse(path.read_text()), {config.__name__ for config in METHODS.values()}
+def part_names() -> set[str]:
+    return {name for registry in REGISTRIES for name in registry}
+
+
+def like_parts() -> set[str]:
+    """What is called like a part without being one: kinds of places, ways to compute a sum, fields and statistics."""
+    own = {own.name for config in METHODS.values() for own in fields(config)}
+    return {*LAYERS, *IMPLEMENTATIONS, *own, *telemetry.__all__}
+
+
+def test_no_method_is_named_outside_of_its_room():
+    configs = {config.__name__ for config in METHODS.values()}
     keys = {*METHODS, *(config.adapter_type for config in METHODS.values())}
-    assert not names_of(tree) & configs
-    assert not [text for text in texts_of(tree) if text in keys or any(name in text for name in configs)]
+    # What the whole family is called, and a computation that stock adapters are given too.
+    words = {key.lower() for key in keys} - {"routed", "expert_lora"}
+    for path, tree in files(*ABOVE_METHODS).items():
+        found = [name for name in names_of(tree) if name in configs or words_of(name) & words]
+        found += [text for text in texts_of(tree) if text in keys or words_of(text) & words]
+        found += [text for text in texts_of(tree) if any(name in text for name in configs)]
+        assert not found, f"{path} names a method: {found}. Let the configuration say what is asked there."
 
 
-@pytest.mark.parametrize("path", files_outside(*ROOMS_OF_PARTS), ids=short)
-def test_no_part_is_named_outside_of_its_file_and_registry(path):
-    config_fields = {own.name for config in METHODS.values() for own in fields(config)}
-    # What is called like a part without being one: kinds of places, ways to compute a sum, fields and statistics.
-    others = {*LAYERS, *IMPLEMENTATIONS, *config_fields, *telemetry.__all__}
-    parts = {name for registry in REGISTRIES for name in registry} - others
-    assert parts and not [text for text in texts_of(ast.parse(path.read_text())) if text in parts]
+def test_no_part_is_named_outside_of_its_room():
+    parts, classes = part_names() - like_parts(), {part.__name__ for own in REGISTRIES for part in own.values()}
+    quoted = re.compile("|".join(rf"['\"]{name}['\"]" for name in sorted(parts)))
+    assert parts
+    for path, tree in files(*ROOMS_OF_PARTS).items():
+        found = [text for text in texts_of(tree) if text in parts or quoted.search(text)]
+        found += [name for name in names_of(tree) if name in classes and path != "extend.py"]
+        assert not found, f"{path} names a part: {found}. Ask the part's class what it gives, needs or promises."
 
 
-@pytest.mark.parametrize("path", [path for path in files_outside() if path.name != "__init__.py"], ids=short)
-def test_every_file_has_a_mirrored_test(path):
-    own = path.relative_to(PACKAGE)
-    assert (Path(__file__).parent / own.parent / f"test_{own.name}").exists()
+def test_no_part_is_named_in_the_file_of_another():
+    parts = part_names() - like_parts()
+    registries = {"routers/registry.py", "experts/__init__.py", "losses/__init__.py"}
+    for path, tree in files().items():
+        if path.partition("/")[0] in {"routers", "experts", "losses"} and path not in registries:
+            found = [text for text in texts_of(tree) if text in parts]
+            assert not found, f"{path} names {found}, which the registry names alone"
+
+
+def test_the_search_for_names_finds_them_in_every_form():
+    tree = ast.parse("def is_esft(x): return isinstance(x, LoraMoeConfig) or x.kind == 'capacity' or x.mov_scale")
+    assert {"esft", "mov"} <= {word for name in names_of(tree) for word in words_of(name)}
+    assert "LoraMoeConfig" in names_of(tree) and texts_of(tree) == ["capacity"]
+    assert "expert_lora" in words_of("write expert_lora here") and "esft" in words_of("EsftConfig")
+    assert not {"mov", "esft"} & words_of("move removed esfts")
+
+
+def test_every_file_has_a_mirrored_test():
+    for path in files():
+        room, _, name = path.rpartition("/")
+        mirrored = Path(__file__).parent / room / f"test_{name}"
+        assert name == "__init__.py" or mirrored.exists(), f"{path} has no {mirrored}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..experts import Experts, LowRankExperts
+from ..experts import DEFAULT_EXPERTS, EXPERTS, Experts
 from ..forward.joined_losses import SCOPES
 from ..options import option_values
 from ..routers import router_parts
@@ -97,7 +97,7 @@ class MixtureConfig(RouterLossConfig, RouterConfig, LowRankConfig, PlacingConfig
     @property
     def kind(self) -> type[Experts]:
         """Class of the experts."""
-        return LowRankExperts
+        return EXPERTS[DEFAULT_EXPERTS]
 
     def summary(self) -> str:
         """See `MoeConfig.summary`."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from ..messages import shown, warn
 from ..place import Place
-from ..routers import DEFAULT_GATE, DEFAULT_SCORER, router_fields, router_names
+from ..routers import DEFAULT_GATE, DEFAULT_ROUTER, DEFAULT_SCORER, SELECTORS, router_fields, router_names
 from .config import BACKBONE, MoeConfig
 from .layer_sizes import SIZES, layer_places, sizes_at, with_sizes, wrong_sizes
 from .meaning import NOT_MEANING
@@ -30,7 +30,10 @@ class RouterConfig(MoeConfig):
     router_args: ClassVar[dict[str, Any] | None] = None
 
     num_experts: int = field(default=8, metadata={"help": "Experts at each adapted layer."})
-    router: str = field(default="dense", metadata={"help": "Name of the router: dense, top_k or capacity."})
+    router: str = field(
+        default=DEFAULT_ROUTER,
+        metadata={"help": f"Name of the rule that selects: {', '.join(SELECTORS)}, or of a whole router."},
+    )
     router_jitter_noise: float = field(
         default=0.0,
         metadata={"help": "Half-width of multiplicative noise on the router's input in training.", **NOT_MEANING},

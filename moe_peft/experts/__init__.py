@@ -19,8 +19,11 @@ EXPERTS: dict[str, type[Experts]] = {
     "cp_diagonal": CpDiagonalExperts,
     "latent_core": LatentCoreExperts,
 }
+# The kind of configurations that name none.
+DEFAULT_EXPERTS = "low_rank"
 
 __all__ = [
+    "DEFAULT_EXPERTS",
     "EXPERTS",
     "BottleneckExperts",
     "ExpertSlices",

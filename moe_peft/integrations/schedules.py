@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..layers import routed_layers
+from ..losses import LOSSES
 from ..messages import shown
 from .adaptive import AdaptiveCoefficients
 from .checks import is_count, is_number
@@ -31,7 +32,7 @@ class CoefficientSchedule(RestoringCallback):
 
     def __init__(self, loss: str, points: Mapping[int, float]) -> None:
         if not isinstance(loss, str) or not loss:
-            raise ValueError(f"CoefficientSchedule: loss={shown(loss)} must be a loss's name, as 'load_balancing'.")
+            raise ValueError(f"CoefficientSchedule: loss={shown(loss)} must be a loss's name, as {min(LOSSES)!r}.")
         if not _maps_steps_to_factors(points):
             raise ValueError(
                 f"CoefficientSchedule: points={shown(points)} must map optimizer steps to factors, whole numbers to "

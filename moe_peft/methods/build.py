@@ -9,7 +9,7 @@ from ..config.fields import MixtureConfig
 from ..config.pair_fields import LowRankConfig
 from ..config.parts import RoutedParts
 from ..config.router_fields import RouterConfig
-from ..experts import EXPERTS, Experts
+from ..experts import DEFAULT_EXPERTS, EXPERTS, Experts
 from ..forward.objective import Loss, RouterObjective
 from ..options import option_values
 from ..place import Place
@@ -37,7 +37,7 @@ def build_router(config: RouterConfig, in_features: int, num_experts: int, *, in
     )
 
 
-def build_experts(config: LowRankConfig, place: Place, num_experts: int, experts: str = "low_rank") -> Experts:
+def build_experts(config: LowRankConfig, place: Place, num_experts: int, experts: str = DEFAULT_EXPERTS) -> Experts:
     """Build a bank of experts.
 
     Args:
@@ -62,7 +62,7 @@ def build_parts(
     place: Place,
     *,
     losses: Mapping[str, tuple[Loss, float]],
-    experts: str = "low_rank",
+    experts: str = DEFAULT_EXPERTS,
     router_init_std: float | None = None,
 ) -> RoutedParts:
     """Build a router, a bank of experts and their losses; without a router where the backbone routes.

@@ -11,6 +11,7 @@ from .gates import Gate, Softmax
 from .linear import LinearRouter
 from .registry import (
     DEFAULT_GATE,
+    DEFAULT_ROUTER,
     DEFAULT_SCORER,
     GATES,
     ROUTERS,
@@ -30,6 +31,7 @@ from .top_k import TopK, TopKRouter
 
 __all__ = [
     "DEFAULT_GATE",
+    "DEFAULT_ROUTER",
     "DEFAULT_SCORER",
     "GATES",
     "ROUTERS",

@@ -34,8 +34,8 @@ from .threshold import Threshold
 from .top_k import TopK, TopKRouter
 from .top_p import TopP
 
-# What a configuration means that names neither scorer nor gate.
-DEFAULT_SCORER, DEFAULT_GATE = "linear", "softmax"
+# What a configuration means that names no router, scorer or gate.
+DEFAULT_ROUTER, DEFAULT_SCORER, DEFAULT_GATE = "dense", "linear", "softmax"
 # z = scorer(x)
 SCORERS: dict[str, type[Router]] = {
     "linear": LinearRouter,

@@ -12,6 +12,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from tests.train.tiny_run import run_here
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -24,7 +26,8 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def launch(inputs: Path, output: Path, *flags: str, **overrides) -> subprocess.CompletedProcess:
+def write_run(inputs: Path, output: Path, **overrides) -> Path:
+    """The quickstart's file with a tiny backbone and few steps."""
     run = yaml.safe_load((ROOT / "configs/runs/quickstart.yaml").read_text())
     run |= {
         "model_name_or_path": str(inputs / "backbone"),
@@ -35,9 +38,14 @@ def launch(inputs: Path, output: Path, *flags: str, **overrides) -> subprocess.C
         **overrides,
     }
     output.mkdir(parents=True, exist_ok=True)
-    (output / "run.yaml").write_text(yaml.safe_dump(run))
+    path = output / "run.yaml"
+    path.write_text(yaml.safe_dump(run))
+    return path
+
+
+def launch(inputs: Path, output: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"]
-    command += [str(ROOT / "train/sft.py"), "--config", str(output / "run.yaml"), *flags]
+    command += [str(ROOT / "train/sft.py"), "--config", str(write_run(inputs, output))]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(inputs / "cache")}
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=output)
 
@@ -65,12 +73,11 @@ def test_other_methods_train_with_checkpointing_and_accumulation(inputs, tmp_pat
     flags = ["--moe_method", method, "--gradient_checkpointing", "true", "--gradient_accumulation_steps", "2"]
     run = dict.fromkeys(("moe_expert_groups", "moe_localized_balancing_mode", "moe_group_column"))
     run |= {"moe_localized_balancing_delta": None, "moe_report": False}
-    result = launch(inputs, tmp_path / method, *flags, **run)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_here("sft", write_run(inputs, tmp_path / method, **run), *flags)
     assert (tmp_path / method / "adapter_model.safetensors").is_file()
 
 
 def test_a_configuration_that_cannot_work_stops_before_anything_is_loaded(inputs, tmp_path):
-    result = launch(inputs, tmp_path / "bad", moe_target_modules=["down_prj"])
-    assert result.returncode != 0 and "Nearest names: ['down_proj'" in result.stderr
+    with pytest.raises(ValueError, match=r"Nearest names: \['down_proj'"):
+        run_here("sft", write_run(inputs, tmp_path / "bad", moe_target_modules=["down_prj"]))
     assert not (tmp_path / "bad/adapter_model.safetensors").exists()

@@ -1,7 +1,7 @@
 """One thread per test process: the models are tiny, and threads of several processes would wait for each other.
 
-Tests are handed out to the processes in groups: whoever shares a fixture of a module or of the session runs where it has
-been made, and rooms whose tests take seconds each come first, so that no process waits long for another at the end.
+Tests are handed out to the processes in groups: whoever shares a fixture of a module or of the session runs where it
+has been made. Rooms whose tests take seconds each come first, so that no process waits long for another at the end.
 """
 
 import os

@@ -35,3 +35,25 @@ def diagonal(pairs: Collection[Case], turn: int, *, whole: Collection[str] = (),
         own = [pair for pair in pairs if pair[0] == model]
         kept |= {pair for number, pair in enumerate(own) if (number + place + turn) % every == 0}
     return kept
+
+
+def thinned(params: Collection, turn: int, every: int = 2) -> list:
+    """Test parameters of pairs, of which a diagonal stays in `make test`; those that are slow stay slow.
+
+    Args:
+        params: Parameters (model, method).
+        turn: See `diagonal`.
+        every: See `diagonal`.
+    """
+    kept = diagonal([param.values for param in params if not is_slow(param)], turn, every=every)
+    return [
+        param
+        if param.values in kept or is_slow(param)
+        else pytest.param(*param.values, id=param.id, marks=[*param.marks, pytest.mark.slow])
+        for param in params
+    ]
+
+
+def is_slow(param) -> bool:
+    """Whether a test parameter is marked slow."""
+    return any(mark.name == "slow" for mark in param.marks)

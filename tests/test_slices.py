@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from tests.slices import diagonal, sliced
+from tests.slices import diagonal, is_slow, sliced, thinned
 
 PAIRS = list(itertools.product(("a", "b", "c"), ("one", "two", "three", "four", "five")))
 
@@ -25,3 +25,13 @@ def test_what_is_not_in_the_slice_is_slow_and_keeps_its_name():
     assert [param.id for param in made] == ["-".join(pair) for pair in PAIRS]
     slow = {param.values for param in made if param.marks}
     assert slow == set(PAIRS) - diagonal(PAIRS, 0)
+
+
+def test_a_slice_of_a_slice_keeps_what_was_slow():
+    before = sliced(PAIRS, {pair for pair in PAIRS if pair[0] != "c"})
+    after = thinned(before, 1)
+    assert [param.id for param in after] == [param.id for param in before]
+    kept = {param.values for param in after if not is_slow(param)}
+    assert {model for model, _ in kept} == {"a", "b"} and len(kept) == 5
+    both = kept | {param.values for param in thinned(before, 2) if not is_slow(param)}
+    assert both == {pair for pair in PAIRS if pair[0] != "c"}

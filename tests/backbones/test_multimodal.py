@@ -31,6 +31,7 @@ from tests.backbones.multimodal_cases import (
     training_batch,
 )
 from tests.backbones.multimodal_models import TEXT_IDS, with_modalities
+from tests.slices import thinned
 
 TEXT_COLUMNS = ("input_ids", "attention_mask", "labels")
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
@@ -57,7 +58,7 @@ def test_experts_of_an_encoder_are_left_alone():
     assert not any("vision_tower" in layer.experts for layer in find_moe_layers(base_model("dots3_note")))
 
 
-@pytest.mark.parametrize(("model_type", "method"), [*CASES, *LINEAR_CASES])
+@pytest.mark.parametrize(("model_type", "method"), thinned([*CASES, *LINEAR_CASES], 0))
 def test_step_zero_output_is_the_base_output(model_type, method):
     base, batch = base_model(model_type), batch_for(model_type)
     model = adapted(model_type, method, random=False)
@@ -72,7 +73,7 @@ def test_step_zero_output_is_the_base_output(model_type, method):
     assert not torch.equal(changed(**{**batch, "pixel_values": 0.5 * batch["pixel_values"]}).logits, found)
 
 
-@pytest.mark.parametrize(("model_type", "method"), CASES)
+@pytest.mark.parametrize(("model_type", "method"), thinned(CASES, 1))
 def test_gradients_arrive_at_the_adapter_and_nowhere_else(model_type, method):
     model = adapted(model_type, method).train()
     model(**training_batch(model_type)).loss.backward()
@@ -96,7 +97,7 @@ def test_an_encoder_does_not_stand_in_for_ffns_that_are_experts(model_type):
         get_peft_model(copy.deepcopy(base_model(model_type)), LoraMoeConfig())
 
 
-@pytest.mark.parametrize(("model_type", "method"), CASES)
+@pytest.mark.parametrize(("model_type", "method"), thinned(CASES, 2))
 def test_save_and_load_are_equal_to_the_last_bit(model_type, method, tmp_path):
     model, batch = adapted(model_type, method), batch_for(model_type)
     model.save_pretrained(tmp_path)
@@ -104,7 +105,7 @@ def test_save_and_load_are_equal_to_the_last_bit(model_type, method, tmp_path):
     assert torch.equal(loaded(**batch).logits, model(**batch).logits)
 
 
-@pytest.mark.parametrize(("model_type", "method"), CASES)
+@pytest.mark.parametrize(("model_type", "method"), thinned(CASES, 3))
 def test_generation_with_cache_follows_the_whole_forward(model_type, method):
     model, batch, reserved = adapted(model_type, method), batch_for(model_type), list(range(TEXT_IDS, VOCAB))
     new = 5
@@ -132,7 +133,7 @@ def test_text_without_images_is_served_too(model_type):
         assert (parameter.grad is not None) == reached, name
 
 
-@pytest.mark.parametrize(("model_type", "method"), FOLLOWED_CASES)
+@pytest.mark.parametrize(("model_type", "method"), thinned(FOLLOWED_CASES, 4))
 def test_experts_implementations_agree(model_type, method):
     model, batch = adapted(model_type, method), batch_for(model_type)
     base = model.get_base_model()

@@ -11,6 +11,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from moe_peft import EsftConfig, MovConfig, PerftConfig, attach
 from tests.integrations.trainers import preferences, shared, tokenizer
 from tests.methods.esft_models import EXPERTS, sparse_model, token_batch
+from tests.slices import diagonal, sliced
 
 LENGTHS = [7, 4, 5, 6, 9, 4, 8, 5]
 FORMS = {
@@ -25,6 +26,7 @@ CONFIGS = {
     "esft-lora": lambda: EsftConfig(experts=EXPERTS, expert_adapter="lora", r=4),
     "mov": lambda: MovConfig(num_experts=4),
 }
+CASES = [(form, method) for form in FORMS for method in CONFIGS]
 LOGGED = {"moe/load_entropy", "moe/max_over_mean_load", "moe/dead_experts"}
 
 
@@ -63,8 +65,7 @@ def trainer_of(method: str, form: str, folder, **model_fields) -> SFTTrainer:
 
 
 @pytest.mark.filterwarnings("ignore:.*packing.*")
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize(("form", "method"), sliced(CASES, diagonal(CASES, 0, every=2)))
 def test_training_logs_and_saves(method, form, tmp_path):
     trainer = trainer_of(method, form, tmp_path)
     base = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}

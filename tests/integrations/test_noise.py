@@ -24,6 +24,7 @@ from moe_peft import (
 from moe_peft.integrations.noise import compares_passes, keeps_dropout, without_noise
 from tests.contract.cases import randomize, tiny_olmoe
 from tests.integrations.trainers import TRAINERS, preferences, prompts, shared, token_rows, tokenizer, unpaired
+from tests.slices import sliced
 from tests.tiny import padded_batch, tiny_llama
 
 NOISY = {"router_jitter_noise": 0.3, "expert_dropout": 0.3, "lora_dropout": 0.3, "capacity_factor": 0.5}
@@ -47,6 +48,13 @@ OLMOE = {
 }
 CASES = [(tiny_llama, LLAMA[name]) for name in LLAMA] + [(tiny_olmoe, OLMOE[name]) for name in OLMOE]
 NAMES = [*LLAMA, *OLMOE]
+# What `make test` trains: every source of noise, and an adapter of each kind of place.
+TRAINED = ("loramoe with dropout", "sira", "mov", "noisy", "perft E", "esft lora")
+TRAINED_CASES = [
+    pytest.param(*case, id=name, marks=[] if name in TRAINED else [pytest.mark.slow])
+    for case, name in zip(CASES, NAMES, strict=True)
+]
+ONLINE = sliced([(name,) for name in LLAMA], [(name,) for name in ("sira", "noisy", "bottleneck")])
 
 
 def trained(build, config, folder):
@@ -63,7 +71,7 @@ def first_loss(trainer):
 
 
 @pytest.mark.filterwarnings("ignore::moe_peft.MoePeftWarning")
-@pytest.mark.parametrize(("build", "config"), CASES, ids=NAMES)
+@pytest.mark.parametrize(("build", "config"), TRAINED_CASES)
 def test_dpo_of_a_policy_that_equals_its_reference_starts_at_ln_2(build, config, tmp_path):
     model = trained(build, config, tmp_path / "adapter")
     # The balance loss of the backbone's own routers, which TRL would add, is no part of DPO's.
@@ -82,7 +90,7 @@ def test_kto_of_a_policy_that_equals_its_reference_starts_at_one_half(name, tmp_
 
 
 @pytest.mark.filterwarnings("ignore::moe_peft.MoePeftWarning")
-@pytest.mark.parametrize("name", LLAMA)
+@pytest.mark.parametrize("name", ONLINE)
 def test_the_first_ratio_of_grpo_is_one(name, tmp_path):
     """Two iterations over the same completions, the first of which is with the policy that made them."""
     ratios = []

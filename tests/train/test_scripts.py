@@ -8,6 +8,7 @@ import pytest
 from trl import ScriptArguments
 
 from moe_peft import MoePeftWarning
+from tests.slices import diagonal, sliced
 from tests.tiny import tiny_mixtral
 from tests.train.tiny_run import make_base, make_data, make_tokenizer, run_here, words, write_run
 
@@ -74,10 +75,10 @@ REFUSED = {
     "other columns": ({}, ("--dataset_name", OTHER), "has the columns other, but .* needs .*; the first row is"),
     "no checkpoint": ({"resume_from_checkpoint": True}, (), "no complete checkpoint"),
 }
+REFUSED_BY = [(script, case) for script in SCRIPTS for case in REFUSED]
 
 
-@pytest.mark.parametrize("case", REFUSED)
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(("script", "case"), sliced(REFUSED_BY, diagonal(REFUSED_BY, 0, whole=("sft",), every=3)))
 def test_what_cannot_work_is_refused_before_a_model_is_loaded(script, case, tmp_path, monkeypatch):
     values, flags, message = REFUSED[case]
     monkeypatch.chdir(tmp_path)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cache
 
 import pytest
 import torch
@@ -30,20 +33,27 @@ def name_of(choice: Choice) -> str:
     return "-".join(choice)
 
 
-def on_layers(choices: list[Choice]):
-    """A test on one layer for each choice."""
-    return pytest.mark.parametrize("choice", choices, ids=name_of)
+def on_layers(first: list[Choice], rest: Sequence[Choice] = ()):
+    """A test on one layer for each choice: the first in `make test`, the rest in `make slow`."""
+    params = [pytest.param(choice, id=name_of(choice)) for choice in first]
+    others = [choice for choice in rest if choice not in first]
+    params += [pytest.param(choice, id=name_of(choice), marks=pytest.mark.slow) for choice in others]
+    return pytest.mark.parametrize("choice", params)
 
 
-def on_models(function):
-    """A test on whole models: every part in `make test`, every triple of parts in `make slow`."""
-    cases = [(place, choice) for place in PLACES for choice in dict.fromkeys([*PARTS, *TRIPLES])]
-    marks = {choice: [] for choice in PARTS}
-    params = [
-        pytest.param(place, choice, marks=marks.get(choice, [pytest.mark.slow]), id=f"{place}-{name_of(choice)}")
-        for place, choice in cases
-    ]
-    return pytest.mark.parametrize(("place", "choice"), params)(function)
+def on_models(turn: int):
+    """A test on whole models: every part on one place in `make test`, every pair on every place in `make slow`.
+
+    Args:
+        turn: Number of the law; a part that one law sees on a linear layer the next one sees on a block.
+    """
+    params = []
+    for number, choice in enumerate(dict.fromkeys([*PARTS, *PAIRS])):
+        for where, place in enumerate(PLACES):
+            kept = choice in PARTS and (number + turn + where) % len(PLACES) == 0
+            marks = [] if kept else [pytest.mark.slow]
+            params.append(pytest.param(place, choice, marks=marks, id=f"{place}-{name_of(choice)}"))
+    return pytest.mark.parametrize(("place", "choice"), params)
 
 
 def classes_of(choice: Choice) -> list[type[Part]]:
@@ -63,8 +73,8 @@ def promised(choice: Choice, *names: str) -> bool:
 
 with registered():
     PARTS, PAIRS, TRIPLES = (covering(strength) for strength in (1, 2, 3))
-    NEEDING = [choice for choice in TRIPLES if context_needs(choice)]
-    LEARNING = [choice for choice in dict.fromkeys([*PARTS, *PAIRS, *TRIPLES]) if losses_for(choice)]
+    NEEDING = [choice for choice in PAIRS if context_needs(choice)]
+    LEARNING = [choice for choice in dict.fromkeys([*PARTS, *PAIRS]) if losses_for(choice)]
 
 
 def config_of(choice: Choice, *, losses: bool = True, **fields) -> RoutedConfig:
@@ -75,15 +85,19 @@ def config_of(choice: Choice, *, losses: bool = True, **fields) -> RoutedConfig:
     return RoutedConfig(**{"num_experts": NUM_EXPERTS, "r": RANK, "router_aux_loss_coef": 0.0, **names, **fields})
 
 
-def layer_of(choice: Choice, base: nn.Module | None = None, *, random: bool = True, **fields) -> RoutedLayer:
-    """A float64 layer without router losses, whose training passes need no model around them."""
+@cache
+def _layer(choice: Choice, num_experts: int) -> RoutedLayer:
     torch.manual_seed(0)
-    config = config_of(choice, losses=False, target_modules=["linear"], **fields)
-    model = get_peft_model(base or OneLinear(IN, OUT), config)
-    if random:
-        randomize(model)
+    config = config_of(choice, losses=False, target_modules=["linear"], num_experts=num_experts)
+    model = get_peft_model(OneLinear(IN, OUT), config)
+    randomize(model)
     (layer,) = routed_layers(model.double())
     return layer
+
+
+def layer_of(choice: Choice, num_experts: int = NUM_EXPERTS) -> RoutedLayer:
+    """A float64 layer without router losses, whose training passes need no model around them."""
+    return copy.deepcopy(_layer(choice, num_experts))
 
 
 def context(training: bool = False, **fields) -> TokenContext:

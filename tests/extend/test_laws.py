@@ -1,4 +1,4 @@
-"""Laws of whole models with whatever is registered: every part in each run, every triple of parts in the slow one."""
+"""Laws of whole models with whatever is registered: every part in each run, every pair of parts in the slow one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_all_registered_parts_and_losses_take_part():
     assert set(LOSSES) <= {name for choice in PARTS for name in losses_for(choice)}
 
 
-@on_models
+@on_models(0)
 def test_the_adapted_model_starts_as_the_base_bit_for_bit(place, choice):
     model, batch = make(place, choice, random=False), batch_for(place, choice)
     found = logits(model, batch)
@@ -36,7 +36,7 @@ def test_the_adapted_model_starts_as_the_base_bit_for_bit(place, choice):
         assert torch.equal(found, logits(model, batch)), "the tensors in `up` start at zero and add exactly nothing"
 
 
-@on_models
+@on_models(1)
 def test_every_tensor_that_trains_gets_a_gradient_under_either_kind_of_checkpointing(place, choice):
     model, batch = make(place, choice, train=True), batch_for(place, choice, labels=True)
     results = []
@@ -66,7 +66,7 @@ def test_every_tensor_that_trains_gets_a_gradient_under_either_kind_of_checkpoin
     assert names == set(losses_for(choice))
 
 
-@on_models
+@on_models(2)
 def test_later_tokens_and_other_rows_change_nothing_where_the_parts_say_so(place, choice):
     model, batch = make(place, choice), batch_for(place, choice)
     before = logits(model, batch)
@@ -88,7 +88,7 @@ def test_later_tokens_and_other_rows_change_nothing_where_the_parts_say_so(place
         close(logits(model, left)[0, 3:], alone, f"{advice} (padding on the left)", ROUNDING)
 
 
-@on_models
+@on_models(3)
 def test_decoding_with_a_cache_equals_the_full_forward_where_the_parts_say_so(place, choice):
     if not promised(choice, "decode_stateless"):
         pytest.skip("makes no such promise")
@@ -107,7 +107,7 @@ def test_decoding_with_a_cache_equals_the_full_forward_where_the_parts_say_so(pl
     close(torch.cat(steps, 1), whole, "a decision depends on tokens before it: decode_stateless=False", ROUNDING)
 
 
-@on_models
+@on_models(4)
 def test_beams_with_a_cache_equal_beams_without_where_the_parts_say_so(place, choice):
     if not promised(choice, "decode_stateless", "batch_invariant"):
         pytest.skip("makes no such promise")
@@ -119,7 +119,7 @@ def test_beams_with_a_cache_equal_beams_without_where_the_parts_say_so(place, ch
     assert torch.equal(*found), "beams repeat and reorder rows: nothing may be kept by the number of a row"
 
 
-@on_models
+@on_models(5)
 def test_a_saved_adapter_loads_bit_for_bit(place, choice, tmp_path):
     model, batch = make(place, choice, dtype=torch.float32), batch_for(place, choice)
     model.save_pretrained(tmp_path)
@@ -131,7 +131,7 @@ def test_a_saved_adapter_loads_bit_for_bit(place, choice, tmp_path):
     assert torch.equal(logits(again, batch), logits(model, batch)), advice
 
 
-@on_models
+@on_models(6)
 def test_rows_with_adapter_names_equal_those_of_the_adapter_alone(place, choice):
     model, batch = make(place, choice), batch_for(place, choice)
     names = ["default", "__base__", "default"]

@@ -1,4 +1,4 @@
-"""Laws of every triple of registered parts on one layer, in float64: cheap, so that all of them run every time."""
+"""Laws of parts on one layer, in float64: every triple of parts for the sum itself, every pair for the other laws."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .cases import (
     NEEDING,
     NUM_EXPERTS,
     OUT,
+    PAIRS,
     RANK,
     TRIPLES,
     close,
@@ -71,7 +72,7 @@ def test_a_layer_equals_its_tokens_and_experts_one_at_a_time(choice):
     close(again, found, "combine: with in_place=True it must compute the same")
 
 
-@on_layers(TRIPLES)
+@on_layers(PAIRS, TRIPLES)
 def test_what_padding_holds_changes_no_other_token(choice):
     layer, (x_TD, base_TO) = layer_of(choice), inputs()
     for known in (context(), context(training=True)):
@@ -84,7 +85,7 @@ def test_what_padding_holds_changes_no_other_token(choice):
         close(results[1], results[0], f"{advice} False (training={known.training})", 1e-12)
 
 
-@on_layers(TRIPLES)
+@on_layers(PAIRS, TRIPLES)
 def test_a_decision_has_the_shapes_and_the_names_that_the_contract_says(choice):
     layer, (x_TD, base_TO) = layer_of(choice), inputs()
     seen, num_tokens = noted(layer), len(x_TD)
@@ -109,7 +110,7 @@ def test_a_decision_has_the_shapes_and_the_names_that_the_contract_says(choice):
         assert words <= routing.extras.keys(), f"gives names {sorted(words)}, but extras has {sorted(routing.extras)}"
 
 
-@on_layers(TRIPLES)
+@on_layers(PAIRS, TRIPLES)
 def test_no_token_is_an_empty_output(choice):
     layer = layer_of(choice)
     x_TD, base_TO = torch.zeros(0, IN).double().requires_grad_(), torch.zeros(0, OUT).double()
@@ -121,7 +122,7 @@ def test_no_token_is_an_empty_output(choice):
         found.sum().backward()
 
 
-@on_layers(TRIPLES)
+@on_layers(PAIRS, TRIPLES)
 def test_a_training_pass_decides_like_evaluation_where_nothing_may_perturb_it(choice):
     layer, (x_TD, _) = layer_of(choice), inputs()
     layer.router["default"].perturbs_training = False
@@ -131,7 +132,7 @@ def test_a_training_pass_decides_like_evaluation_where_nothing_may_perturb_it(ch
     assert torch.equal(decided[0], decided[2]), "evaluation decides the same twice: keep no state, draw no numbers"
 
 
-@on_layers(TRIPLES)
+@on_layers(PAIRS, TRIPLES)
 def test_scores_stay_float32_in_16_bit_layers_and_outputs_do_not(choice):
     layer = layer_of(choice).to(torch.bfloat16)
     for part in parts_of(layer):
@@ -151,7 +152,7 @@ def test_scores_stay_float32_in_16_bit_layers_and_outputs_do_not(choice):
             assert not p.requires_grad or torch.isfinite(p.grad).all(), name
 
 
-@on_layers(TRIPLES)
+@on_layers(PAIRS, TRIPLES)
 def test_tensors_alone_carry_what_a_part_has_become(choice):
     layer, known, (x_TD, base_TO) = layer_of(choice), context(), inputs()
     expected = layer.add("default", x_TD, base_TO.clone(), known)

@@ -22,12 +22,11 @@ SETTINGS = {"learning_rate": 1e-2, "max_steps": STEPS, "max_grad_norm": 1.0}
 
 
 def handful() -> list:
-    """Choices in which every loss, every scorer that learns and every selector that changes takes part."""
+    """Choices in which every loss and every selector that changes its tensors takes part."""
     chosen, seen = [], set()
     for choice in sorted(LEARNING, key=lambda choice: -len(losses_for(choice))):
-        router, scorer = choice[:2]
-        selector = {router} if router in SELECTORS and SELECTORS[router].counts else set()
-        own = {*losses_for(choice), scorer, *selector}
+        router = choice[0]
+        own = {*losses_for(choice), *([router] if router in SELECTORS and SELECTORS[router].counts else [])}
         if not own <= seen:
             chosen.append(choice)
             seen |= own

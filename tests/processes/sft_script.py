@@ -1,6 +1,8 @@
 """One optimizer step of SFTTrainer, to be launched with any number of processes: the same global batch each time.
 
-accelerate launch tests/processes/sft_script.py <folder> <accumulation> <scope> <method>
+accelerate launch tests/processes/sft_script.py <folder> <method> <accumulation>-<scope> ...
+
+Each setting is a run of its own, in the folder of its name.
 """
 
 from __future__ import annotations
@@ -64,8 +66,6 @@ def config_of(method: str, scope: str) -> moe_peft.config.MoeConfig:
 
 def main(folder: str, accumulation: int, scope: str, method: str) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        allow_fsdp_on_cpu()
     ids = torch.randint(3, 60, (ROWS, 6), generator=torch.Generator().manual_seed(3)).tolist()
     args = SFTConfig(
         output_dir=folder,
@@ -109,4 +109,8 @@ def main(folder: str, accumulation: int, scope: str, method: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        allow_fsdp_on_cpu()
+    for setting in sys.argv[3:]:
+        micro_batches, _, measured_on = setting.partition("-")
+        main(str(Path(sys.argv[1]) / setting), int(micro_batches), measured_on, sys.argv[2])

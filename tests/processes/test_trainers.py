@@ -55,14 +55,18 @@ def free_port() -> int:
             return port
 
 
-def launch(folder: Path, how: str, accumulation: int = 1, scope: str = "global_batch", method: str = "routed") -> Path:
-    """Train with accelerate's launcher in a folder of its own."""
-    target = folder / f"{how}-{accumulation}-{scope}-{method}"
+# Accumulation and scope of the balance loss.
+WHOLE, LOCAL, WINDOW = "1-global_batch", "1-micro_batch", "2-accumulation_window"
+
+
+def launch(folder: Path, how: str, *settings: str, method: str = "routed") -> Path:
+    """Train with accelerate's launcher, once for each setting, in a folder of its own."""
+    target = folder / f"{how}-{method}"
     target.mkdir()
     config = target / "accelerate.yaml"
     text = yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", "mixed_precision": "no", **LAUNCHES[how]})
     config.write_text(text if method == "routed" else text.replace("LlamaDecoderLayer", "OlmoeDecoderLayer"))
-    run_script(config, "sft_script", str(target), str(accumulation), scope, method)
+    run_script(config, "sft_script", str(target), method, *settings)
     return target
 
 
@@ -81,15 +85,20 @@ def facts_of(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("one"), "one")
+    return launch(tmp_path_factory.mktemp("one"), "one", WHOLE, WINDOW)
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory):
+    return launch(tmp_path_factory.mktemp("ddp"), "ddp", WHOLE, LOCAL, WINDOW)
 
 
 ZERO = [pytest.param(f"zero{stage}", marks=needs_deepspeed) for stage in (2, 3)]
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp", *ZERO])
-def test_two_processes_train_save_and_log_as_one(how, one, tmp_path):
-    two = launch(tmp_path, how)
+def test_two_processes_train_save_and_log_as_one(how, one, ddp, tmp_path):
+    one, two = one / WHOLE, (ddp if how == "ddp" else launch(tmp_path, how, WHOLE)) / WHOLE
     facts, single = facts_of(two), facts_of(one)
     assert facts["world"] == 2 and single["world"] == 1
     assert facts["sharded"] == (how == "fsdp")
@@ -112,17 +121,17 @@ def test_two_processes_train_save_and_log_as_one(how, one, tmp_path):
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
-def test_the_step_is_large_enough_to_tell_a_wrong_balance(one, tmp_path):
-    local = launch(tmp_path, "ddp", scope="micro_batch")
-    found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (local, one))
+def test_the_step_is_large_enough_to_tell_a_wrong_balance(one, ddp):
+    folders = (ddp / LOCAL, one / WHOLE)
+    found, expected = (load_file(folder / "adapter_model.safetensors") for folder in folders)
     assert any(not torch.allclose(found[name], wanted, rtol=1e-4, atol=1e-5) for name, wanted in expected.items())
 
 
 @pytest.mark.parametrize("how", ["ddp", *ZERO])
-def test_accumulation_on_two_processes_equals_accumulation_on_one_with_the_same_micro_batches(how, tmp_path):
-    two = launch(tmp_path, how, accumulation=2, scope="accumulation_window")
-    alone = launch(tmp_path, "one", accumulation=2, scope="accumulation_window")
-    found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (two, alone))
+def test_accumulation_on_two_processes_equals_accumulation_on_one_with_the_same_micro_batches(how, one, ddp, tmp_path):
+    two = ddp if how == "ddp" else launch(tmp_path, how, WINDOW)
+    folders = (two / WINDOW, one / WINDOW)
+    found, expected = (load_file(folder / "adapter_model.safetensors") for folder in folders)
     for name, wanted in expected.items():
         torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -131,7 +140,7 @@ def test_accumulation_on_two_processes_equals_accumulation_on_one_with_the_same_
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 @pytest.mark.parametrize("method", ["esft", "perft"])
 def test_two_processes_train_a_sparse_backbones_adapter_as_one(method, how, tmp_path):
-    two, one = (launch(tmp_path, processes, method=method) for processes in (how, "one"))
+    two, one = (launch(tmp_path, processes, WHOLE, method=method) / WHOLE for processes in (how, "one"))
     facts, single = facts_of(two), facts_of(one)
     assert facts["world"] == 2 and facts["sharded"] == (how == "fsdp")
     found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (two, one))

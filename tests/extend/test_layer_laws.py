@@ -92,7 +92,7 @@ def test_a_decision_has_the_shapes_and_the_names_that_the_contract_says(choice):
     for training in (False, True):
         layer.add("default", x_TD, base_TO.clone(), context(training))
     router = layer.router["default"]
-    for routing in seen:
+    for routing in (decide(layer, x_TD, context()), *seen):
         num_choices = layer.experts["default"].num_choices
         assert routing.num_experts == num_choices == NUM_EXPERTS
         assert routing.probs.shape == (num_tokens, num_choices), "probs have a column for each expert, and no other"
@@ -140,11 +140,12 @@ def test_scores_stay_float32_in_16_bit_layers_and_outputs_do_not(choice):
             parameter.data = parameter.data.bfloat16()
     seen, (x_TD, base_TO) = noted(layer), inputs(dtype=torch.bfloat16)
     found = layer.add("default", x_TD, base_TO, context(training=True))
-    (routing,) = seen
-    for name in ("logits", "probs", "weights"):
-        dtype = getattr(routing, name).dtype
-        assert dtype == torch.float32, f"{name} of a bfloat16 layer are {dtype}: cast input and weights to float32"
-    assert all(tensor.dtype == torch.float32 for tensor in routing.extras.values()), "extras are float32"
+    # A layer whose experts all weigh the same makes no decision.
+    for routing in (decide(layer, x_TD, context(training=True)), *seen):
+        for name in ("logits", "probs", "weights"):
+            dtype = getattr(routing, name).dtype
+            assert dtype == torch.float32, f"{name} of a bfloat16 layer are {dtype}: cast input and weights to float32"
+        assert all(tensor.dtype == torch.float32 for tensor in routing.extras.values()), "extras are float32"
     assert found.dtype == torch.bfloat16, "combine returns the dtype of the base output"
     found.float().sum().backward()
     for part in parts_of(layer):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import moe_peft
 from moe_peft import extend, telemetry
+from moe_peft.experts.bottleneck import ACTIVATIONS
 from moe_peft.layers import LAYERS
 from moe_peft.methods import METHODS
 from moe_peft.ops import IMPLEMENTATIONS
@@ -79,9 +80,9 @@ def part_names() -> set[str]:
 
 
 def like_parts() -> set[str]:
-    """What is called like a part without being one: kinds of places, ways to compute a sum, fields and statistics."""
+    """What is called like a part without being one: places, ways to compute a sum, activations, fields, statistics."""
     own = {own.name for config in METHODS.values() for own in fields(config)}
-    return {*LAYERS, *IMPLEMENTATIONS, *own, *telemetry.__all__}
+    return {*LAYERS, *IMPLEMENTATIONS, *ACTIVATIONS, *own, *telemetry.__all__}
 
 
 def test_no_method_is_named_outside_of_its_room():

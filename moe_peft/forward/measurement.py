@@ -9,17 +9,14 @@ decisions of places that are alike are stacked; sums are taken (`measure`), join
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
-from ..types import Routing
+from ..types import RouterLoss, Routing
 from .joined_losses import LayerLosses
-
-# Tensors of a decision that losses read and gradients flow through.
-FLOATS = ("weights", "probs", "logits")
 
 
 @dataclass
@@ -216,16 +213,23 @@ def _alike(one: Measurement, other: Measurement) -> bool:
     """Whether two calls can be stacked: decisions of the same sizes about the same tokens, and the same losses."""
     a, b = one.routing, other.routing
     assert a is not None and b is not None
-    if a.context is not b.context or a.num_experts != b.num_experts or a.extras.keys() != b.extras.keys():
-        return False
-    pairs = [(a.experts, b.experts), (a.dropped, b.dropped)]
-    pairs += list(zip(tensors_of(a).values(), tensors_of(b).values(), strict=True))
-    losses, others = one.losses.losses, other.losses.losses
     return (
-        all(_same_kind(own, further) for own, further in pairs)
-        and list(losses) == list(others)
-        and all(type(loss) is type(others[name]) for name, loss in losses.items())
-        and all(loss.stacks_by() == others[name].stacks_by() for name, loss in losses.items())
+        a.context is b.context
+        and a.num_experts == b.num_experts
+        and _same_kind(a.weights, b.weights)
+        and _same_kind(a.probs, b.probs)
+        and _same_kind(a.logits, b.logits)
+        and _same_kind(a.experts, b.experts)
+        and _same_kind(a.dropped, b.dropped)
+        and a.extras.keys() == b.extras.keys()
+        and all(_same_kind(own, b.extras[name]) for name, own in a.extras.items())
+        and _same_losses(one.losses.losses, other.losses.losses)
+    )
+
+
+def _same_losses(one: Mapping[str, RouterLoss], other: Mapping[str, RouterLoss]) -> bool:
+    return list(one) == list(other) and all(
+        type(loss) is type(other[name]) and loss.stacks_by() == other[name].stacks_by() for name, loss in one.items()
     )
 
 

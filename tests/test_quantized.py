@@ -144,3 +144,53 @@ def test_description_counts_the_weights_of_packed_parameters(base_folder):
     assert packed.base_parameters == plain.base_parameters
     assert packed.num_parameters == plain.num_parameters
     assert {place.kind for place in packed.places} == {"Linear4bit"}
+
+
+@pytest.mark.parametrize("quantization", ["nf4-double-quant", "8bit"])
+@pytest.mark.parametrize("safe_merge", [False, True])
+@torch.no_grad()
+def test_each_merged_weight_is_the_exact_one_to_its_rounding(base_folder, quantization, safe_merge):
+    model = get_peft_model(load(base_folder, quantization), LoraMoeConfig(num_experts=1, lora_alpha=8)).eval()
+    randomize(model)
+    layers, exact = [m for m in model.modules() if isinstance(m, RoutedLayer)], []
+    for layer in layers:
+        bank = layer.experts["default"]
+        exact.append(layer.get_base_weight() + bank.scaling * (bank.A[0].T @ bank.B[0]).T)
+    model.merge_adapter(safe_merge=safe_merge)
+    for layer, expected in zip(layers, exact, strict=True):
+        error = (layer.get_base_weight() - expected).norm() / expected.norm()
+        assert error < (0.12 if quantization.startswith("nf4") else 0.02), layer.place
+
+
+@pytest.mark.parametrize("quantization", ["nf4-double-quant", "8bit"])
+@pytest.mark.parametrize("kind", [LoraMoeConfig, MovConfig])
+@torch.no_grad()
+def test_quantized_layers_merge_all_or_none(kind, base_folder, quantization, monkeypatch):
+    model, batch = (
+        get_peft_model(load(base_folder, quantization), LoraMoeConfig(num_experts=1)).eval(),
+        padded_batch([5]),
+    )
+    randomize(model)
+    expected = model(**batch).logits
+    layers = [module for module in model.modules() if isinstance(module, RoutedLayer)]
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+
+    def assert_as_before():
+        assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+        assert torch.equal(model(**batch).logits, expected) and not any(layer.merged for layer in layers)
+
+    def stop(**kwargs):
+        raise KeyboardInterrupt
+
+    for last in (layers[0], layers[-1]):  # whichever is merged last
+        monkeypatch.setattr(last, "merge", stop)
+        with pytest.raises(KeyboardInterrupt):
+            model.merge_adapter()
+        assert_as_before()
+        monkeypatch.undo()
+    first = next(layers[0].experts.parameters())
+    first.view(-1)[0] = float("inf")
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_and_unload(safe_merge=True)
+    first.view(-1)[0] = before[next(n for n, p in model.named_parameters() if p is first)].view(-1)[0]
+    assert_as_before()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 
 from ..layers import RoutedLayer
 from ..messages import shown
+from .transaction import restorer
 
 WAY_OUT = (
     "Keep it as an adapter (model.save_pretrained), or call unload() to get the base model back. Adapters of linear "
@@ -167,34 +169,37 @@ def merge_layers(plan: Sequence[Merge], safe_merge: bool) -> None:
         plan: What is to be merged, in this order.
         safe_merge: Passed to the layers.
     """
-    done: list[tuple[BaseTunerLayer, list[str], torch.Tensor | None]] = []
+    done: list[Callable[[], None]] = []
     try:
         for merge in plan:
             with onload_layer(merge.layer):
-                done.append((merge.layer, list(merge.layer.merged_adapters), _copy_of_weight(merge.layer)))
+                done.append(_way_back(merge.layer))
                 merge.layer.merge(safe_merge=safe_merge, adapter_names=merge.names)
     except BaseException:
-        for layer, merged_before, weight in reversed(done):
-            _undo(layer, merged_before, weight)
+        for undo in reversed(done):
+            undo()
         raise
 
 
-def _copy_of_weight(layer: BaseTunerLayer) -> torch.Tensor | None:
-    """The weight that a layer of peft's own changes in place; layers of this package undo a merge themselves."""
-    weight = getattr(layer.get_base_layer(), "weight", None)
-    if isinstance(layer, RoutedLayer) or not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-        return None
-    return weight.data.clone()
-
-
-def _undo(layer: BaseTunerLayer, merged_before: list[str], weight: torch.Tensor | None) -> None:
+def _way_back(layer: BaseTunerLayer) -> Callable[[], None]:
+    """How the merge of a layer is undone: to the last bit, but for floating point weights of this package's layers."""
+    merged_before, base = list(layer.merged_adapters), layer.get_base_layer()
+    weight = getattr(base, "weight", None)
     if isinstance(layer, RoutedLayer):
-        layer.unmerge_to(merged_before)
-    elif weight is not None:
-        layer.get_base_layer().weight.data = weight
+        if layer.quantization_backend is None:
+            return partial(layer.unmerge_to, merged_before)
+        base.state_dict()  # after an evaluation on CPU it brings 4-bit weights back to their form
+        # A merge makes a new weight, as the old one cannot be changed, and writes into the attributes of the old one.
+        return restorer(layer, base, *base._parameters.values(), getattr(base, "state", None))
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        return lambda: layer.unmerge() if layer.merged else None
+    values = weight.data.clone()
+
+    def restore() -> None:
+        layer.get_base_layer().weight.data = values
         layer.merged_adapters[:] = merged_before
-    elif layer.merged:
-        layer.unmerge()
+
+    return restore
 
 
 def _parameter_holders(model: nn.Module) -> dict[int, list[nn.Module]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from operator import is_
 from typing import Any
@@ -34,6 +34,24 @@ def unchanged_on_error(model: nn.Module, *others: object) -> Iterator[None]:
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad = requires_grad
         raise
+
+
+def restorer(*owners: object) -> Callable[[], None]:
+    """Remember the attributes of objects, and what those that are containers hold.
+
+    Args:
+        *owners: The objects; those without attributes are left out.
+
+    Returns:
+        Function that puts everything back.
+    """
+    states = [_State(owner) for owner in owners if hasattr(owner, "__dict__")]
+
+    def restore() -> None:
+        for state in states:
+            state.restore()
+
+    return restore
 
 
 class _State:

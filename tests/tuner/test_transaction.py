@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from moe_peft import RoutedConfig
-from moe_peft.tuner.transaction import unchanged_on_error
+from moe_peft.tuner.transaction import restorer, unchanged_on_error
 from tests.tiny import tiny_llama
 from tests.tuner.ways import assert_unchanged, state_of
 
@@ -42,3 +44,13 @@ def test_a_block_that_succeeds_keeps_what_it_did():
     with unchanged_on_error(model):
         model.mark = 1
     assert model.mark == 1
+
+
+def test_objects_are_put_back_whatever_they_are():
+    layer, state = nn.Linear(2, 2), SimpleNamespace(a=1, names=["x"])
+    weight = layer.weight
+    restore = restorer(layer, weight, state, None, 3)
+    layer.weight, weight.mark, state.a = nn.Parameter(torch.zeros(2, 2)), 1, 2
+    state.names.append("y")
+    restore()
+    assert layer.weight is weight and not hasattr(weight, "mark") and vars(state) == {"a": 1, "names": ["x"]}

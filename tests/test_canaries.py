@@ -184,7 +184,7 @@ def test_a_model_of_transformers_says_whether_it_has_an_adapter():
     assert model._hf_peft_config_loaded is False, (
         "transformers marks adapters elsewhere: mend tuner/tuner.py, entries.py."
     )
-    assert hasattr(model, "_can_record_outputs"), "router outputs are recorded elsewhere: mend tuner/tuner.py."
+    assert hasattr(model, "_can_record_outputs"), "outputs are recorded elsewhere: mend tuner/router_outputs.py."
 
 
 def test_fused_experts_have_the_attributes_of_the_interface():

@@ -30,6 +30,7 @@ class LayerLogits(Router):
         weight: (num_scores,) the scores.
     """
 
+    gives = frozenset()  # with null experts a place could choose nothing for every token, and never learn again
     learns = True
     mergeable = True
 

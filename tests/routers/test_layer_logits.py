@@ -30,7 +30,7 @@ def test_every_token_has_the_scores_of_the_place():
         ("dense", "softmax", {}),
         ("top_k", "sigmoid", {}),
         ("dense", "gumbel", {"hard": True}),
-        ("threshold", "softmax", {}),
+        ("top_p", "softmax", {}),
     ],
 )
 def test_the_merged_model_equals_the_adapted_one(router, gate, args):
@@ -42,3 +42,8 @@ def test_the_merged_model_equals_the_adapted_one(router, gate, args):
     with torch.no_grad():
         before = model(**batch).logits
         torch.testing.assert_close(model.merge_and_unload()(**batch).logits, before, rtol=1e-9, atol=1e-9)
+
+
+def test_selectors_that_may_leave_a_place_without_experts_are_refused():
+    with pytest.raises(ValueError, match="router='null_top_k' must be one that needs no extra_scores"):
+        RoutedConfig(scorer="layer_logits", router="null_top_k")

@@ -38,4 +38,5 @@ def test_two_processes_step_as_one_does_on_the_whole_batch(choice, both):
                 "tensor": "after_step must read the joined statistics alone, not what this process has seen",
                 "grad": "the loss of the joined batch has another gradient: sums must add up over processes",
             }[kind]
-            close(found[name], wanted, f"{name}: {advice}", 1e-9)
+            # Weights that are rescaled by a sum near zero amplify the rounding of another order of sums.
+            close(found[name], wanted, f"{name}: {advice}", 1e-6)

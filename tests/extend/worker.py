@@ -41,6 +41,8 @@ def batch_of(choice: Choice, rank: int, world: int) -> dict[str, torch.Tensor]:
 def stepped(choice: Choice, rank: int = 0, world: int = 1) -> dict[str, torch.Tensor]:
     """Gradients of a step, the value of its router losses, and what the step has changed."""
     model = make("llama", choice, train=True)
+    for layer in routed_layers(model):  # draws of one process are not those of two
+        layer.router["default"].perturbs_training = False
     wrapped = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     loss = task_loss(wrapped, batch_of(choice, rank, world), world)
     found = {"router_loss": router_loss(model).detach().double()}

@@ -96,7 +96,7 @@ def test_reward_models_train_too(method, tmp_path):
     ("method", "flags", "message"),
     [
         ("esft", {"moe_experts": None}, r"experts=None must be a selection, as \{'1': \[8, 26\]\}.*select_experts"),
-        ("esft", {"moe_num_experts": 3}, "--moe_num_experts 3 has no meaning for --moe_method esft"),
+        ("esft", {"moe_num_experts": 3}, r"run\.yaml: moe_num_experts has no meaning for moe_method esft"),
         ("perft-e", {"moe_top_k": 2}, "top_k=2 must be left at None: variant 'E' fixes it"),
         ("perft-r", {"moe_variant": "X"}, "variant='X' must be one of 'R', 'E', 'D', 'S'"),
     ],

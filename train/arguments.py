@@ -147,7 +147,8 @@ class ScriptParser(TrlParser):
             return
         fields = owners()
         for name, origin in origins.items():
-            lacking = name.startswith(PREFIX) and name not in SCRIPT_FIELDS and name not in named
+            given = name not in named and getattr(namespace, name, None) is not None  # null sets nothing
+            lacking = name.startswith(PREFIX) and name not in SCRIPT_FIELDS and given
             if lacking and name in self.given and method not in fields.get(name.removeprefix(PREFIX), {}):
                 methods = ", ".join(fields.get(name.removeprefix(PREFIX), {}))
                 raise ValueError(

@@ -171,7 +171,9 @@ def check_tensors(
             "model. Take it out, and load it with model.load_state_dict if it is meant. No weight has been changed."
         )
     present = {_inner(key) for key in model.state_dict()}
-    homeless = sorted(key for key in foreign if _inner(key) not in present)
+    # peft saves what wraps an embedding twice where the vocabulary has grown, once by the name of the base's weight.
+    twice = tuple(f"{_layer_of(name)}{part}" for name in embeddings for part in BESIDE)
+    homeless = sorted(key for key in foreign if _inner(key) not in present and not key.startswith(twice))
     if homeless:
         raise ValueError(
             f"The adapter's weights hold {shown(homeless[0])} (and {len(homeless) - 1} more), for which the model has "
@@ -185,6 +187,13 @@ def check_tensors(
                 "It was saved for a base model of other widths, or with another r or num_experts. No weight has been "
                 "changed."
             )
+
+
+def _layer_of(weight: str) -> str:
+    """The layer whose weight it is, without what peft puts around it."""
+    for part in (".original_module", *BESIDE):
+        weight = weight.partition(part)[0] if part in weight else weight
+    return weight.removesuffix(".weight")
 
 
 def _inner(key: str) -> str:

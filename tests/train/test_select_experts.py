@@ -164,7 +164,7 @@ def test_the_defaults_are_the_authors(tmp_path):
 
 def test_what_cannot_work_is_refused_before_a_model_is_loaded(tmp_path):
     run = write(tmp_path, TEXTS)
-    with pytest.raises(ValueError, match="not used by the"):
+    with pytest.raises(ValueError, match="--moe_r is no flag of"):
         run_here("select_experts", run, "--moe_r", "3")
     with pytest.raises(ValueError, match=r"\['lora_r'\] describe plain LoRA"):
         run_here("select_experts", run, "--lora_r", "3")

@@ -208,7 +208,7 @@ def test_groups_of_another_shape_are_refused_with_both_shapes():
 
 def test_groups_that_no_expert_serves_are_refused_by_name():
     model = llama(expert_groups=[1, 0])
-    with pytest.raises(ValueError, match=r"column 'task_type' holds the sample groups \[7\].*has \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"column 'task_type' holds the sample groups \[7\].*known are \[0, 1\]"):
         model(**padded_batch([3, 5]), task_type=torch.tensor([1, 7]))
 
 

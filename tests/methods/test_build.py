@@ -15,6 +15,8 @@ PLACE = Place("layers.0.q", 6, 4, num_experts=5)
 @pytest.mark.parametrize("name", sorted(SELECTORS))
 def test_a_router_has_the_numbers_of_the_configuration(name):
     own = {"top_k": 2} if "top_k" in SELECTORS[name].fields else {}
+    if name == "positive":
+        own["gate"] = "relu"
     config = RoutedConfig(router=name, num_experts=3, routed_scaling_factor=1.5, expert_dropout=0.25, **own)
     router = build_router(config, 6, 3, init_std=0.0)
     assert isinstance(router.select, SELECTORS[name]) and router.weight.shape == (3 + router.select.extra_scores, 6)

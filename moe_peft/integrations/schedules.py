@@ -32,7 +32,9 @@ class CoefficientSchedule(RestoringCallback):
 
     def __init__(self, loss: str, points: Mapping[int, float]) -> None:
         if not isinstance(loss, str) or not loss:
-            raise ValueError(f"CoefficientSchedule: loss={shown(loss)} must be a loss's name, as {shown(min(LOSSES))}.")
+            raise ValueError(
+                f"CoefficientSchedule: loss={shown(loss)} must be a loss's name, as {shown(min(LOSSES))}."
+            )
         if not _maps_steps_to_factors(points):
             raise ValueError(
                 f"CoefficientSchedule: points={shown(points)} must map optimizer steps to factors, whole numbers to "

@@ -19,7 +19,7 @@ quickstart: $(STAMP)
 	$(BIN)/accelerate launch train/sft.py --config configs/runs/quickstart.yaml
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Other releases of Python, each in an environment of its own where torch has a CPU build for it.
 test-pythons: $(STAMP)

@@ -1,16 +1,15 @@
 """One thread per test process: the models are tiny, and threads of several processes would wait for each other.
 
-Tests are handed out to the processes in groups: whoever shares a fixture of a module or of the session runs where it
-has been made. Rooms whose tests take seconds each come first, so that no process waits long for another at the end.
+Tests are handed out to the processes by file (`--dist loadfile`), so that a file's fixtures are made once. Rooms whose
+tests take seconds each come first, so that no process waits long for another at the end.
 """
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-from collections import Counter
 
 import pytest
 import torch
@@ -24,26 +23,21 @@ torch.set_num_threads(1)
 
 # Rooms with tests that train, or start processes.
 LONG = ("hub", "integrations", "processes", "train", "test_docs.py")
-# Tests of a file that are handed out together, where none of them takes long.
-TOGETHER = 16
-
-
-def shared_fixtures(item: pytest.Item) -> list[str]:
-    """Where the fixtures are made that a test shares with others: folder or file."""
-    definitions = [own for made in item._fixtureinfo.name2fixturedefs.values() for own in made]
-    return sorted({own.baseid for own in definitions if own.scope != "function" and own.baseid.startswith("tests/")})
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Group the tests for `--dist loadgroup`, and put those that take long first."""
-    before: Counter[str] = Counter()
-    for item in items:
-        file, shared = item.nodeid.partition("::")[0], shared_fixtures(item)
-        before[file] += 1
-        group = shared[0] if shared else file if is_long(item) else f"{file}, part {before[file] // TOGETHER}"
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Put the rooms whose tests take long first."""
     items.sort(key=lambda item: not is_long(item))
+
+
+@pytest.fixture(autouse=True)
+def compiled_code_is_forgotten():
+    """Let a compiler look anew at what an earlier test compiled: it remembers functions that it could not trace."""
+    yield
+    frames = sys.modules.get("torch._dynamo.convert_frame")
+    if frames is not None and frames.FRAME_COUNTER:
+        torch._dynamo.reset()
 
 
 def is_long(item: pytest.Item) -> bool:

@@ -356,6 +356,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.multi_process
 def test_two_processes_score_as_one(tmp_path, model, rows, expected):
     run_together([[sys.executable, "-c", WORKER, str(rank), str(tmp_path)] for rank in (0, 1)])

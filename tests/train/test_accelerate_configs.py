@@ -107,6 +107,7 @@ def test_zero_configurations_become_deepspeeds_own(stage, monkeypatch):
         assert plugin.deepspeed_config[key] == "auto"
 
 
+@pytest.mark.slow
 @pytest.mark.multi_process
 def test_two_cpu_processes_really_are_two_and_train_one_adapter(tmp_path):
     base = make_base(tmp_path / "base")

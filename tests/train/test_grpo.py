@@ -24,6 +24,7 @@ REWARD = "def low_tokens(completion_ids, **columns):\n    return [-sum(ids) / 10
 SIZES = {"num_generations": 2, "max_completion_length": 6, "temperature": 1.0}
 
 
+@pytest.mark.slow
 def test_a_launched_run_generates_trains_logs_saves_and_reloads(tmp_path, monkeypatch):
     data = make_data(tmp_path / "data", [{"prompt": words(i, 3)} for i in range(10)])
     base = make_base(tmp_path / "base")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tests.train.tiny_run import (
@@ -18,6 +19,7 @@ from tests.train.tiny_run import (
 )
 
 
+@pytest.mark.slow
 def test_a_launched_run_trains_logs_evaluates_saves_and_reloads(tmp_path):
     rows = [{"prompt": words(i, 3), "completion": f" {words(20 + i, 3)}", "label": i % 2 == 0} for i in range(10)]
     base, data = make_base(tmp_path / "base"), make_data(tmp_path / "data", rows)

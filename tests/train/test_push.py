@@ -108,6 +108,7 @@ def test_one_commit_with_our_card_that_another_process_loads(hub, inputs, tmp_pa
             assert torch.equal(torch.load(tmp_path / "loaded.pt"), saved_logits(inputs, output)), way
 
 
+@pytest.mark.slow
 def test_a_run_without_a_token_stops_before_it_trains(hub, inputs, tmp_path):
     result = launch(hub, inputs, tmp_path / "run", token=None, hub_model_id="user/none")
     assert result.returncode != 0 and "401" in result.stderr

@@ -85,6 +85,7 @@ def start(finished: Path, out: Path, prelude: str = "", *flags: str) -> subproce
     )
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_a_random_moment_resumes_to_the_same_weights(finished, tmp_path):
     seed = int.from_bytes(os.urandom(4), "little")
     moment = random.Random(seed)

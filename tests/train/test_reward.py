@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
@@ -23,6 +24,7 @@ from tests.train.tiny_run import (
 )
 
 
+@pytest.mark.slow
 def test_a_launched_run_trains_the_score_head_logs_evaluates_saves_and_reloads(tmp_path):
     rows = [{"chosen": words(20 + i, 5), "rejected": words(40 + i, 4)} for i in range(10)]
     base, data = make_base(tmp_path / "base"), make_data(tmp_path / "data", rows)

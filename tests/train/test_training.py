@@ -30,6 +30,7 @@ assert not dist.is_initialized() and trainer.model_wrapped is trainer.model
 """
 
 
+@pytest.mark.slow
 @pytest.mark.multi_process
 def test_the_wrapper_of_the_model_is_gone_before_the_process_group(tmp_path):
     base = make_base(tmp_path / "base")

@@ -57,7 +57,7 @@ def test_wrappers_around_modules_leave_no_trace_in_the_file(case, wrap, tmp_path
                 parameter.zero_()
     if "modules_to_save" not in json.dumps([key for key, _ in model.named_parameters()]):
         model.load_adapter(tmp_path / "plain", adapter_name="default")
-        assert torch.equal(logits(model), expected)
+        torch.testing.assert_close(logits(model), expected)  # compiled layers round in an order of their own
 
 
 def test_a_state_dict_of_a_data_parallel_wrapper_is_saved_under_plain_names(tmp_path):

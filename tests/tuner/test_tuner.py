@@ -321,6 +321,7 @@ def test_loading_without_the_import_stops_and_the_card_says_what_to_import(base,
     assert result.returncode == 0
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_no_trainer():
     # A CUDA build of torch brings triton along with peft, whatever is imported after it.
     code = (

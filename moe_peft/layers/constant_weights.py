@@ -38,13 +38,18 @@ def check_constant(router: Router, in_features: int, adapter_name: str, place: s
         place: Where it is, for the message.
 
     Raises:
-        ValueError: They differ.
+        ValueError: They differ, or are no finite numbers.
     """
     # Inputs of several sizes; a generator of its own leaves the random numbers of training as they are.
     noise_TD = torch.randn(4, in_features, generator=torch.Generator().manual_seed(0)) * torch.tensor(
         [[0.0], [1], [3], [9]]
     )
     weights_TE = _weights(router, noise_TD.to(_device(router)))
+    if not torch.isfinite(weights_TE).all():
+        raise ValueError(
+            f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: its router at "
+            f"{place} holds values that are not finite. Load it again from its file."
+        )
     if not torch.equal(weights_TE, weights_TE[:1].expand_as(weights_TE)):
         raise ValueError(
             f"The adapter {shown(adapter_name)} depends on the input of {place}, although its router "

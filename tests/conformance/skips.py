@@ -70,6 +70,11 @@ SKIPS: tuple[Skip, ...] = (
         "Routers stay in float32: rounded scores change which experts are selected.",
     ),
     Skip(
+        r"test_from_pretrained_config_construction\[",
+        "Config(task_type=",
+        "The model keeps a copy with its own places and sizes, so that one configuration can serve several models.",
+    ),
+    Skip(
         r"test_save_pretrained(_selected_adapters)?_pickle(?!\[esft-olmoe)",
         "is a pickle, which can run code when it is read",
         "Pickled weights are not loaded.",

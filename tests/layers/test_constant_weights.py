@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import get_peft_model
 
+from moe_peft import RoutedConfig, routed_layers
 from moe_peft.layers.constant_weights import check_constant, constant_weights
 from moe_peft.routers import ConstantRouter, DenseRouter, TopKRouter
+from tests.tiny import tiny_llama
 
 
 @pytest.mark.parametrize(
@@ -39,3 +42,15 @@ def test_a_check_leaves_the_random_numbers_of_training_alone():
 def test_weights_that_differ_between_inputs_are_refused():
     with pytest.raises(ValueError, match=r"'default' depends on the input of linear, although its router"):
         check_constant(DenseRouter(6, 2), 6, "default", "linear")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_router_that_is_broken_is_called_so_and_nothing_is_merged(value):
+    model = get_peft_model(tiny_llama(), RoutedConfig(num_experts=1, r=2, router="dense"))
+    layer = next(iter(routed_layers(model)))
+    with torch.no_grad():
+        layer.router["default"].weight.fill_(value)
+    before = layer.get_base_layer().weight.clone()
+    with pytest.raises(ValueError, match="The adapter default seems to be broken"):
+        model.merge_adapter()
+    assert torch.equal(layer.get_base_layer().weight, before)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..ops import outside_autocast
 from ..part import Option
 from ..types import TokenContext
 from .gates import Gate
@@ -84,6 +85,6 @@ class Centroid(Router):
     def scores(self, x: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """Score the experts for each token; arguments as in `Router.scores`."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with outside_autocast(x.device.type):
             z_TE = F.linear(F.normalize(x.to(dtype), dim=-1), F.normalize(self.weight.to(dtype), dim=-1)) / self.tau
         return z_TE.abs() if self.sign_agnostic else z_TE

@@ -19,7 +19,13 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 PICKLES = (".pt", ".pth", ".bin")
 # What resuming needs, and the forms it takes with one process, DDP, FSDP and DeepSpeed.
 PARTS = {
-    "weights": ("adapter_model.safetensors", "*/adapter_model.safetensors", "pytorch_model_fsdp*", "global_step*"),
+    "weights": (
+        "adapter_model.safetensors",
+        "model*.safetensors",
+        "*/adapter_model.safetensors",
+        "pytorch_model_fsdp*",
+        "global_step*",
+    ),
     "optimizer": ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"),
     "learning rate": ("scheduler.pt", "global_step*"),
     "random states": ("rng_state*.pth",),

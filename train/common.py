@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flags import PREFIX, SCRIPT_FIELDS, MoeArguments, read_mapping, takes_mapping
+from baselines import Baseline
+from flags import CONFIGS, PREFIX, SCRIPT_FIELDS, MoeArguments, read_mapping, takes_mapping
 
 import moe_peft
 from moe_peft.config.config import MoeConfig
-from moe_peft.methods import METHODS
 
-# Fields of TRL's ModelConfig that describe plain LoRA, which these scripts do not train.
+# Fields of TRL's ModelConfig that describe plain LoRA, which is `moe_method: lora` here, with our names of its fields.
 PLAIN_LORA = ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters")
 PLAIN_LORA += ("lora_modules_to_save", "use_rslora", "use_dora")
 
 
-def moe_config(arguments: MoeArguments, task_type: str = "CAUSAL_LM") -> MoeConfig:
-    """Build the adapter's configuration from the flags.
+def moe_config(arguments: MoeArguments, task_type: str = "CAUSAL_LM") -> MoeConfig | Baseline:
+    """Build the adapter's configuration, or a baseline, from the flags.
 
     Args:
         arguments: Parsed flags; None keeps the method's default.
@@ -28,7 +28,7 @@ def moe_config(arguments: MoeArguments, task_type: str = "CAUSAL_LM") -> MoeConf
     Raises:
         ValueError: The method has no such field, or refuses its value.
     """
-    config_cls = METHODS[arguments.moe_method]
+    config_cls = CONFIGS[arguments.moe_method]
     known = {f.name for f in dataclasses.fields(config_cls)}
     values: dict[str, Any] = {}
     for entry in dataclasses.fields(arguments):
@@ -91,7 +91,10 @@ def refuse_plain_lora(model_args: Any) -> None:
     defaults = {f.name: f.default for f in dataclasses.fields(model_args)}
     changed = [name for name in PLAIN_LORA if name in defaults and getattr(model_args, name) != defaults[name]]
     if changed:
-        raise ValueError(f"{changed} describe plain LoRA. Describe the adapter with --moe_* flags, as --moe_r 4.")
+        raise ValueError(
+            f"{changed} describe plain LoRA. Describe the adapter with --moe_* flags, as --moe_r 4; "
+            "stock LoRA is --moe_method lora."
+        )
 
 
 def model_init_kwargs(model_args: Any, training_args: Any, quantize_experts: bool = False) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from arguments import ScriptParser
+from baselines import adapter_of
 from common import MoeArguments
 from data import DataArguments
 from running import run
@@ -35,7 +36,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        peft_config=config,
+        peft_config=adapter_of(config),
     )
     return train(trainer, script_args, moe_args)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from baselines import Baseline, BaselineDescription, adapter_of, describe
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
-import moe_peft
 from moe_peft.backbone.without_weights import meta_model
 from moe_peft.config.config import MoeConfig
 from moe_peft.describe import Description
@@ -20,11 +20,11 @@ from moe_peft.types import MoePeftWarning
 def dry_run(
     model_args: Any,
     training_args: Any,
-    config: MoeConfig,
+    config: MoeConfig | Baseline,
     model_config: Any,
     model: Any,
     quantize_experts: bool = False,
-) -> Description:
+) -> Description | BaselineDescription:
     """Print which layers the adapter matches and what it trains, from the model's configuration alone.
 
     Args:
@@ -42,12 +42,13 @@ def dry_run(
         ValueError: The configuration does not fit the model; nothing has been loaded yet.
     """
     warn_of_backbone_loss(model_config, training_args)
-    description = moe_peft.describe(model, config)
+    description = describe(model, config)
+    whole = adapter_of(config) is None
     if training_args.local_process_index == 0:
         print(description, flush=True)
         if quantize_experts:
             print_expert_bytes(model, model_args)
-        for name, count in trained_in_full(model, description.config).items():
+        for name, count in ({} if whole else trained_in_full(model, description.config)).items():
             print(f"and {name} in full: {count:,} trainable parameters", flush=True)
     return description
 
@@ -143,7 +144,7 @@ def warn_of_backbone_loss(model_config: Any, training_args: Any) -> None:
         )
 
 
-def trained_in_full(model: Any, config: MoeConfig) -> dict[str, int]:
+def trained_in_full(model: Any, config: MoeConfig | Baseline) -> dict[str, int]:
     """Modules that are trained and saved beside the adapter: those of `modules_to_save`, and a score head.
 
     Args:

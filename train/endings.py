@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import CHECKPOINT, last_complete
+from peft import PeftModel
 
 from moe_peft.cli.errors import INTERRUPTED
 from moe_peft.config.card_section import AUTO_CLASSES
 
 # What a run writes into its folder.
-WRITTEN = re.compile(rf"adapter_.*|README\.md|routing_history\.safetensors|training_args\.bin|{CHECKPOINT.pattern}")
-ADAPTER = "adapter_config.json"
+WRITTEN = re.compile(
+    rf"adapter_.*|README\.md|routing_history\.safetensors|training_args\.bin|{CHECKPOINT.pattern}"
+    r"|(generation_)?config\.json|model.*\.safetensors(\.index\.json)?"
+)
+# What a finished run leaves: an adapter, or a whole model.
+FINISHED = ("adapter_config.json", "config.json")
 PREVIOUS = "previous"
 
 
@@ -40,13 +45,17 @@ def make_room(training_args: Any, *, overwrite: bool) -> None:
         overwrite: Delete it instead.
     """
     folder = Path(training_args.output_dir)
-    if training_args.resume_from_checkpoint or training_args.process_index != 0 or not (folder / ADAPTER).is_file():
+    if (
+        training_args.resume_from_checkpoint
+        or training_args.process_index != 0
+        or not any((folder / name).is_file() for name in FINISHED)
+    ):
         return
     left = [path for path in folder.iterdir() if WRITTEN.fullmatch(path.name)]
     if overwrite:
         for path in left:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        print(f"Deleted the adapter of an earlier run in {folder}.", flush=True)
+        print(f"Deleted what an earlier run left in {folder}.", flush=True)
         return
     number = 1
     while (folder / f"{PREVIOUS}-{number}").exists():
@@ -55,7 +64,7 @@ def make_room(training_args: Any, *, overwrite: bool) -> None:
     aside.mkdir()
     for path in left:
         path.rename(aside / path.name)
-    print(f"{folder} held the adapter of an earlier run, which is kept in {aside}.", flush=True)
+    print(f"{folder} held what an earlier run left, which is kept in {aside}.", flush=True)
 
 
 def interrupted(training_args: Any) -> None:
@@ -80,22 +89,36 @@ def interrupted(training_args: Any) -> None:
     raise SystemExit(INTERRUPTED)
 
 
-def finished(trainer: Any) -> str:
+def finished(trainer: Any, *, ours: bool = True) -> str:
     """Where the adapter lies, and the lines that load it.
 
     Args:
-        trainer: A trainer whose adapter has been saved.
+        trainer: A trainer whose adapter, or model, has been saved.
+        ours: Whether its type is one of ours.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    config = model.peft_config[model.active_adapter]
-    auto_class = AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)), "AutoModel")
-    auto_class = auto_class.replace("AutoModel", "AutoPeftModel", 1)
-    head = ", num_labels=1" if config.task_type == "SEQ_CLS" else ""
+    whole = not isinstance(model, PeftModel)
+    task_type = head_of(model) if whole else model.peft_config[model.active_adapter].task_type
+    auto_class = AUTO_CLASSES.get(str(getattr(task_type, "value", task_type)), "AutoModel")
+    if not whole:
+        auto_class = auto_class.replace("AutoModel", "AutoPeftModel", 1)
+    head = ", num_labels=1" if task_type == "SEQ_CLS" else ""
     folder = trainer.args.output_dir
-    return (
-        f"\nThe adapter is in {folder}. To load it:\n\n"
-        f"    import moe_peft\n"
-        f"    from peft import {auto_class}\n"
-        f'    model = {auto_class}.from_pretrained("{folder}"{head})\n\n'
-        f"What it is, and whether it is healthy: moe-peft inspect {folder}"
+    lines = [
+        *(["import moe_peft"] if ours else []),
+        f"from {'transformers' if whole else 'peft'} import {auto_class}",
+        f'model = {auto_class}.from_pretrained("{folder}"{head})',
+    ]
+    text = "\n".join(
+        [f"\nThe {'model' if whole else 'adapter'} is in {folder}. To load it:\n", *(f"    {line}" for line in lines)]
     )
+    return f"{text}\n\nWhat it is, and whether it is healthy: moe-peft inspect {folder}" if ours else text
+
+
+def head_of(model: Any) -> str:
+    """The task type, in peft's words, of a model without an adapter.
+
+    Args:
+        model: A model of transformers.
+    """
+    return "SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else "CAUSAL_LM"

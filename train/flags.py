@@ -11,12 +11,16 @@ from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
+from baselines import BASELINES
+
 from moe_peft.config.field_types import field_types
 from moe_peft.experts import EXPERTS
 from moe_peft.messages import shown
 from moe_peft.methods import METHODS
 
 PREFIX = "moe_"
+# What `moe_method` takes: adapter types, and what they are compared with.
+CONFIGS: dict[str, type[Any]] = {**METHODS, **BASELINES}
 METHOD_FLAG = f"{PREFIX}method"
 # Fields that a user does not choose: fixed by the scripts or by peft, or filled in from the model.
 WITHOUT_FLAG = frozenset(
@@ -45,7 +49,13 @@ HELP = {
 class ScriptFlags:
     """Flags about the adapter that are no fields of it."""
 
-    moe_method: str = field(default="loramoe", metadata={"help": "Adapter type.", "choices": sorted(METHODS)})
+    moe_method: str = field(
+        default="loramoe",
+        metadata={
+            "help": "Adapter type; lora is stock LoRA, and none trains every weight of the model.",
+            "choices": [*sorted(METHODS), *BASELINES],
+        },
+    )
     moe_router_lr: float | None = field(
         default=None, metadata={"help": "Learning rate of the routers; default: learning_rate."}
     )
@@ -64,7 +74,7 @@ class ScriptFlags:
 def owners() -> dict[str, dict[str, dataclasses.Field]]:
     """Field name -> method -> the field, of all adapter types that have it."""
     found: dict[str, dict[str, dataclasses.Field]] = {}
-    for method, config in METHODS.items():
+    for method, config in CONFIGS.items():
         for own in dataclasses.fields(config):
             if own.name not in WITHOUT_FLAG:
                 found.setdefault(own.name, {})[method] = own
@@ -78,7 +88,7 @@ def kinds_of(name: str, method: str) -> tuple[Any, ...]:
         name: The field.
         method: Whose.
     """
-    kind = field_types(METHODS[method])[name]
+    kind = field_types(CONFIGS[method])[name]
     members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     return tuple(member for member in members if member is not NoneType)
 
@@ -90,7 +100,7 @@ def takes_mapping(name: str, method: str) -> bool:
         name: The field.
         method: Whose.
     """
-    if name not in field_types(METHODS[method]):
+    if name not in field_types(CONFIGS[method]):
         return False
     return all(get_origin(kind) is dict or kind is dict for kind in kinds_of(name, method))
 
@@ -147,7 +157,7 @@ def help_of(name: str, fields: dict[str, dataclasses.Field]) -> str:
         fields: Method -> the field.
     """
     text = HELP.get(name) or next(iter(fields.values())).metadata.get("help", "")
-    methods = "" if len(fields) == len(METHODS) else f" Methods: {', '.join(fields)}."
+    methods = "" if fields.keys() >= METHODS.keys() else f" Methods: {', '.join(fields)}."
     defaults: dict[str, list[str]] = {}
     for method, own in fields.items():
         if own.default not in (None, dataclasses.MISSING):
@@ -167,9 +177,9 @@ def group_of(flag: str) -> str:
     """
     name = flag.removeprefix(PREFIX)
     methods = owners()[name]
-    own = METHODS[next(iter(methods))]
+    own = CONFIGS[next(iter(methods))]
     declaring = [cls for cls in own.__mro__ if name in vars(cls).get("__dataclass_fields__", {})][-1]
-    if declaring in METHODS.values():
+    if declaring in CONFIGS.values():
         return f"fields of {', '.join(methods)}"
     said = (declaring.__doc__ or "").partition("\n")[0].rstrip(".")
     return said[:1].lower() + said[1:] if said.startswith("Fields") else "where, and what beside"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from arguments import ScriptParser
+from baselines import adapter_of
 from common import MoeArguments
 from data import DataArguments
 from rewards import load_rewards
@@ -75,7 +76,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        peft_config=config,
+        peft_config=adapter_of(config),
     )
     return train(trainer, script_args, moe_args)
 

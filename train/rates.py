@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from baselines import Baseline
+
 from moe_peft.config.config import MoeConfig
 
 # Rate of a kind of training over that of supervised fine-tuning. Preferences and rewards are pursued more carefully,
@@ -15,7 +17,7 @@ from moe_peft.config.config import MoeConfig
 FACTORS = {"sft": 1.0, "reward": 0.5, "dpo": 0.1, "kto": 0.1, "grpo": 0.1, "rloo": 0.1}
 
 
-def choose_rate(training_args: Any, moe_args: Any, config: MoeConfig, script: str) -> str:
+def choose_rate(training_args: Any, moe_args: Any, config: MoeConfig | Baseline, script: str) -> str:
     """Set the learning rate where neither a flag nor a file gave one.
 
     Args:
@@ -34,7 +36,7 @@ def choose_rate(training_args: Any, moe_args: Any, config: MoeConfig, script: st
     return f"learning rate: {training_args.learning_rate:g}, the default of {config.method} for {script}"
 
 
-def default_rate(config: MoeConfig, script: str) -> float:
+def default_rate(config: MoeConfig | Baseline, script: str) -> float:
     """Rate of a method in a kind of training, where nobody says one.
 
     Args:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import moe_peft
 from moe_peft import telemetry
 from moe_peft.types import Routing
 
@@ -56,7 +57,8 @@ class Report:
         """
         loss_after = self.trainer.evaluate()["eval_loss"]
         answer_after = self.answer(self.trainer.model)
-        table = load_table(self.trainer, self.num_batches)
+        routed = moe_peft.routed_layers(self.trainer.model)
+        table = load_table(self.trainer, self.num_batches) if routed else "no experts"
         difference = self.reload_difference(folder, base)
         if not self.trainer.is_world_process_zero():
             return

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from arguments import ScriptParser
+from baselines import adapter_of
 from common import MoeArguments
 from data import DataArguments
 from report import Report
@@ -54,7 +55,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        peft_config=config,
+        peft_config=adapter_of(config),
     )
     complete_tied_head(trainer.model)
     return train(trainer, script_args, moe_args, Report(trainer, eval_dataset) if moe_args.moe_report else None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft import PeftModel
 from peft.utils.other import TrainableTokensWrapper
 
 from moe_peft.config.config import MoeConfig
@@ -68,8 +69,8 @@ def complete_tied_head(model: Any) -> None:
     peft wraps such a head in a module without `bias`, which would stop the first step.
 
     Args:
-        model: A `PeftModel` around a causal language model.
+        model: A causal language model, in a `PeftModel` where it has an adapter.
     """
-    head = model.get_base_model().get_output_embeddings()
+    head = model.get_base_model().get_output_embeddings() if isinstance(model, PeftModel) else None
     if isinstance(head, TrainableTokensWrapper) and getattr(head.original_module, "bias", None) is None:
         head.bias = None

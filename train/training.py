@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from baseline_card import write_baseline_card
+from baselines import BASELINES, Baseline, check_flags
 from checkpoints import resume_point
 from common import MoeArguments, model_init_kwargs, moe_config, refuse_plain_lora
 from data import check_columns, check_template, load_data, names_of, splits
@@ -20,7 +22,7 @@ from moe_peft.config.config import MoeConfig
 
 def prepare(
     model_args: Any, training_args: Any, moe_args: MoeArguments, script: str, task_type: str = "CAUSAL_LM"
-) -> MoeConfig:
+) -> MoeConfig | Baseline:
     """Check everything that needs no weights, print the dry run, and tell the trainer how to load the model.
 
     Args:
@@ -32,14 +34,17 @@ def prepare(
         task_type: peft's task type.
 
     Returns:
-        The adapter's configuration.
+        The adapter's configuration, or the baseline that takes its place.
 
     Raises:
         ValueError: Flags do not fit each other or the model, or there is no checkpoint to resume from.
     """
     refuse_plain_lora(model_args)
+    check_flags(moe_args)
     check_model_name(model_args.model_name_or_path)
     config = moe_config(moe_args, task_type)
+    if isinstance(config, Baseline):
+        config.check_loading(model_args)
     check_packing(training_args, config)
     check_output(training_args.output_dir)
     if model_args.model_revision != "main":
@@ -55,7 +60,7 @@ def prepare(
     return config
 
 
-def check_packing(training_args: Any, config: MoeConfig) -> None:
+def check_packing(training_args: Any, config: MoeConfig | Baseline) -> None:
     """Refuse rows of several samples for an adapter that needs the group of each.
 
     Args:
@@ -74,7 +79,7 @@ def check_packing(training_args: Any, config: MoeConfig) -> None:
 
 
 def prepare_data(
-    script: str, model_args: Any, training_args: Any, data_args: tuple[Any, Any], config: MoeConfig, evaluates: bool
+    script: str, model_args: Any, training_args: Any, data_args: tuple[Any, Any], config: Any, evaluates: bool
 ) -> tuple[Any, Any]:
     """Load and check the data, before a weight is loaded.
 
@@ -106,7 +111,7 @@ def prepare_data(
     return train_rows, eval_rows
 
 
-def check_groups(rows: Any, config: MoeConfig, where: str) -> None:
+def check_groups(rows: Any, config: Any, where: str) -> None:
     """Refuse rows without the column of their groups, for an adapter that needs it.
 
     Args:
@@ -143,7 +148,9 @@ def train(trainer: Any, script_args: Any, moe_args: MoeArguments, report: Any = 
         SystemExit: With 130 after Ctrl-C, once the last whole checkpoint has been named.
     """
     training_args = trainer.args
-    moe_peft.attach(trainer, router_lr=moe_args.moe_router_lr, lora_plus_ratio=moe_args.moe_lora_plus_ratio)
+    baseline = BASELINES.get(moe_args.moe_method)
+    if baseline is None:
+        moe_peft.attach(trainer, router_lr=moe_args.moe_router_lr, lora_plus_ratio=moe_args.moe_lora_plus_ratio)
     if script_args.ignore_bias_buffers:
         # What DDP is not to broadcast: attention masks that some models keep as boolean buffers.
         ignored = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
@@ -160,13 +167,13 @@ def train(trainer: Any, script_args: Any, moe_args: MoeArguments, report: Any = 
         raise
     save_model(trainer)
     if trainer.is_world_process_zero():
-        complete_card(trainer)
+        write_baseline_card(trainer, baseline) if baseline else complete_card(trainer)
     if report:
         report.after(training_args.output_dir, trainer.model.get_base_model().name_or_path)
     elif trainer.is_world_process_zero():
-        print(finished(trainer), flush=True)
+        print(finished(trainer, ours=baseline is None), flush=True)
     if training_args.push_to_hub:
-        push_to_hub(trainer, script_args)
+        trainer.push_to_hub() if baseline else push_to_hub(trainer, script_args)
     end_training(trainer)
     return trainer
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..backbone.without_weights import meta_model
-from ..describe import Description, describe
+from ..describe import Description
 from ..tools.memory import training_memory
 from .shipped import shipped
 from .tables import table
@@ -46,6 +46,7 @@ def run(argv: list[str]) -> int:
     sys.path.insert(0, str(shipped("train")))
     try:
         from arguments import ScriptParser
+        from baselines import adapter_of, describe
         from common import MoeArguments, moe_config
         from dry_run import check_model_name
         from transformers import AutoConfig
@@ -55,6 +56,8 @@ def run(argv: list[str]) -> int:
         given, moe = parser.parse_args_and_config(words)
         check_model_name(given.model_name_or_path)
         config = moe_config(moe)
+        if adapter_of(config) is None:
+            raise ValueError(f"--moe_method {moe.moe_method} has no adapter to describe: it trains every weight.")
     finally:
         sys.path.remove(str(shipped("train")))
     origin = {"revision": given.model_revision, "trust_remote_code": given.trust_remote_code}
@@ -66,7 +69,7 @@ def run(argv: list[str]) -> int:
     print(f"learning rate where none is given: {rate} in sft\n")
     memory = training_memory(
         base,
-        config,
+        adapter_of(config),
         batch_size=given.per_device_train_batch_size,
         length=given.max_length,
         dtype=DTYPES.get(given.dtype),

@@ -11,10 +11,10 @@ each in a process of its own.
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -165,18 +165,26 @@ def peak_memory(name: str, args: argparse.Namespace, num_experts: int, dtype: st
 def alone(args: argparse.Namespace, dtype: torch.dtype, ids: torch.Tensor) -> None:
     """Print the rise of the peak of memory in a training step."""
     model = contestant(args.alone, args, dtype)
-    if torch.cuda.is_available():
+    print(rise_of_memory(step(model, ids.to(model.device))) / 2**20)
+
+
+def rise_of_memory(run: Callable[[], object]) -> int:
+    """Bytes by which `run()` raises the peak of memory above what is in use: of the GPU, else of this process."""
+    cuda = torch.cuda.is_available()
+    if cuda:
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
     else:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    step(model, ids.to(model.device))()
-    after = (
-        torch.cuda.max_memory_allocated()
-        if torch.cuda.is_available()
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
-    print((after - before) / 2**20)
+        # `ru_maxrss` keeps the parent's peak and that of building the model; Linux starts `VmHWM` again on "5".
+        Path("/proc/self/clear_refs").write_text("5")
+    before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
+    run()
+    return (torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before
+
+
+def resident(field: str) -> int:
+    """Bytes of memory of this process as Linux counts them: `VmRSS`, or their peak `VmHWM`."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith(f"{field}:")).split()[1]) * 1024
 
 
 def measure(args: argparse.Namespace, num_experts: int, dtype: str, ids: torch.Tensor) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ class Place:
         base: The module itself, for adapters that start from its weights.
         rows: What the rows of its input are.
         block: Name of the decision that it shares with other places; None where it decides alone.
+        inner_features: F, width between the matrices of an FFN; None for other modules.
         leader: Full name of the place that makes that decision; None where this one does.
     """
 
@@ -41,6 +42,7 @@ class Place:
     rows: Rows = "tokens"
     block: str | None = None
     leader: str | None = None
+    inner_features: int | None = None
 
 
 @dataclass(frozen=True)

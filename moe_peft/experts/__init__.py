@@ -5,6 +5,7 @@ from __future__ import annotations
 from .bottleneck import BottleneckExperts
 from .cp_diagonal import CpDiagonalExperts
 from .experts import Experts, PendingRouting
+from .ffn_lora import FfnLoraExperts
 from .latent_core import LatentCoreExperts
 from .low_rank import LowRankExperts
 from .selection import Selection
@@ -18,6 +19,7 @@ EXPERTS: dict[str, type[Experts]] = {
     "shared_down": SharedDownExperts,
     "cp_diagonal": CpDiagonalExperts,
     "latent_core": LatentCoreExperts,
+    "ffn_lora": FfnLoraExperts,
 }
 # The kind of configurations that name none.
 DEFAULT_EXPERTS = "low_rank"

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..ops import without_rounding
 from ..part import ModulePart
+from ..place import Place
 from ..types import Routing, TokenContext
 
 
@@ -38,11 +39,13 @@ class Experts(ModulePart, nn.Module):
 
     Attributes:
         num_choices: Columns of the decision that the bank expects.
+        placement: Kind of place that the bank acts in, see `MoeConfig.placement`; None for any that adds to an output.
         casts_input: Whether the bank brings its input to the compute dtype itself, so that it can keep what comes for
             the backward pass instead of a copy; others are given a copy where autocast asks for one.
     """
 
     num_choices: int
+    placement: str | None = None
     casts_input: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -73,6 +76,15 @@ class Experts(ModulePart, nn.Module):
             options: Value of each of the kind's options.
         """
         return cls.shapes(num_experts, r)
+
+    @classmethod
+    def sizes_of(cls, place: Place) -> dict[str, Any]:
+        """Further keywords of the constructor that follow from the place.
+
+        Args:
+            place: The module that the layer wraps.
+        """
+        return {}
 
     def prepare(self, x_TD: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """What the experts make of the input before anything is decided.

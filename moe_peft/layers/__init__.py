@@ -9,6 +9,7 @@ from .adapted_experts import AdaptedExperts
 from .find import routed_layers
 from .routed_block import RoutedBlock
 from .routed_experts import RoutedExperts
+from .routed_ffn import RoutedFfn
 from .routed_layer import RoutedLayer
 from .routed_linear import RoutedLinear
 from .scaled_linear import ScaledLinear
@@ -18,6 +19,7 @@ LAYERS: dict[str, type[RoutedLayer]] = {
     "linear": RoutedLinear,
     "scaled": ScaledLinear,
     "block": RoutedBlock,
+    "ffn": RoutedFfn,
     "experts": RoutedExperts,
     "slices": SlicedExperts,
     "matrices": AdaptedExperts,
@@ -28,6 +30,7 @@ __all__ = [
     "AdaptedExperts",
     "RoutedBlock",
     "RoutedExperts",
+    "RoutedFfn",
     "RoutedLayer",
     "RoutedLinear",
     "ScaledLinear",

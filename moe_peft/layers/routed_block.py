@@ -35,19 +35,12 @@ class RoutedBlock(RoutedLayer):
         Returns:
             What the block returns; its output, (..., D), or the first entry of a tuple, has the adapters added.
         """
-        mixed = adapter_names is not None or self.tracker.mixes_rows()
-        if self.disable_adapters or not (mixed or self.active_names()):
-            return self.base_layer(*args, **kwargs)
-        x = _first_floating(args, kwargs)
-        if adapter_names is None:
-            adapter_names = self.tracker.row_names(x)
-        names = self.active_names() if adapter_names is None else sorted(set(adapter_names) & set(self.experts))
+        names, adapter_names = self.acting(adapter_names, args, kwargs)
         if not names:
             return self.base_layer(*args, **kwargs)
+        x = first_floating(args, kwargs)
         if x.dim() == 1:  # the hidden states of chosen tokens, one after the other
             x = x.reshape(-1, self.in_features)
-        if adapter_names is not None:
-            self.check_rows(adapter_names, x, min_dim=3)
         own_x = x.clone() if self.jitters and self.training else x
         result = self.base_layer(*args, **kwargs)
         out = result[0] if isinstance(result, tuple) else result
@@ -63,6 +56,35 @@ class RoutedBlock(RoutedLayer):
                 mixed[rows] = self._add_adapter(name, own_x[rows], mixed[rows], context.rows(rows), args, kwargs)
             out = mixed.reshape(out.shape)
         return (out, *result[1:]) if isinstance(result, tuple) else out
+
+    def acting(
+        self, adapter_names: list[str] | None, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[list[str], list[str] | None]:
+        """The adapters that act in a call.
+
+        Args:
+            adapter_names: Adapter of each row of the batch, "__base__" for none; None uses the active adapters.
+            args: The block's positional arguments.
+            kwargs: The same by name.
+
+        Returns:
+            Their names, and the adapter of each row; None in its place where all act on all rows.
+
+        Raises:
+            ValueError: The rows of the input cannot be matched with the names.
+        """
+        mixed = adapter_names is not None or self.tracker.mixes_rows()
+        if self.disable_adapters or not (mixed or self.active_names()):
+            return [], None
+        x = first_floating(args, kwargs)
+        if adapter_names is None:
+            adapter_names = self.tracker.row_names(x)
+        if adapter_names is None:
+            return self.active_names(), None
+        names = sorted(set(adapter_names) & set(self.experts))
+        if names:
+            self.check_rows(adapter_names, x, min_dim=3)
+        return names, adapter_names
 
     def _add_adapter(
         self,
@@ -88,7 +110,16 @@ def _jitters(block: nn.Module) -> bool:
     return any("jitter" in name and isinstance(value, float) and value > 0 for name, value in settings)
 
 
-def _first_floating(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+def first_floating(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    """The first floating tensor among the arguments of a call, which is a block's input.
+
+    Args:
+        args: Positional arguments.
+        kwargs: The same by name.
+
+    Raises:
+        TypeError: There is none.
+    """
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             return value

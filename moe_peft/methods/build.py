@@ -54,6 +54,7 @@ def build_experts(config: LowRankConfig, place: Place, num_experts: int, experts
         r=config.r,
         **{name: getattr(config, name) for name in kind.fields},
         **option_values(kind, config.experts_args),
+        **kind.sizes_of(place),
     )
 
 

@@ -114,8 +114,9 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
 
     @property
     def placement(self) -> str:
-        """See `MoeConfig.placement`."""
-        return self.wraps
+        """See `MoeConfig.placement`; a kind of experts may act in another way on what is wrapped."""
+        own = EXPERTS[self.experts].placement if self.experts in EXPERTS else None
+        return own or self.wraps
 
     @property
     def shares_decisions(self) -> bool:
@@ -132,6 +133,8 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
         self._check_choice("gate", tuple(GATES))
         super().validate()
         self._check_choice("experts", tuple(EXPERTS))
+        within = self.wraps == "block" or self.kind.placement is None
+        self._check(within, "wraps", f"'block' with the kind {shown(self.experts)}, which acts inside of an FFN")
         self._check_choice("activation", tuple(ACTIVATIONS))
         if "activation" not in self.kind.fields:
             self._check_left_alone("activation", f"the kind {shown(self.experts)} has none")

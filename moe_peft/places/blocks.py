@@ -10,6 +10,7 @@ from torch import nn
 
 from ..backbone.attention import attention_names
 from ..backbone.encoders import encoder_names
+from ..backbone.gated_ffn import gated_ffn
 from ..backbone.structure import base_of, block_width, is_below, opaque_blocks, unsupported_reason
 from ..place import MoeLayer, Place
 
@@ -48,6 +49,48 @@ def block_names(model: nn.Module, layers: list[MoeLayer], linears: list[str]) ->
             "hidden states to the same width. Name modules in `target_modules`, or use an adapter of linear layers."
         )
     return found
+
+
+def ffn_names(model: nn.Module, layers: list[MoeLayer]) -> list[str]:
+    """The gated FFNs of a language model's layers, outside of mixture-of-experts blocks.
+
+    Args:
+        model: A transformers model.
+        layers: Its sparse layers.
+
+    Raises:
+        ValueError: It has none.
+    """
+    others = attention_names(model) | encoder_names(model) | {layer.block or layer.experts for layer in layers}
+    found = [
+        name
+        for name, module in model.named_modules()
+        if re.search(r"\.\d+\.", f"{name}.") and "base_layer" not in name.split(".") and not is_below(name, others)
+        if gated_ffn(module) is not None
+    ]
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no gated FFN, down(act(gate(x)) * up(x)), outside of its mixture-of-experts "
+            "blocks, whose copies could be experts. Use another kind of experts, as experts='low_rank'."
+        )
+    return found
+
+
+def ffn_place(name: str, module: nn.Module, layers: list[MoeLayer], quantization: dict[str, Any]) -> Place:
+    """Describe a gated FFN; arguments as in `block_place`.
+
+    Raises:
+        TypeError: The module is none, or has more to it than its equation.
+    """
+    base, ffn = base_of(module), gated_ffn(module)
+    if ffn is None:
+        raise TypeError(
+            f"Target module {name} ({type(base).__name__}) is not supported: experts that are copies of an FFN need a "
+            "gated one, down(act(gate(x)) * up(x)), with three linear layers, or two where one holds gate and up. "
+            "Remove it from target_modules, or use another kind of experts."
+        )
+    in_features, inner_features, out_features = ffn.widths(base)
+    return Place(name, in_features, out_features, kind=type(base).__name__, inner_features=inner_features)
 
 
 def experts_names(model: nn.Module, layers: list[MoeLayer]) -> list[str]:

@@ -19,7 +19,7 @@ from ..backbone.structure import find_moe_layers, is_below, layer_of, router_nam
 from ..config.patterns import check_patterns
 from ..messages import shown, warn
 from ..place import MoeLayer, Place, Rows
-from .blocks import block_names, block_place, experts_names, experts_place
+from .blocks import block_names, block_place, experts_names, experts_place, ffn_names, ffn_place
 from .linear import (
     default_target_modules,
     leaf_names,
@@ -125,7 +125,7 @@ def find_places(model: nn.Module, config: MoeConfig, **quantization: Any) -> lis
         if is_below(name, taken):
             raise ValueError(f"target_modules matches {name}, which lies inside another match; name only one of both.")
         _refuse_read(name, read)
-        if config.placement == "block":
+        if config.placement in ("block", "ffn"):
             _refuse_adapted_parts(name, module)
         _refuse_trained_parts(name, module, config.modules_to_save or [])
         place = PLACES[config.placement](name, module, layers, quantization)
@@ -215,7 +215,7 @@ def _no_match(model: nn.Module, config: MoeConfig) -> str:
     targets = config.target_modules
     kind, names = "Linear layers", linear_names(model)
     if config.placement in NAMES:
-        kind = "Experts modules" if config.placement != "block" else "Blocks"
+        kind = {"block": "Blocks", "ffn": "Gated FFNs"}.get(config.placement, "Experts modules")
         names = NAMES[config.placement](model, find_moe_layers(model))
     leaves = leaf_names(names)
     wanted = [targets] if isinstance(targets, str) else sorted(targets or [])
@@ -236,6 +236,7 @@ PLACES: dict[str, Callable[..., Place]] = {
     "linear": linear_place,
     "scaled": linear_place,
     "block": block_place,
+    "ffn": ffn_place,
     "experts": experts_place,
     "slices": experts_place,
     "matrices": experts_or_linear_place,
@@ -243,6 +244,7 @@ PLACES: dict[str, Callable[..., Place]] = {
 # Kind of placement -> names of all modules of that kind, for kinds whose default places are all of them.
 NAMES: dict[str, Callable[[nn.Module, list[MoeLayer]], list[str]]] = {
     "block": lambda model, layers: block_names(model, layers, text_linear_names(model)),
+    "ffn": ffn_names,
     "experts": experts_names,
     "slices": experts_names,
     "matrices": experts_names,

@@ -21,12 +21,14 @@ from tests.contract.cases import MODELS, randomize
 from tests.tiny import OneLinear
 
 from . import registered
-from .combinations import Choice, covering, losses_for
+from .combinations import Choice, covering, losses_for, placed
 
 NUM_EXPERTS, RANK, IN, OUT = 3, 2, 7, 5
 LENGTHS = (4, 2, 3)  # valid tokens of the rows of a context
 GROUPS = torch.tensor([0, 1, 0])
 PLACES = {"llama": {"target_modules": ["q_proj", "down_proj"]}, "olmoe": {"wraps": "block"}}
+# Kind of place that some experts ask for -> the model that has it, and the fields that name it.
+PLACED = {"ffn": ("llama", {"wraps": "block"})}
 
 
 def name_of(choice: Choice) -> str:
@@ -48,6 +50,8 @@ def on_models(turn: int):
         turn: Number of the law; a part that one law sees on a linear layer the next one sees on a block.
     """
     params = []
+    for choice in placed():
+        params.append(pytest.param(PLACED[EXPERTS[choice[3]].placement][0], choice, id=name_of(choice)))
     for number, choice in enumerate(dict.fromkeys([*PARTS, *PAIRS])):
         for where, place in enumerate(PLACES):
             kept = choice in PARTS and (number + turn + where) % len(PLACES) == 0
@@ -154,7 +158,9 @@ def parts_of(model: nn.Module) -> list[nn.Module]:
 def make(place: str, choice: Choice, *, train=False, dtype=torch.float64, random=True, losses=True, **fields):
     """An adapted tiny model."""
     torch.manual_seed(0)
-    config = config_of(choice, losses=losses, **{"task_type": "CAUSAL_LM", **PLACES[place], **fields})
+    kind = EXPERTS[choice[3]].placement
+    where = PLACES[place] if kind is None else PLACED[kind][1]
+    config = config_of(choice, losses=losses, **{"task_type": "CAUSAL_LM", **where, **fields})
     model = get_peft_model(MODELS[place].build(), config).to(dtype)
     if random:
         randomize(model)

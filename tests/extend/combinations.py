@@ -19,9 +19,13 @@ def fits(choice: Choice) -> bool:
 
 
 def fitting() -> list[Choice]:
-    """All choices that fit, those with most of the usual parts first; whole routers have their own scorer and gate."""
-    whole = itertools.product(sorted(ROUTERS.keys() - SELECTORS.keys()), ["linear"], ["softmax"], EXPERTS)
-    every = [*itertools.product(SELECTORS, SCORERS, GATES, EXPERTS), *whole]
+    """All choices that fit and act anywhere, those with most of the usual parts first.
+
+    Whole routers have their own scorer and gate.
+    """
+    kinds = [name for name, kind in EXPERTS.items() if kind.placement is None]
+    whole = itertools.product(sorted(ROUTERS.keys() - SELECTORS.keys()), ["linear"], ["softmax"], kinds)
+    every = [*itertools.product(SELECTORS, SCORERS, GATES, kinds), *whole]
     return sorted(filter(fits, every), key=lambda choice: -len(set(choice) & set(DEFAULTS)))
 
 
@@ -50,6 +54,11 @@ def covering(strength: int) -> list[Choice]:
         elif added:
             heapq.heappush(heap, (-added, rank, choice))
     return chosen
+
+
+def placed() -> list[Choice]:
+    """A choice for each kind of experts that acts in places of one kind alone."""
+    return [(*DEFAULTS[:3], name) for name, kind in EXPERTS.items() if kind.placement is not None]
 
 
 def losses_for(choice: Choice) -> list[str]:

@@ -11,7 +11,7 @@ from moe_peft.extend import EXPERTS, GATES, LOSSES, ROUTERS, SCORERS, SELECTORS
 from tests.contract.cases import MODELS
 
 from .cases import PARTS, batch_for, close, make, on_models, parts_of, promised, rows_of, with_groups
-from .combinations import losses_for
+from .combinations import losses_for, placed
 
 ROUNDING = 1e-9
 
@@ -23,7 +23,7 @@ def logits(model, batch):
 
 def test_all_registered_parts_and_losses_take_part():
     for position, registry in enumerate((ROUTERS, SCORERS, GATES, EXPERTS)):
-        assert set(registry) <= {choice[position] for choice in PARTS}
+        assert set(registry) <= {choice[position] for choice in (*PARTS, *placed())}
     assert set(SELECTORS) <= {choice[0] for choice in PARTS}
     assert set(LOSSES) <= {name for choice in PARTS for name in losses_for(choice)}
 

@@ -1,6 +1,7 @@
 """The command line of the scripts: run files and method files, what was given and by whom, and errors in one line.
 
-A value comes from the first of these that has it: a flag, `--moe_config`, `--config`, the default.
+A value comes from the first of these that has it: a flag, `--moe_config`, `--config`, the default. `--moe_preset` is
+another word for `--moe_config`.
 """
 
 from __future__ import annotations
@@ -89,7 +90,10 @@ class ScriptParser(TrlParser):
 
     def _file_values(self, words: list[str], origins: dict[str, str]) -> dict[str, Any]:
         """Settings of the run file and of the method file, which are taken out of the words."""
-        run, method = _take(words, "config"), _take(words, "moe_config")
+        run, method, preset = (_take(words, name) for name in ("config", "moe_config", "moe_preset"))
+        if method is not None and preset is not None:
+            raise ValueError(f"--moe_config {method} and --moe_preset {preset} are the same flag; give one of them.")
+        flag, method = ("--moe_config", method) if preset is None else ("--moe_preset", preset)
         values = _read(find_config(run, "--config", ("runs",)), origins) if run is not None else {}
         variables = values.pop("env", {})
         if not isinstance(variables, dict):
@@ -97,7 +101,7 @@ class ScriptParser(TrlParser):
         os.environ.update({key: str(value) for key, value in variables.items()})
         if method is None:
             return values
-        own = _read(find_config(method, "--moe_config", ("methods",)), origins)
+        own = _read(find_config(method, flag, ("methods",)), origins)
         if own.get(METHOD_FLAG, values.get(METHOD_FLAG)) != values.get(METHOD_FLAG):
             kept = {k: v for k, v in values.items() if not k.startswith(PREFIX) or k in OF_THE_RUN}
             left_out = sorted(values.keys() - kept.keys() - own.keys())

@@ -22,6 +22,7 @@ FILES = """\
 files and their order:
   --config RUN            a YAML file of settings, or the name of one that `moe-peft configs` lists
   --moe_config METHOD     the same for the adapter's settings alone
+  --moe_preset METHOD     the same as --moe_config, as in --moe_preset hydralora
                           A flag counts before --moe_config, that before --config, and that before the default. Where
                           --moe_config describes another method than --config, the run's adapter is left out whole."""
 

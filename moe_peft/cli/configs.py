@@ -8,7 +8,7 @@ from .shipped import KINDS, find_config, names_of
 
 TITLES = {
     "runs": "whole runs, for --config NAME",
-    "methods": "each paper's values of the moe_ flags, for --moe_config NAME",
+    "methods": "each paper's values of the moe_ flags, for --moe_config NAME or --moe_preset NAME",
     "accelerate": "launchers, for --config_file NAME",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
@@ -38,7 +39,8 @@ def find_config(value: str, flag: str, kinds: tuple[str, ...] = KINDS) -> Path:
     """The file of a configuration that was given by its path or by its name.
 
     Args:
-        value: A path, or a name that `moe-peft configs` lists, with or without "runs/" or ".yaml".
+        value: A path, or a name that `moe-peft configs` lists, with or without "runs/", "routed_" or ".yaml";
+            capitals, hyphens and underscores make no difference, so that HydraLoRA is a name too.
         flag: What it was given to, for the message.
         kinds: Where names are looked up.
 
@@ -55,9 +57,20 @@ def find_config(value: str, flag: str, kinds: tuple[str, ...] = KINDS) -> Path:
         found = names_of(kind).get(bare.removeprefix(f"{kind}/"))
         if found is not None:
             return found
+    for kind in kinds:
+        written = {_plain(name): path for name, path in names_of(kind).items()}
+        short = {_plain(name.removeprefix("routed_")): path for name, path in names_of(kind).items()}
+        found = {**short, **written}.get(_plain(bare.removeprefix(f"{kind}/")))
+        if found is not None:
+            return found
     known = [name for kind in kinds for name in names_of(kind)]
     near = difflib.get_close_matches(bare, known, n=2)
     hint = f" Nearest names: {', '.join(near)}." if near else ""
     raise ValueError(
         f"{flag} {value}: there is no such file, and no configuration of that name.{hint} See `moe-peft configs`."
     )
+
+
+def _plain(name: str) -> str:
+    """A name without capitals and what stands between its words."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..types import RouterLoss
 from .active_l1 import ActiveL1
 from .entropy_balance import EntropyBalance
+from .expert_clusters import ExpertClusters
 from .importance import Importance, importance
 from .load_balancing import GShardLoadBalancing, LoadBalancing, gshard_load_balancing, load_balancing
 from .localized_balancing import LocalizedBalancing
@@ -24,6 +25,7 @@ LOSSES: dict[str, type[RouterLoss]] = {
     "token_entropy": TokenEntropy,
     "sparsity_bound": SparsityBound,
     "entropy_balance": EntropyBalance,
+    "expert_clusters": ExpertClusters,
 }
 
 __all__ = [

@@ -14,16 +14,20 @@ from .centroid import Centroid
 from .constant import ConstantRouter
 from .cosine import Cosine
 from .dense import Dense, DenseRouter
+from .entmax import Entmax
 from .entropy_top_k import EntropyTopK
+from .expert_prototyping import ExpertPrototyping
 from .fixed_random import FixedRandomRouter
 from .gates import Gate, Softmax
 from .gumbel import Gumbel
 from .layer_logits import LayerLogits
 from .linear import LinearRouter
 from .low_space import LowSpaceRouter
+from .mean_activation import MeanActivation
 from .mixture import MixtureRouter
 from .null_top_k import NullTopK
 from .positive import Positive
+from .relaxed_bernoulli import RelaxedBernoulli
 from .relu import Relu
 from .router import Router
 from .selector import Selector
@@ -31,8 +35,12 @@ from .sigmoid import Sigmoid
 from .sparsegen import Sparsegen
 from .task_table import TaskTable
 from .threshold import Threshold
+from .token_hash import TokenHash
+from .token_mask import TokenMask
 from .top_k import TopK, TopKRouter
 from .top_p import TopP
+from .tree import Tree
+from .two_layer import TwoLayer
 
 # What a configuration means that names no router, scorer or gate.
 DEFAULT_ROUTER, DEFAULT_SCORER, DEFAULT_GATE = "dense", "linear", "softmax"
@@ -47,9 +55,21 @@ SCORERS: dict[str, type[Router]] = {
     "cosine": Cosine,
     "fixed_random": FixedRandomRouter,
     "mixture": MixtureRouter,
+    "mean_activation": MeanActivation,
+    "token_hash": TokenHash,
+    "token_mask": TokenMask,
+    "tree": Tree,
+    "two_layer": TwoLayer,
 }
 # p = gate(z)
-GATES: dict[str, type[Gate]] = {"softmax": Softmax, "sigmoid": Sigmoid, "relu": Relu, "gumbel": Gumbel}
+GATES: dict[str, type[Gate]] = {
+    "softmax": Softmax,
+    "sigmoid": Sigmoid,
+    "relu": Relu,
+    "gumbel": Gumbel,
+    "entmax": Entmax,
+    "relaxed_bernoulli": RelaxedBernoulli,
+}
 # routing = selector(z, p); the names that a configuration's `router` takes
 SELECTORS: dict[str, type[Selector]] = {
     "dense": Dense,
@@ -62,6 +82,7 @@ SELECTORS: dict[str, type[Selector]] = {
     "entropy_top_k": EntropyTopK,
     "threshold": Threshold,
     "sparsegen": Sparsegen,
+    "expert_prototyping": ExpertPrototyping,
 }
 # Whole routers; those with the name of a selector are its router with linear scores and a softmax.
 ROUTERS: dict[str, type[Router]] = {

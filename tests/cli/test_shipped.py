@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_peft.cli.shipped import KINDS, find_config, names_of, shipped
+from moe_peft.cli.shipped import KINDS, _plain, find_config, names_of, shipped
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -14,6 +14,16 @@ def test_every_configuration_is_found_by_its_name_in_each_spelling(kind):
         for spelling in (f"{kind}/{name}", f"{kind}/{name}.yaml", f"configs/{kind}/{name}.yaml", str(path)):
             assert find_config(spelling, "--config").resolve() == path.resolve()
         assert find_config(name, "--config", (kind,)) == path
+
+
+@pytest.mark.parametrize("spelling", ["hydralora", "HydraLoRA", "hydra-lora", "routed_hydralora", "methods/hydralora"])
+def test_a_method_is_found_as_people_write_its_name(spelling):
+    assert find_config(spelling, "--moe_preset", ("methods",)) == names_of("methods")["routed_hydralora"]
+
+
+def test_no_two_methods_have_the_same_name_in_any_spelling():
+    found = [_plain(name.removeprefix("routed_")) for name in names_of("methods")]
+    assert len(set(found)) == len(found)
 
 
 def test_a_file_counts_before_a_name(tmp_path, monkeypatch):

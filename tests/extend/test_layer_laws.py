@@ -61,7 +61,7 @@ def sum_of_experts(bank, x_TD, base_TO, gates_TE, known):
     return expected
 
 
-@on_layers(TRIPLES)
+@on_layers(PAIRS, TRIPLES)
 def test_a_layer_equals_its_tokens_and_experts_one_at_a_time(choice):
     layer, known, (x_TD, base_TO) = layer_of(choice), context(), inputs()
     x_TD.requires_grad_()

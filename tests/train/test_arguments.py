@@ -42,6 +42,18 @@ def test_a_run_and_a_method_are_found_by_name():
     assert (moe.moe_method, moe.moe_capacity_factor) == ("sira", 1.25)
 
 
+@pytest.mark.parametrize(
+    "words", [("--moe_preset", "hydralora"), ("--moe-preset=HydraLoRA",), ("--moe_config", "hydralora")]
+)
+def test_a_preset_is_taken_by_the_name_of_its_method(words):
+    *_, moe = parse(*words)
+    assert (moe.moe_method, moe.moe_experts, moe.moe_num_experts) == ("routed", "shared_down", 3)
+    with pytest.raises(ValueError, match="--moe_config sira and --moe_preset mov are the same flag"):
+        parse("--moe_config", "sira", "--moe_preset", "mov")
+    with pytest.raises(ValueError, match=r"--moe_preset hydralore: there is no such file.*Nearest names: .*hydralora"):
+        parse("--moe_preset", "hydralore")
+
+
 def test_a_flag_counts_before_the_method_file_and_that_before_the_run(tmp_path):
     run = write(tmp_path, "run.yaml", "moe_method: sira\nmoe_r: 1\nmoe_top_k: 1\nmoe_num_experts: 5\nseed: 9\n")
     method = write(tmp_path, "method.yaml", "moe_method: sira\nmoe_r: 2\nmoe_top_k: 2\n")

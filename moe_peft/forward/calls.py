@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from .batch import named_inputs, take_groups
 from .entry import ModuleEntry
 from .forward_pass import ForwardPass
 from .joined_losses import ForwardLosses
+from .processes import num_processes
 from .recomputation import NO_TASK, checkpoint_node, graph_task, next_node, owner_of_current_node
 from .thread_state import Call, ThreadState
 
@@ -118,20 +119,36 @@ class CallKeeper:
             return output
         call = calls[-1]
         self.drop(len(calls) - 1)
-        if output is None or (call.forward_pass is None and not call.training):
+        if output is None or (call.forward_pass is None and not call.training and not call.waiting):
             return output
         forward_pass = self._pass_of(call)
         if calls and calls[-1].is_model and not call.is_model:
             self._go_on_behind(calls[-1], forward_pass)
-        if not forward_pass.training:
+        if not forward_pass.training and not call.waiting:
             return output
         if not call.repeats:
             forward_pass.inside = call.inside
             forward_pass.last_node = next_node()
-            if forward_pass.layers:
-                output = self.finish(forward_pass, output)
-        if not torch.compiler.is_compiling():
+            output = self._finish_call(entry, call, forward_pass, output)
+        if forward_pass.training and not torch.compiler.is_compiling():
             self._watch(forward_pass, call, output)
+        return output
+
+    def _finish_call(self, entry: ModuleEntry, call: Call, forward_pass: ForwardPass, output: Any) -> Any:
+        """Make the router losses of a call that has ended known; of one inside a whole model when that ends.
+
+        Processes may call different stacks, so that they meet at the end of the whole model alone. Compiled code ties
+        losses to what its own stack returns, and cannot wait.
+        """
+        own = [forward_pass] if forward_pass.layers else []
+        tied = any(made.tied for calls in forward_pass.layers.values() for made in calls)
+        if torch.compiler.is_compiling() or tied or num_processes() == 1:
+            return self.finish(forward_pass, output) if own else output
+        around = self._thread.calls[-1] if self._thread.calls else None
+        if around is not None and around.losses is call.losses:
+            around.waiting += own
+        else:
+            self.finish_together(entry, [*call.waiting, *own], output)
         return output
 
     def _watch(self, forward_pass: ForwardPass, call: Call, output: Any) -> None:
@@ -145,6 +162,10 @@ class CallKeeper:
 
     def finish(self, forward_pass: ForwardPass, output: Any) -> Any:
         """Join and differentiate the router losses of a pass that has ended; returns what its stack does."""
+        raise NotImplementedError
+
+    def finish_together(self, entry: ModuleEntry, passes: Sequence[ForwardPass], output: Any) -> None:
+        """Join and differentiate the router losses of all passes of a forward, with those of other processes."""
         raise NotImplementedError
 
     def depth(self) -> int:

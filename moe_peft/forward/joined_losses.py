@@ -11,7 +11,7 @@ The mean over processes, which is what they do with gradients, then is the gradi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,23 +98,50 @@ class WindowSums:
     def add(self, key: tuple, layer: LayerLosses) -> None:
         """Join a layer's sums with those of the window's earlier micro-batches."""
         for name, sums in layer.joined.items():
-            before = self.sums.get((*key, name))
-            layer.joined[name] = self.sums[(*key, name)] = sums if before is None else before + sums
+            layer.joined[name] = self._added(key, name, sums)
         layer.count += self.counts.get(key, 0)
         self.counts[key] = layer.count
 
+    def add_absent(self, key: tuple, sums: Mapping[str, torch.Tensor], count: int) -> None:
+        """Note what other processes have measured at a layer that this one has not called.
 
-def finish(layers: Mapping[tuple, LayerLosses], window: WindowSums | None, *, derive: bool = True) -> None:
+        Args:
+            key: Of the layer and its call.
+            sums: Name of a loss -> (N,) joined sums.
+            count: Number of processes.
+        """
+        for name, own in sums.items():
+            self._added(key, name, own)
+        self.counts[key] = self.counts.get(key, 0) + count
+
+    def _added(self, key: tuple, name: str, sums: torch.Tensor) -> torch.Tensor:
+        before = self.sums.get((*key, name))
+        self.sums[(*key, name)] = added = sums if before is None else before + sums
+        return added
+
+
+Joined = Mapping[tuple, LayerLosses]
+
+
+def finish(
+    layers: Joined,
+    window: WindowSums | None,
+    *,
+    derive: bool = True,
+    join: Callable[[Joined], None] | None = None,
+) -> None:
     """Join the sums of the layers that a stack's forward ran, and differentiate their losses.
 
     Args:
-        layers: (place, adapter, number of the call) -> losses; the same keys in the same order on every process.
+        layers: (place, adapter, number of the call) -> losses.
         window: The accumulation window; None outside one.
         derive: Whether to differentiate them; else their sums are joined alone.
+        join: Joins those that are not of this process alone with the other processes; None where all processes have
+            the same keys in the same order.
     """
     for layer in layers.values():
         layer.joined = dict(layer.own)
-    _join_processes([layer for layer in layers.values() if layer.scope != "micro_batch"])
+    (join or _join_processes)({key: layer for key, layer in layers.items() if layer.scope != "micro_batch"})
     for key, layer in layers.items():
         if window is not None and layer.scope == "accumulation_window":
             window.add(key, layer)
@@ -122,9 +149,9 @@ def finish(layers: Mapping[tuple, LayerLosses], window: WindowSums | None, *, de
         differentiate(list(layers.values()))
 
 
-def _join_processes(layers: Sequence[LayerLosses]) -> None:
-    joined = iter(sum_over_processes([sums for layer in layers for sums in layer.own.values()]))
-    for layer in layers:
+def _join_processes(layers: Joined) -> None:
+    joined = iter(sum_over_processes([sums for layer in layers.values() for sums in layer.own.values()]))
+    for layer in layers.values():
         layer.joined = {name: next(joined) for name in layer.own}
         layer.count = num_processes()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ import torch
 from .forward_pass import ForwardPass
 from .joined_losses import LayerLosses, WindowSums, finish
 from .measurement import Measurement, measure, own_graph, spread, tensors_of
+from .processes import num_processes
+from .shared_sums import SharedSums
 from .slices import as_one, join_slices
 from .tied_output import tie, tie_graph
 
@@ -28,11 +31,8 @@ def finish_pass(forward_pass: ForwardPass, window: WindowSums | None, output: An
     Raises:
         ValueError: A loss of slices has no meaning for the whole, or lacks something of the batch.
     """
+    _keep_weights(forward_pass)
     calls = _calls(forward_pass)
-    for made in forward_pass.layers.values():
-        for call in made if len(made) > 1 else ():
-            assert call.routing is not None
-            call.weights = call.routing.weights.detach()
     compiled = [call for call in calls if call.tied]
     decisions = [tensors_of(call.routing) for call in compiled if call.routing is not None]
     for call, own in zip(compiled, decisions, strict=True):
@@ -40,9 +40,47 @@ def finish_pass(forward_pass: ForwardPass, window: WindowSums | None, output: An
         call.tied = any(tensor.requires_grad for tensor in own.values())
     with own_graph():
         stacks = measure(calls)
-        join(forward_pass, window)
+        join([forward_pass], window)
         spread(stacks)
     return tie(compiled, decisions, forward_pass.losses.scale, output) if compiled else output
+
+
+def finish_together(
+    passes: Sequence[ForwardPass], window: WindowSums | None, shared: SharedSums | None, device: torch.device
+) -> None:
+    """The same for all passes of a forward of the whole model, where several processes may call different layers.
+
+    Args:
+        passes: Passes whose forward has ended, none of whose calls was compiled.
+        window: The accumulation window; None outside one.
+        shared: Joins the sums of all processes; None where none has any to join.
+        device: Where sums are made that this process has none of.
+
+    Raises:
+        ValueError: As in `finish_pass`.
+        RuntimeError: As in `SharedSums.join`.
+    """
+    with own_graph():
+        stacks = []
+        for forward_pass in passes:
+            _keep_weights(forward_pass)
+            stacks += measure(_calls(forward_pass))
+        processes = None if shared is None else partial(_join_shared, shared, window, device)
+        join(passes, window, processes=processes)
+        spread(stacks)
+
+
+def _join_shared(
+    shared: SharedSums, window: WindowSums | None, device: torch.device, layers: Mapping[tuple, LayerLosses]
+) -> None:
+    """Join with other processes, and note in the window what they alone have measured."""
+    absent: dict[tuple, dict[str, torch.Tensor]] = {}
+    for slot, sums in shared.join(layers, device).items():
+        if window is not None and slot.scope == "accumulation_window":
+            absent.setdefault((slot.place, slot.adapter, slot.call), {})[slot.loss] = sums
+    for key, own in absent.items():
+        assert window is not None
+        window.add_absent(key, own, num_processes())
 
 
 def finish_compiled(forward_pass: ForwardPass, window: WindowSums | None, output: Any) -> Any:
@@ -57,36 +95,57 @@ def finish_compiled(forward_pass: ForwardPass, window: WindowSums | None, output
         The output, which carries the gradients.
     """
     scale = forward_pass.losses.scale
-    return tie_graph(_calls(forward_pass), scale, lambda: join(forward_pass, window, derive=False), output)
+    return tie_graph(_calls(forward_pass), scale, lambda: join([forward_pass], window, derive=False), output)
 
 
 def _calls(forward_pass: ForwardPass) -> list[Measurement]:
     return [call for made in forward_pass.layers.values() for call in made]
 
 
-def join(forward_pass: ForwardPass, window: WindowSums | None, *, derive: bool = True) -> None:
-    """Join the sums of a pass's calls; slices of the same rows count as one.
+def _keep_weights(forward_pass: ForwardPass) -> None:
+    """Keep what tells the calls of one module in a pass apart."""
+    for made in forward_pass.layers.values():
+        for call in made if len(made) > 1 else ():
+            assert call.routing is not None
+            call.weights = call.routing.weights.detach()
+
+
+def join(
+    passes: Sequence[ForwardPass],
+    window: WindowSums | None,
+    *,
+    derive: bool = True,
+    processes: Callable[[Mapping[tuple, LayerLosses]], None] | None = None,
+) -> None:
+    """Join the sums of the calls of some passes; slices of the same rows count as one.
 
     Args:
-        forward_pass: The pass, whose calls know their own sums.
+        passes: The passes, whose calls know their own sums.
         window: The accumulation window; None outside one.
         derive: Whether to differentiate the losses in them.
+        processes: Joins the sums of processes; None where all have the same calls.
     """
     whole_of: dict[tuple, LayerLosses] = {}
-    slices: list[tuple[LayerLosses, list[LayerLosses]]] = []
-    length = 0 if forward_pass.shape is None else forward_pass.shape[1]
-    for key, made in forward_pass.layers.items():
-        losses = [call.losses for call in made]
-        groups = join_slices(losses, length, key[0]) if any(own.part for own in losses) else [[own] for own in losses]
-        for number, group in enumerate(groups):
-            whole = whole_of[(*key, number)] = group[0] if len(group) == 1 else as_one(group)
-            slices += [(whole, group)] if len(group) > 1 else []
-    finish(whole_of, window, derive=derive)
-    for whole, group in slices:
-        for own in group:
-            own.joined, own.count, own.gradients = whole.joined, whole.count, whole.gradients
-    if slices:
-        _keep_as_one(forward_pass, slices)
+    numbers: dict[tuple[str, str], int] = {}
+    sliced: list[tuple[ForwardPass, list[tuple[LayerLosses, list[LayerLosses]]]]] = []
+    for forward_pass in passes:
+        slices: list[tuple[LayerLosses, list[LayerLosses]]] = []
+        length = 0 if forward_pass.shape is None else forward_pass.shape[1]
+        for key, made in forward_pass.layers.items():
+            own = [call.losses for call in made]
+            groups = join_slices(own, length, key[0]) if any(one.part for one in own) else [[one] for one in own]
+            for group in groups:
+                number = numbers[key] = numbers.get(key, -1) + 1
+                whole = whole_of[(*key, number)] = group[0] if len(group) == 1 else as_one(group)
+                slices += [(whole, group)] if len(group) > 1 else []
+        sliced.append((forward_pass, slices))
+    finish(whole_of, window, derive=derive, join=processes)
+    for forward_pass, slices in sliced:
+        for whole, group in slices:
+            for one in group:
+                one.joined, one.count, one.gradients = whole.joined, whole.count, whole.gradients
+        if slices:
+            _keep_as_one(forward_pass, slices)
 
 
 def repeated_call(made: Sequence[Measurement], call: Measurement) -> Measurement:

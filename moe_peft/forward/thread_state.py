@@ -43,6 +43,7 @@ class Call:
         forward_pass: What its layers are told; made when the first one asks.
         behind: Pass of the stack that ran last inside it.
         inside: Passes of all stacks that ran inside it.
+        waiting: Those of them whose router losses are joined when it ends.
     """
 
     module: nn.Module
@@ -62,6 +63,7 @@ class Call:
     forward_pass: ForwardPass | None = None
     behind: ForwardPass | None = None
     inside: list[ForwardPass] = field(default_factory=list)
+    waiting: list[ForwardPass] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

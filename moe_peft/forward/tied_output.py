@@ -74,14 +74,18 @@ def tie(
     return rebuilt(output, iter(_TieGradients.apply(scale, gradients, len(tensors), *tensors, *own)))
 
 
-def differentiable(output: Any) -> Iterator[torch.Tensor]:
-    """The tensors of a module's output through which a gradient may come, however it nests them."""
+def tensors_in(output: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a module's output, however it nests them."""
     if isinstance(output, torch.Tensor):
-        if output.requires_grad:
-            yield output
+        yield output
     elif isinstance(output, (Mapping, tuple, list)):
         for part in output.values() if isinstance(output, Mapping) else output:
-            yield from differentiable(part)
+            yield from tensors_in(part)
+
+
+def differentiable(output: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a module's output through which a gradient may come."""
+    return (tensor for tensor in tensors_in(output) if tensor.requires_grad)
 
 
 def rebuilt(output: Any, tensors: Iterator[torch.Tensor]) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,10 +26,12 @@ from .find import ENTRIES_ATTRIBUTE, TRACKER_ATTRIBUTE, find_stacks, find_tracke
 from .forward_pass import ForwardPass
 from .joined_losses import WindowSums
 from .measurement import Measurement
-from .pass_losses import finish_compiled, finish_pass, repeated_call
+from .pass_losses import finish_compiled, finish_pass, finish_together, repeated_call
 from .recomputation import in_backward
+from .shared_sums import SharedSums
 from .slices import position_in_storage
 from .thread_state import Observer, RowNames
+from .tied_output import tensors_in
 
 __all__ = [
     "TRACKER_ATTRIBUTE",
@@ -57,7 +59,13 @@ NO_WINDOW = (
 )
 
 
-TRANSIENT = ("in_reverse", "_thread", "_latest", "_reached", "_busy", "counted", "_last_parameter", "_watched")
+TRANSIENT = frozenset(
+    ("in_reverse", "_thread", "_latest", "_reached", "_busy", "counted", "shared", "_last_parameter", "_watched")
+)
+
+# (place, adapter) of the router losses that a call of a module may join with other processes -> whether the number of
+# calls depends on the batch.
+JoinedPlaces = Callable[[nn.Module, "ForwardTracker"], Mapping[tuple[str, str], bool]]
 
 
 class ForwardTracker(CallKeeper):
@@ -69,10 +77,15 @@ class ForwardTracker(CallKeeper):
         counted: (place, adapter) -> sums of the training decisions since the last `after_step`, of layers that ask.
         training_observers: Called with (place, adapter, routing) for every routing of a training pass of any thread.
         adapters: Names of the model's routed adapters in the order in which they came, the keys of a dict.
+        shared: Joins the router losses of several processes.
+
+    Args:
+        joined_places: Tells the places that a call of a module may reach.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, joined_places: JoinedPlaces) -> None:
         super().__init__()
+        self.joined_places = joined_places
         self.adapters: dict[str, None] = {}
         self.window: WindowSums | None = None
         self.managed = False
@@ -82,6 +95,7 @@ class ForwardTracker(CallKeeper):
     def _forget(self) -> None:
         super()._forget()
         self.counted: dict[tuple[str, str], list[torch.Tensor]] = {}
+        self.shared = SharedSums()
         self._last_parameter: tuple[int, int] | None = None
         self._watched: weakref.ref[nn.Parameter] | None = None
 
@@ -281,7 +295,21 @@ class ForwardTracker(CallKeeper):
 
     @torch.compiler.disable
     def _finish(self, forward_pass: ForwardPass, output: Any) -> Any:
-        scopes = [call.losses.scope for made in forward_pass.layers.values() for call in made]
+        self._warn_window([forward_pass])
+        return finish_pass(forward_pass, self.window, output)
+
+    @torch.compiler.disable
+    def finish_together(self, entry: ModuleEntry, passes: Sequence[ForwardPass], output: Any) -> None:
+        """See `CallKeeper.finish_together`; nothing is sent where no place has losses to join."""
+        self._warn_window(passes)
+        shared = self.shared
+        places = {} if shared.settled else self.joined_places(entry.module, self)
+        device = next((tensor.device for tensor in tensors_in(output)), torch.device("cpu"))
+        finish_together(passes, self.window, shared if shared.order or places else None, device)
+        if entry.is_model and not shared.settled:
+            shared.settle(places)
+
+    def _warn_window(self, passes: Sequence[ForwardPass]) -> None:
+        scopes = [call.losses.scope for one in passes for made in one.layers.values() for call in made]
         if self.window is None and "accumulation_window" in scopes:
             self._warn_once(NO_WINDOW)
-        return finish_pass(forward_pass, self.window, output)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from .adapted_experts import AdaptedExperts
-from .find import routed_layers
+from .find import joined_places, routed_layers
 from .routed_block import RoutedBlock
 from .routed_experts import RoutedExperts
 from .routed_ffn import RoutedFfn
@@ -35,5 +35,6 @@ __all__ = [
     "RoutedLinear",
     "ScaledLinear",
     "SlicedExperts",
+    "joined_places",
     "routed_layers",
 ]

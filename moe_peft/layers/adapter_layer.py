@@ -116,6 +116,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters; arguments as in peft. Tensors that a part never trains stay frozen."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self.tracker.shared.settled = False
         self._refreeze()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..forward.tracker import ForwardTracker
 from ..messages import shown
 from .routed_layer import RoutedLayer
 
@@ -23,3 +24,23 @@ def routed_layers(model: nn.Module) -> list[RoutedLayer]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"routed_layers: model={shown(model)} is no model. Give a torch.nn.Module with adapters.")
     return [module for module in model.modules() if isinstance(module, RoutedLayer)]
+
+
+def joined_places(model: nn.Module, tracker: ForwardTracker) -> dict[tuple[str, str], bool]:
+    """The places whose router losses a forward may join with those of other processes.
+
+    Args:
+        model: The module that is called.
+        tracker: Whose places; a tree of modules may have several.
+
+    Returns:
+        (place, adapter) -> whether it may be called more than once in a forward, as an encoder for images and videos;
+        of active adapters, or of all where rows of a batch name theirs.
+    """
+    layers = [layer for layer in routed_layers(model) if layer.tracker is tracker]
+    return {
+        (layer.place, name): layer.rows == "media"
+        for layer in layers
+        for name in (layer.experts if tracker.mixes_rows() else layer.active_adapters)
+        if name in layer.objectives and layer.objectives[name] and layer.objectives[name].scope != "micro_batch"
+    }

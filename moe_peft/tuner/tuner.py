@@ -16,7 +16,7 @@ from ..config.config import MoeConfig
 from ..config.patterns import check_patterns
 from ..forward.find import find_trackers
 from ..forward.tracker import ForwardTracker
-from ..layers import LAYERS, RoutedLayer
+from ..layers import LAYERS, RoutedLayer, joined_places
 from ..messages import warn
 from ..places.hidden import choose_places
 from .checks import check_groups, check_leftovers, check_neighbours, check_tensors
@@ -92,7 +92,7 @@ class RoutedTuner(BaseTuner):
             record_router_outputs(model)
         tracker = tracker_around(model, self._places)
         if tracker is None:
-            tracker = ForwardTracker()
+            tracker = ForwardTracker(joined_places)
             tracker.attach(model)
         self._tracker = tracker
         for column, groups in peft_config.group_columns.items():

@@ -32,6 +32,7 @@ from moe_peft.quantization.four_bit import dequantize_on_read, quantize
 from moe_peft.telemetry.stacked import as_sums
 from tests.contract.cases import randomize, tiny_olmoe
 from tests.methods.esft_models import sparse_model
+from tests.processes import apart
 from tests.tiny import padded_batch, tiny_llama, tiny_t5
 
 # Rows of unequal length, so that the processes hold unequal numbers of tokens.
@@ -217,6 +218,8 @@ def run(rank: int, world: int, folder: Path, wrapping: str) -> None:
             save_file(gradients, folder / f"{case}.safetensors")
     if wrapping == "ddp" and world == 2:
         torch.save({router: told_after_steps(router, [rank]) for router in ROUTERS}, folder / f"told{rank}.pt")
+        apart_gradients = {name: list(apart.of_two_processes(case, rank)) for name, case in apart.CASES.items()}
+        torch.save(apart_gradients, folder / f"apart{rank}.pt")
     if rank == 0:
         (folder / "facts.json").write_text(json.dumps(facts))
     # A wrapped model that outlives the group destroys it, and then waits with the interpreter's lock for a thread of

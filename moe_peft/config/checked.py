@@ -10,12 +10,21 @@ from typing import Any
 from peft.config import PeftConfig
 
 from ..messages import shown
-from .field_types import wrong_types
+from .field_types import declared, field_types, wrong_types
 
 
 @dataclass
 class CheckedConfig(PeftConfig):
     """Base of configurations; every refusal names the class, the field, its value and what to write instead."""
+
+    def _take_as_declared(self) -> None:
+        """Hold tuples, sets, enums and the like as their fields declare them, also where a file gave lists."""
+        types = field_types(type(self))  # type: ignore[arg-type]  # mypy holds classes for unhashable
+        for own in dataclasses.fields(self):
+            value = getattr(self, own.name)
+            taken = declared(value, types[own.name])
+            if taken is not value:
+                setattr(self, own.name, taken)
 
     def _check_types(self) -> None:
         for name, hint in wrong_types(self):

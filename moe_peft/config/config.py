@@ -68,6 +68,7 @@ class MoeConfig(SavedConfig):
     )
 
     def __post_init__(self) -> None:
+        self._take_as_declared()
         self._check_types()
         hint = "one of peft's task types, as 'CAUSAL_LM', or None"
         self._check(self.task_type is None or len(self.task_type) <= LIMIT, "task_type", hint)

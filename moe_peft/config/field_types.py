@@ -7,14 +7,19 @@ import inspect
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence, Set
+from enum import Enum
 from functools import cache
+from pathlib import PurePath
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from ..messages import shown
+from .stored import COLLECTIONS, as_declared, stored, unannotated
 
 KINDS = {int: "integer", float: "finite number", str: "string", dict: "dict", list: "list"}
+LISTS = (list, set, frozenset, Sequence, MutableSequence, Collection, Iterable, Set)
+MAPPINGS = (dict, Mapping, MutableMapping)
 # What tensors and files take for an integer, and longer texts are no misspelt numbers.
 INTEGER_LIMIT = 2**63
 TEXT_LIMIT = 200
@@ -35,8 +40,16 @@ def field_types(cls: type) -> dict[str, Any]:
         for name, kind in inspect.get_annotations(base).items():
             if name in names:
                 known = getattr(sys.modules.get(base.__module__), "__dict__", {})
-                types[name] = eval(kind, known) if isinstance(kind, str) else kind
+                types[name] = _evaluated(kind, known) if isinstance(kind, str) else kind
     return types
+
+
+def _evaluated(kind: str, known: dict[str, Any]) -> Any:
+    """A type that is written as text; Any where it names what its module does not know."""
+    try:
+        return eval(kind, known)
+    except NameError:
+        return Any
 
 
 def wrong_types(config: Any) -> Iterator[tuple[str, str]]:
@@ -50,7 +63,10 @@ def wrong_types(config: Any) -> Iterator[tuple[str, str]]:
     """
     types = field_types(type(config))  # type: ignore[arg-type]  # mypy holds classes for unhashable
     for own in dataclasses.fields(config):
-        hint = expected(own.name, getattr(config, own.name), types[own.name], own.default)
+        value = getattr(config, own.name)
+        hint = expected(own.name, value, types[own.name], own.default)
+        if hint is None and not _is_json(sorted(kept, key=str) if isinstance(kept := stored(value), set) else kept):
+            hint = "a value that adapter_config.json can hold: numbers, texts, lists and mappings of them"
         if hint is not None:
             yield own.name, hint
 
@@ -78,23 +94,65 @@ def expected(name: str, value: object, kind: Any, default: object) -> str | None
 
 
 def fits(value: object, kind: Any) -> bool:
-    """Whether a value is of a type; an integer is a number too, a bool is neither, and Any is any value of JSON."""
+    """Whether a value is of a type, or JSON's form of one; an integer is a number too, a bool neither, Any is JSON."""
+    kind = unannotated(kind)
+    origin, args = get_origin(kind), get_args(kind)
     if kind is Any:
         return _is_json(value)
     if _is_union(kind):
-        return any(fits(value, own) for own in get_args(kind))
-    if get_origin(kind) is list:
-        return isinstance(value, (list, tuple, set)) and all(fits(entry, get_args(kind)[0]) for entry in value)
-    if get_origin(kind) is dict:
-        key_kind, value_kind = get_args(kind)
-        return isinstance(value, Mapping) and all(fits(k, key_kind) and fits(v, value_kind) for k, v in value.items())
+        return any(fits(value, own) for own in args)
+    if origin is Literal:
+        return any(type(value) is type(own) and value == own for own in args)
+    if origin is tuple:
+        return isinstance(value, (list, tuple)) and _fits_tuple(value, args)
+    if origin in MAPPINGS:
+        return isinstance(value, Mapping) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
+    if origin in LISTS:
+        return isinstance(value, COLLECTIONS) and all(fits(entry, args[0]) for entry in value)
+    return _is_of(value, kind)
+
+
+def _fits_tuple(value: list | tuple, kinds: tuple[Any, ...]) -> bool:
+    if kinds[1:] == (...,):
+        return all(fits(own, kinds[0]) for own in value)
+    return len(value) == len(kinds) and all(fits(own, kind) for own, kind in zip(value, kinds, strict=True))
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    """Whether a value is of a type without arguments, or JSON's form of one."""
     if kind in (int, float) and isinstance(value, bool):
         return False
     if kind is float:
         return isinstance(value, (int, float)) and _is_finite(value)
     if kind is int:
         return isinstance(value, int) and abs(value) < INTEGER_LIMIT
-    return isinstance(value, kind)
+    if not isinstance(kind, type):  # a type that nothing here knows
+        return _is_json(stored(value))
+    if isinstance(value, kind):
+        return True
+    if issubclass(kind, Enum):
+        return any(type(value) is type(own.value) and value == own.value for own in kind)
+    if kind in (tuple, set, frozenset):
+        return isinstance(value, COLLECTIONS)
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        types = field_types(kind)
+        return all(name in types and fits(own, types[name]) for name, own in value.items())
+    return issubclass(kind, PurePath) and isinstance(value, str)
+
+
+def declared(value: object, kind: Any) -> Any:
+    """A value as its field declares it; as it is where it does not fit, or a member of a union takes it so.
+
+    Args:
+        value: Of the field.
+        kind: The declared type.
+    """
+    kinds = get_args(kind) if _is_union(kind) else (kind,)
+    fitting = next((own for own in kinds if fits(value, own)), None)
+    try:
+        return value if fitting is None else as_declared(value, fitting)
+    except (TypeError, ValueError):  # of a dataclass whose own checks refuse it
+        return value
 
 
 def describe_type(kind: Any, several: bool = False) -> str:
@@ -106,13 +164,20 @@ def describe_type(kind: Any, several: bool = False) -> str:
         kinds = [own for own in get_args(kind) if not (issubclass_of_str(own) and str in get_args(kind))]
         *first, last = [describe_type(own, several) for own in kinds]
         return f"{', '.join(first)} or {last}" if first else last
+    kind = unannotated(kind)
     if kind is NoneType:
         return "None"
+    if get_origin(kind) is Literal or (isinstance(kind, type) and issubclass(kind, Enum)):
+        choices = get_args(kind) or [own.value for own in kind]
+        return f"{'some' if several else 'one'} of {', '.join(map(shown, choices))}"
+    if get_origin(kind) is tuple:
+        entries = [describe_type(own) for own in get_args(kind) if own is not ...]
+        return f"{'lists' if several else 'a list'} of {', '.join(entries)}{', ...' if ... in get_args(kind) else ''}"
     if kind is bool:
         return "True or False"
-    if get_origin(kind) is list:
+    if get_origin(kind) in LISTS:
         return f"{'lists' if several else 'a list'} of {describe_type(get_args(kind)[0], several=True)}"
-    if get_origin(kind) is dict:
+    if get_origin(kind) in MAPPINGS:
         inner = " to ".join(describe_type(own, several=True) for own in get_args(kind))
         return f"{'dicts' if several else 'a dict'} from {inner}"
     word = KINDS.get(kind, getattr(kind, "__name__", str(kind)))

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Container, Mapping
 from typing import Any
 
+from .stored import stored
+
 # Metadata of a field that changes nothing about what the saved tensors compute.
 NOT_MEANING = {"meaning": False}
 
@@ -37,6 +39,7 @@ def _counts(cls: type, name: str) -> bool:
 
 def plain(value: Any) -> Any:
     """A value of JSON's types: mappings with string keys, sets and tuples as lists, numbers as Python's own."""
+    value = stored(value)
     if isinstance(value, Mapping):
         return {str(key): plain(own) for key, own in value.items()}
     if isinstance(value, (set, frozenset)):

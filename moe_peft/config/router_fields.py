@@ -7,12 +7,24 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..messages import shown, warn
+from ..options import option_values
 from ..place import Place
-from ..routers import DEFAULT_GATE, DEFAULT_ROUTER, DEFAULT_SCORER, SELECTORS, router_fields, router_names
+from ..routers import (
+    DEFAULT_GATE,
+    DEFAULT_ROUTER,
+    DEFAULT_SCORER,
+    SELECTORS,
+    router_fields,
+    router_names,
+    router_parts,
+)
 from .config import BACKBONE, MoeConfig
 from .layer_sizes import SIZES, layer_places, sizes_at, with_sizes, wrong_sizes
 from .meaning import NOT_MEANING
 from .ranges import LARGEST, MAX_EXPERTS
+
+# Batch column with the group of each sample, where a configuration names no other.
+GROUP_COLUMN = "task_type"
 
 
 @dataclass
@@ -82,7 +94,20 @@ class RouterConfig(MoeConfig):
 
     def typical_places(self) -> list[Place]:
         """See `MoeConfig.typical_places`."""
-        return super().typical_places() if self.per_layer is None else layer_places(self.per_layer)
+        if self.per_layer is None:
+            return super().typical_places()
+        # Modules that are named may lie outside of the numbered layers, where the plain fields hold.
+        outside = super().typical_places() if self.target_modules is not None else []
+        return [*outside, *layer_places(self.per_layer)]
+
+    @property
+    def group_columns(self) -> dict[str, frozenset[int]]:
+        """See `MoeConfig.group_columns`; a router that reads the groups may know which ones there are."""
+        named = self.router in router_names()
+        parts = router_parts(self.router, self.scorer, self.gate) if named else ()
+        known = [part.known_groups(option_values(part, self.router_args)) for part in parts]
+        reads = any("groups" in part.context_needs for part in parts)
+        return {GROUP_COLUMN: frozenset[int]().union(*known)} if reads else {}
 
     def sizes_at(self, place: Place) -> dict[str, int]:
         """See `MoeConfig.sizes_at`."""

@@ -13,6 +13,7 @@ from ..messages import shown
 from .adapter_files import CONFIG, check_adapter_files, read_json_object
 from .card_section import SETTINGS, AdapterFacts, write_section
 from .checked import CheckedConfig
+from .stored import stored
 
 C = TypeVar("C", bound="SavedConfig")
 
@@ -69,6 +70,10 @@ class SavedConfig(CheckedConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         check_adapter_files(pretrained_model_name_or_path, subfolder, config.expected_shapes())
         return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, as in peft, of values that a file of JSON can hold."""
+        return {name: stored(value) for name, value in super().to_dict().items()}
 
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         """How the shapes of saved tensors begin, by the end of their names."""

@@ -66,6 +66,10 @@ class BottleneckExperts(LowRankExperts):
         """Leave the input as it is: dropout acts in the bottleneck."""
         return x_TD
 
+    def drops(self, context: TokenContext) -> bool:
+        """Whether `lora_dropout` acts in this pass."""
+        return context.training and self.lora_dropout.p > 0
+
     def undropped(self, x_TD: torch.Tensor, h: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """The down projections, which nothing has been dropped of."""
         return h

@@ -65,6 +65,12 @@ class LowRankExperts(Experts):
     mergeable = True
     casts_input = True
     act: Callable[[torch.Tensor], torch.Tensor] | None = None
+    _as_defined: bool = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Note whether a kind reads and combines in its own way, which the ops know nothing of."""
+        super().__init_subclass__(**kwargs)
+        cls._as_defined = cls.prepare is LowRankExperts.prepare and cls.combine is LowRankExperts.combine
 
     def __init__(
         self,
@@ -175,7 +181,7 @@ class LowRankExperts(Experts):
         in_place: bool = False,
     ) -> torch.Tensor:
         """Add the routed sum of the experts to the base output; arguments as in `Experts.forward`."""
-        if isinstance(routing, PendingRouting):
+        if isinstance(routing, PendingRouting) or not self._as_defined:
             return super().forward(x_TD, base_out_TO, routing, in_place=in_place)
         dtype, act = compute_dtype(x_TD), self.activation(routing.context)
         own: dict[str, Any] = {}
@@ -198,13 +204,8 @@ class LowRankExperts(Experts):
         in_place: bool = False,
     ) -> torch.Tensor | None:
         """Add every expert with one weight, as one low-rank pair of rank E * r; arguments as in `Experts.add_all`."""
-        own = type(self)
-        plain = own.forward is LowRankExperts.forward and own.combine is LowRankExperts.combine
-        if (
-            not plain
-            or own.prepare is not LowRankExperts.prepare
-            or self.experts_implementation not in ("dense", AUTO)
-        ):
+        plain = self._as_defined and type(self).forward is LowRankExperts.forward
+        if not plain or self.experts_implementation not in ("dense", AUTO):
             return None
         h_TR, act = self.prepare(x_TD, context), self.activation(context)
         scaling = self.scaling * weight
@@ -215,8 +216,8 @@ class LowRankExperts(Experts):
         return self.lora_dropout(x_TD) if self.drops(context) else x_TD
 
     def drops(self, context: TokenContext) -> bool:
-        """Whether `lora_dropout` acts in this pass."""
-        return context.training and self.lora_dropout.p > 0
+        """Whether `drop` acts in this pass: with `lora_dropout`, or in a way of a kind's own."""
+        return context.training and (self.lora_dropout.p > 0 or type(self).drop is not LowRankExperts.drop)
 
     def activation(self, context: TokenContext) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """Elementwise function between the two matrices in this pass; None for the identity."""

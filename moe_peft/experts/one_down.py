@@ -84,7 +84,7 @@ class OneDownExperts(Experts):
         """(r, D) down matrix, where nothing is dropped; see `Experts`."""
         own = type(self)
         plain = own.prepare is OneDownExperts.prepare and own.forward is Experts.forward
-        return self.A if plain and not self.drops(context) else None
+        return self.down(context) if plain and not self.drops(context) else None
 
     def lift(
         self, mixed_Tr: torch.Tensor, base_out_TO: torch.Tensor, B: torch.Tensor, in_place: bool = False

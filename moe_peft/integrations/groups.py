@@ -28,14 +28,14 @@ def routed_configs(model: nn.Module) -> list[MoeConfig]:
 
 
 def group_columns(model: nn.Module) -> set[str]:
-    """Batch columns that the adapters of a model need: for `expert_groups`, and for routers that read the groups.
+    """Batch columns that the adapters of a model need: for `expert_groups`, and for parts that read the groups.
 
     Args:
         model: An adapted model, or one that contains some.
     """
     columns = {column for config in routed_configs(model) for column, groups in config.group_columns.items() if groups}
     for layer in routed_layers(model):
-        if any("groups" in router.context_needs for router in layer.router.values()):
+        if "groups" in layer.tracker.needs:
             columns |= set(layer.tracker.group_columns)
     return columns
 

@@ -13,7 +13,7 @@ from torch import nn
 from ..config.parts import RoutedParts
 from ..forward.objective import RouterObjective
 from ..forward.tracker import ForwardTracker
-from ..part import ModulePart
+from ..part import ModulePart, Part
 from ..place import Place
 from ..quantization.four_bit import dtype_when_read
 from ..routers import Router
@@ -103,8 +103,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if parts.router is not None:
             self.router[adapter_name] = parts.router
         self.objectives[adapter_name] = objective = parts.objective or RouterObjective({})
-        for part in (parts.router, *objective.losses.values()):
-            if part is not None:
+        for part in (parts.experts, parts.router, *objective.losses.values()):
+            if isinstance(part, Part):
                 self.tracker.need(part.context_needs)
         _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         # Eight bits hold a frozen weight with a scale of its own; a trained one would be rounded.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..config.meaning import NOT_MEANING
-from ..config.router_fields import RouterConfig
+from ..config.router_fields import GROUP_COLUMN, RouterConfig
 from ..losses import LocalizedBalancing
 from ..losses.localized_balancing import MODES
 from ..messages import LIMIT, warn
@@ -36,7 +36,7 @@ class LocalizedBalancingConfig(RouterConfig):
         },
     )
     group_column: str = field(
-        default="task_type",
+        default=GROUP_COLUMN,
         metadata={"help": "Batch column with the group of each sample, integers of shape (batch,).", **NOT_MEANING},
     )
 
@@ -78,8 +78,9 @@ class LocalizedBalancingConfig(RouterConfig):
 
     @property
     def group_columns(self) -> dict[str, frozenset[int]]:
-        """See `MoeConfig.group_columns`."""
-        return {self.group_column: frozenset(self.expert_groups or ())}
+        """See `MoeConfig.group_columns`; the column of `expert_groups`, which a router may read as well."""
+        known = super().group_columns.values()
+        return {self.group_column: frozenset(self.expert_groups or ()).union(*known)}
 
     def localized_balancing(self) -> LocalizedBalancing:
         """The loss with this configuration's groups."""

@@ -181,12 +181,6 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
     def _router_parts(self) -> tuple[type[Part], ...]:
         return () if self.router == BACKBONE else router_parts(self.router, self.scorer, self.gate)
 
-    @property
-    def group_columns(self) -> dict[str, frozenset[int]]:
-        """See `MoeConfig.group_columns`; a router that reads the groups may know which ones there are."""
-        known = [part.known_groups(option_values(part, self.router_args)) for part in self._router_parts()]
-        return {column: groups.union(*known) for column, groups in super().group_columns.items()}
-
     def advise(self) -> None:
         """See `MoeConfig.advise`."""
         super().advise()

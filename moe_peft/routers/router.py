@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,6 +52,12 @@ class Router(ModulePart, nn.Module):
     takes_prototypes: bool = False
     keeps_float32 = True
     perturbs_training: bool = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let no class inherit the promise that its weights are the same for every token, if it makes them itself."""
+        super().__init_subclass__(**kwargs)
+        if "mergeable" not in cls.__dict__ and {"scores", "decide", "forward"} & set(cls.__dict__):
+            cls.mergeable = Router.mergeable  # type: ignore[method-assign]
 
     def __init__(
         self,

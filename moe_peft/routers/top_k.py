@@ -25,9 +25,18 @@ class TopK(Selector):
     constant_for_one = True
 
     def __init__(self, *, top_k: int, norm_topk_prob: bool = False, expert_dropout: float = 0.0) -> None:
-        self.top_k = self.num_slots = top_k
+        self.top_k = top_k
         self.norm_topk_prob = norm_topk_prob
         self.expert_dropout = expert_dropout
+
+    @property
+    def num_slots(self) -> int | None:
+        """K, which is `top_k` at any time, unless a subclass has set it."""
+        return self.__dict__.get("num_slots", self.top_k)
+
+    @num_slots.setter
+    def num_slots(self, value: int | None) -> None:
+        self.__dict__["num_slots"] = value
 
     def __call__(
         self,

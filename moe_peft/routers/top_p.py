@@ -65,7 +65,12 @@ class TopP(Selector):
     )
 
     def __init__(self, *, p: float = 0.4, max_k: int | None = None) -> None:
-        self.p, self.num_slots = p, max_k
+        self.p, self.max_k = p, max_k
+
+    @property
+    def num_slots(self) -> int | None:  # type: ignore[override]
+        """K, which is `max_k` at any time."""
+        return self.max_k
 
     @classmethod
     def misfit(cls, options: Mapping[str, Any], sizes: Mapping[str, int]) -> str | None:
@@ -85,6 +90,6 @@ class TopP(Selector):
         """Keep experts until they hold the share; arguments as in `Selector`."""
         sorted_TE, order_TE = probs_TE.sort(dim=-1, descending=True, stable=True)
         left_out_TE = ~share_reached(sorted_TE.detach(), self.p) | (sorted_TE == 0)
-        weights_TK = sorted_TE.masked_fill(left_out_TE, 0.0)[:, : self.num_slots]
-        experts_TK = order_TE.masked_fill(left_out_TE, num_experts)[:, : self.num_slots]
+        weights_TK = sorted_TE.masked_fill(left_out_TE, 0.0)[:, : self.max_k]
+        experts_TK = order_TE.masked_fill(left_out_TE, num_experts)[:, : self.max_k]
         return Routing(weights=weights_TK, experts=experts_TK, logits=logits_TE, probs=probs_TE, context=context)

@@ -14,6 +14,7 @@ from torch import nn
 from ..config.config import MoeConfig
 from ..layers import RoutedLayer
 from ..place import Place
+from .part_tensors import check_saved
 
 PEFT_PREFIX = "base_model.model."
 TOKENS = ".token_adapter.trainable_tokens_delta"
@@ -42,11 +43,16 @@ def planned_tensors(config: MoeConfig, prefix: str, places: Sequence[Place]) -> 
 
     Returns:
         Key in a file, without peft's own prefix -> shape.
+
+    Raises:
+        ValueError: A part has tensors that a file would lose.
     """
     shapes: Shapes = {}
     for place in places:
+        own = config.at(place)
         with torch.device("meta"):
-            parts = config.at(place).build(place)
+            parts = own.build(place)
+        check_saved(own, place, parts)
         for attribute, module in (("experts", parts.experts), ("router", parts.router)):
             for name, tensor in (module.state_dict() if module is not None else {}).items():
                 shapes[f"{plain_name(place.name)}.{prefix}{attribute}.{name}"] = tuple(tensor.shape)

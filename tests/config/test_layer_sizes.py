@@ -84,6 +84,19 @@ def test_the_configuration_says_of_all_layers_whether_a_merge_will_succeed(confi
             model.merge_and_unload()
 
 
+@pytest.mark.parametrize("num_experts", [1, 8])
+def test_places_outside_of_numbered_layers_are_asked_with_the_plain_fields(num_experts):
+    targets = {"target_modules": ["down_proj", "lm_head"], "per_layer": {"num_experts": [1, 1]}}
+    config = RoutedConfig(router="dense", num_experts=num_experts, **targets)
+    assert config.mergeable is (num_experts == 1)
+    model = get_peft_model(base(), config)
+    if num_experts == 1:
+        model.merge_and_unload()
+    else:
+        with pytest.raises(ValueError, match="lm_head"):
+            model.merge_and_unload()
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_description_tells_the_sizes_of_every_place(case):
     config = CASES[case]()

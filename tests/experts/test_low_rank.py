@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from moe_peft.experts import LowRankExperts, PendingRouting
+from moe_peft.ops import IMPLEMENTATIONS
 from moe_peft.routers import ConstantRouter, DenseRouter
 from moe_peft.types import TokenContext
 from tests import reference
@@ -231,3 +232,41 @@ def test_a_shared_expert_beside_experts_of_no_weight_is_plain_lora():
     expected = 1.7 * sum(w * experts.B[e].T @ experts.A[e] for e, w in enumerate([*weights, 1.0]))
     torch.testing.assert_close(experts.delta_weight(weights), expected)
     assert LowRankExperts.saved_shapes(E, R, {"shared": 1}) == {"A": (E + 1, R), "B": (E + 1, R)}
+
+
+class Doubled(LowRankExperts):
+    """Adds twice the sum."""
+
+    def combine(self, h, base_out_TO, routing, *, in_place=False):
+        return base_out_TO + 2 * super().combine(h, torch.zeros_like(base_out_TO), routing)
+
+
+class Tripled(LowRankExperts):
+    """Reads three times its input."""
+
+    def prepare(self, x_TD, context):
+        return super().prepare(3 * x_TD, context)
+
+
+class Noisy(LowRankExperts):
+    """Drops in a way of its own."""
+
+    def drop(self, x_TD, context):
+        return 4 * x_TD if context.training else x_TD
+
+
+@pytest.mark.parametrize("kind", [Doubled, Tripled, Noisy])
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "auto"])
+def test_what_a_kind_of_its_own_overrides_acts_under_every_implementation(implementation, top_k, kind):
+    torch.manual_seed(0)
+    made = kind(D, OUT, num_experts=E, r=R, scaling=1.0, init_weights=False, experts_implementation=implementation)
+    made = made.double()
+    plain = bank().double()
+    plain.load_state_dict(made.state_dict())
+    plain.scaling = 1.0
+    x, W0 = inputs(13)
+    base, routing = x @ W0.T, random_routing(13, E, top_k, context=TokenContext(training=True))
+    factor = {Doubled: 2, Tripled: 3, Noisy: 4}[kind]
+    expected = base + factor * (plain(x, base, routing) - base)
+    torch.testing.assert_close(made(x, base, routing), expected)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch import nn
 
 from moe_peft import RoutedConfig, routed_layers
-from moe_peft.extend import SELECTORS, TopK
+from moe_peft.extend import EXPERTS, SELECTORS, Experts, TopK
 from tests.tiny import padded_batch, tiny_llama
 
 
@@ -76,3 +77,37 @@ def test_a_frozen_tensor_is_saved_and_no_optimizer_moves_it(tmp_path):
     again = PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True)
     assert_frozen(again)
     assert all((layer.router["default"].bias == 3).all() for layer in routed_layers(again))
+
+
+class OfTokens(Experts):
+    """Adds a vector of the token's id: a bank that must be told the ids, in evaluation too."""
+
+    fields = ("init_weights",)
+    context_needs = frozenset({"token_ids"})
+
+    def __init__(self, in_features, out_features, *, num_experts, r, init_weights=True):
+        super().__init__()
+        self.num_choices = num_experts
+        self.v = nn.Parameter(torch.randn(num_experts, 16, out_features))
+
+    @classmethod
+    def shapes(cls, num_experts, r):
+        return {"v": (num_experts, 16)}
+
+    def prepare(self, x_TD, context):
+        return self.v[:, context.token_ids % 16]
+
+    def combine(self, h, base_out_TO, routing, *, in_place=False):
+        return base_out_TO + torch.einsum("te,eto->to", routing.gate_matrix(), h)
+
+
+def test_a_bank_is_told_what_it_needs_of_the_tokens_in_training_and_in_evaluation(monkeypatch):
+    monkeypatch.setitem(EXPERTS, "of_tokens", OfTokens)
+    model = get_peft_model(tiny_llama(), RoutedConfig(experts="of_tokens", num_experts=2, target_modules=["q_proj"]))
+    batch = padded_batch([5, 3])
+    for training in (True, False):
+        model.train(training)
+        with torch.no_grad():
+            first = model(**batch).logits
+            other = model(**{**batch, "input_ids": batch["input_ids"].roll(1, 1)}).logits
+        assert torch.isfinite(first).all() and not torch.equal(first, other)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moe_peft.extend import Capacity, LinearRouter, TopK
 from moe_peft.routers import DenseRouter, TopKRouter
+from moe_peft.routers.bias_balanced import BiasBalanced
+from moe_peft.routers.null_top_k import NullTopK
 from moe_peft.types import TokenContext
 from tests import reference
 from tests.compare import assert_same
@@ -80,3 +83,21 @@ def test_a_token_whose_gates_are_all_dropped_has_no_weight(normalise):
     assert routing.weights[lost].eq(0).all() and routing.gate_matrix().isfinite().all()
     (grad,) = torch.autograd.grad(routing.gate_matrix().square().sum(), [router.weight])
     assert grad.isfinite().all()
+
+
+class Wider(TopK):
+    """Says itself how many columns it gives."""
+
+    def __init__(self, *, top_k):
+        super().__init__(top_k=top_k)
+        self.num_slots = None
+
+
+@pytest.mark.parametrize("selector", [TopK, BiasBalanced, NullTopK, Capacity])
+def test_a_number_of_experts_that_is_changed_between_steps_is_the_number_of_slots(selector):
+    select = selector(top_k=1)
+    made = LinearRouter(7, 5, select=select)
+    for top_k in (1, 3, 2):
+        select.top_k = top_k
+        assert made.num_slots == made(torch.randn(4, 7), TokenContext()).experts.shape[1] == top_k
+    assert LinearRouter(7, 5, select=Wider(top_k=2)).num_slots == 5

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote_plus
 
 import yaml
 
@@ -21,6 +22,9 @@ from moe_peft.routers import GATES, ROUTERS, SCORERS, SELECTORS
 DOCS = Path(__file__).parent
 PAGE = DOCS / "catalogue.md"
 PRESETS = DOCS.parent / "configs" / "methods"
+PAPERS = DOCS / "papers.yaml"
+# What became of a paper, in the order of a count, as papers.yaml says it.
+KINDS = ("method", "part", "tool", "advice", "not built", "no meaning")
 AXES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "Scorers": ("`RoutedConfig(scorer=...)`: what scores the experts, z.", SCORERS),
     "Gates": ("`RoutedConfig(gate=...)`: how scores become probabilities, p.", GATES),
@@ -102,12 +106,46 @@ def presets() -> str:
     return "\n".join(rows) + "\n"
 
 
+def papers() -> list[dict[str, Any]]:
+    """The papers of the file, in its order."""
+    keys = ("number", "paper", "arxiv", "kind", "names", "text")
+    return [dict(zip(keys, row, strict=True)) for row in yaml.safe_load(PAPERS.read_text(encoding="utf-8"))]
+
+
+def paper_table() -> str:
+    """Each paper with its source, what it became, and where that is."""
+    rows = papers()
+    counts = ", ".join(f"{sum(row['kind'] == kind for row in rows)} {kind}" for kind in KINDS)
+    lines = [
+        f"The {len(rows)} papers that the package was planned from, and what each became: {counts}.",
+        "",
+        '"No meaning" is said of an adapter. A link without a number looks the title up.',
+        "",
+        "| # | paper | became | names | in a sentence |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        title, known = row["paper"], row["arxiv"]
+        search = f"https://arxiv.org/search/?searchtype=title&query={quote_plus(title)}"
+        link = f"[{known}](https://arxiv.org/abs/{known})" if known else f"[search]({search})"
+        names = ", ".join(_name(name) for name in row["names"])
+        lines.append(f"| {row['number']} | {title}, {link} | {row['kind']} | {names} | {row['text']} |")
+    return "\n".join(lines) + "\n"
+
+
+def _name(name: str) -> str:
+    """A name of papers.yaml as the page shows it: with its axis, or as a link to a page."""
+    axis, _, own = name.rpartition(":")
+    return f"[{own}]({own})" if axis == "page" else f"{axis} `{own}`".strip()
+
+
 def written() -> str:
     """The page."""
     pieces = [HEAD]
     for title, (text, registry) in AXES.items():
         pieces += [f"## {title}\n", f"{text}\n", *(section(name, part) for name, part in registry.items())]
     pieces += ["## Presets\n", "Methods of the literature as choices of parts:\n", presets()]
+    pieces += ["## Papers\n", paper_table()]
     lines = "\n".join(pieces).splitlines()
     return re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in lines)) + "\n"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,3 +47,48 @@ def write_text(path: str | Path, text: str) -> None:
     """
     with replacing(path) as file:
         file.write(text.encode("utf-8"))
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Make a folder that is there with all that it holds once the block ends without an error, and not before.
+
+    It grows beside its place, as only there a rename is one step, and is gone when the block fails or is interrupted.
+
+    Args:
+        path: The folder; it must not exist, or be empty.
+
+    Yields:
+        The growing folder.
+
+    Raises:
+        ValueError: There is something at `path`; nothing has been written.
+    """
+    path = Path(os.path.realpath(path))
+    check_free(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    growing = path.with_name(f".{path.name[:64]}.{secrets.token_hex(8)}.new")
+    growing.mkdir()
+    try:
+        yield growing
+        if path.is_dir():
+            path.rmdir()
+        os.replace(growing, path)
+    except BaseException:
+        shutil.rmtree(growing, ignore_errors=True)
+        raise
+
+
+def check_free(path: str | Path) -> None:
+    """Refuse a place for a new folder where something lies.
+
+    Args:
+        path: The folder that is to be made.
+
+    Raises:
+        ValueError: It holds files, or is one.
+    """
+    path = Path(path)
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        kind = "is a file" if path.is_file() else "holds files"
+        raise ValueError(f"{str(path)[:200]} {kind}. Name a folder that does not exist yet, or is empty.")

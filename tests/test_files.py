@@ -12,11 +12,11 @@ import time
 
 import pytest
 
-from moe_peft.files import replacing, write_text
+from moe_peft.files import new_folder, replacing, write_text
 
 WRITER = """
 import itertools, json, sys
-from moe_peft.files import write_text
+from moe_peft.files import new_folder, write_text
 print("ready", flush=True)
 for number in itertools.count():
     write_text(sys.argv[1], json.dumps({"number": number, "text": "x" * 50_000}))
@@ -66,3 +66,27 @@ def test_what_a_link_points_to_is_replaced(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "folder" / "file")
     write_text(tmp_path / "link", "a")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "file").read_text() == "a"
+
+
+def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path):
+    with new_folder(tmp_path / "deep/own") as growing:
+        (growing / "file").write_text("whole")
+        assert not (tmp_path / "deep/own").exists()
+    assert (tmp_path / "deep/own/file").read_text() == "whole"
+    for error in (KeyboardInterrupt, ValueError):
+        with pytest.raises(error), new_folder(tmp_path / "other") as growing:
+            (growing / "file").write_text("half")
+            raise error
+    assert [path.name for path in tmp_path.iterdir()] == ["deep"]
+    (tmp_path / "empty").mkdir()
+    with new_folder(tmp_path / "empty") as growing:
+        (growing / "file").write_text("whole")
+    assert (tmp_path / "empty/file").is_file()
+
+
+def test_a_place_with_files_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for place, message in ((tmp_path, "holds files"), (tmp_path / "file", "is a file")):
+        with pytest.raises(ValueError, match=message), new_folder(place):
+            raise AssertionError
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

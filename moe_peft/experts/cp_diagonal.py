@@ -63,8 +63,13 @@ class CpDiagonalExperts(OneDownExperts):
             mixed_Tr = h * (routing.gate_matrix().to(h.dtype) @ self.c.to(h.dtype))
         return self.lift(mixed_Tr, base_out_TO, self.B, in_place)
 
-    def delta_weight(self, weights_E: torch.Tensor) -> torch.Tensor:
-        """S B diag(sum_e w_e c_e) A, (O, D); see `Experts.delta_weight`."""
+    def delta_factors(self, weights_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Diag(sum_e w_e c_e) A, and s B; see `Experts.delta_factors`."""
         dtype = torch.promote_types(self.A.dtype, torch.float32)
         mixed_r = weights_E.to(self.c.device, dtype) @ self.c.to(dtype)
-        return self.scaling * self.B.to(dtype).T @ (mixed_r[:, None] * self.A.to(dtype))
+        return mixed_r[:, None] * self.A.to(dtype), self.scaling * self.B.to(dtype).T
+
+    def delta_weight(self, weights_E: torch.Tensor) -> torch.Tensor:
+        """S B diag(sum_e w_e c_e) A, (O, D); see `Experts.delta_weight`."""
+        A_rD, B_Or = self.delta_factors(weights_E)
+        return B_Or @ A_rD

@@ -242,6 +242,23 @@ class Experts(ModulePart, nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} adds no matrix to the base weight.")
 
+    def delta_factors(self, weights_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A low-rank pair whose product B A is `delta_weight`, as a plain LoRA stores it.
+
+        Kinds that are made of such pairs give their own; this one finds the smallest pair, exact to rounding.
+
+        Args:
+            weights_E: (E,) combine weights.
+
+        Returns:
+            A (R, D) and B (O, R), float32 or wider.
+        """
+        delta_OD = self.delta_weight(weights_E)
+        U_OR, S_R, V_RD = torch.linalg.svd(delta_OD, full_matrices=False)
+        tolerance = float(S_R[0]) * max(delta_OD.shape) * torch.finfo(delta_OD.dtype).eps
+        rank = max(int((tolerance < S_R).sum()), 1)
+        return V_RD[:rank], U_OR[:, :rank] * S_R[:rank]
+
     def _apply(self, fn: Callable, recurse: bool = True) -> Experts:
         """Follow a change of device, but never one to a 16-bit dtype, where the parameters stay float32."""
         super()._apply((lambda t: without_rounding(t, fn(t))) if self.keeps_float32 else fn, recurse)

@@ -66,8 +66,13 @@ class LatentCoreExperts(OneDownExperts):
         mixed_Tr = (made_TEr * routing.gate_matrix().to(h.dtype)[..., None]).sum(1)
         return self.lift(mixed_Tr, base_out_TO, self.B, in_place)
 
-    def delta_weight(self, weights_E: torch.Tensor) -> torch.Tensor:
-        """S B (sum_e w_e C_e) A, (O, D); see `Experts.delta_weight`."""
+    def delta_factors(self, weights_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A, and s B (sum_e w_e C_e); see `Experts.delta_factors`."""
         dtype = torch.promote_types(self.A.dtype, torch.float32)
         C_rr = torch.einsum("e,ers->rs", weights_E.to(self.C.device, dtype), self.C.to(dtype))
-        return self.scaling * self.B.to(dtype).T @ C_rr @ self.A.to(dtype)
+        return self.A.to(dtype), self.scaling * self.B.to(dtype).T @ C_rr
+
+    def delta_weight(self, weights_E: torch.Tensor) -> torch.Tensor:
+        """S B (sum_e w_e C_e) A, (O, D); see `Experts.delta_weight`."""
+        A_rD, B_Or = self.delta_factors(weights_E)
+        return B_Or @ A_rD

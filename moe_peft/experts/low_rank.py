@@ -259,9 +259,14 @@ class LowRankExperts(Experts):
             return None
         return self.A.reshape(-1, self.A.shape[-1])
 
-    def delta_weight(self, weights_E: torch.Tensor) -> torch.Tensor:
-        """S * sum_e w_e B_e A_e; arguments as in `Experts.delta_weight`."""
+    def delta_factors(self, weights_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All A_e one below the other, and all s w_e B_e side by side; see `Experts.delta_factors`."""
         dtype = torch.promote_types(self.A.dtype, torch.float32)
         weights_E = torch.cat([weights_E.to(dtype), torch.ones(self.shared, dtype=dtype, device=weights_E.device)])
-        B_ROE = (self.B.to(dtype) * weights_E.to(self.B.device)[:, None, None]).reshape(-1, self.B.shape[-1])
-        return self.scaling * B_ROE.T @ self.A.to(dtype).reshape(-1, self.A.shape[-1])
+        B_RO = (self.B.to(dtype) * weights_E.to(self.B.device)[:, None, None]).reshape(-1, self.B.shape[-1])
+        return self.A.to(dtype).reshape(-1, self.A.shape[-1]), self.scaling * B_RO.T
+
+    def delta_weight(self, weights_E: torch.Tensor) -> torch.Tensor:
+        """S * sum_e w_e B_e A_e; arguments as in `Experts.delta_weight`."""
+        A_RD, B_OR = self.delta_factors(weights_E)
+        return B_OR @ A_RD

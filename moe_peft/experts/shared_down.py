@@ -84,8 +84,13 @@ class SharedDownExperts(OneDownExperts):
         gates_TE, h_TR = routing.gate_matrix(), h.repeat(1, self.num_choices)
         return combine_experts(h_TR, base_out_TO, self.B, gates_TE, scaling=self.scaling, in_place=in_place)
 
-    def delta_weight(self, weights_E: torch.Tensor) -> torch.Tensor:
-        """S (sum_e w_e B_e) A, (O, D); see `Experts.delta_weight`."""
+    def delta_factors(self, weights_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A, and s sum_e w_e B_e; see `Experts.delta_factors`."""
         dtype = torch.promote_types(self.A.dtype, torch.float32)
         B_rO = torch.einsum("e,ero->ro", weights_E.to(self.B.device, dtype), self.B.to(dtype))
-        return self.scaling * B_rO.T @ self.A.to(dtype)
+        return self.A.to(dtype), self.scaling * B_rO.T
+
+    def delta_weight(self, weights_E: torch.Tensor) -> torch.Tensor:
+        """S (sum_e w_e B_e) A, (O, D); see `Experts.delta_weight`."""
+        A_rD, B_Or = self.delta_factors(weights_E)
+        return B_Or @ A_rD

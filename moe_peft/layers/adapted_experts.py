@@ -8,7 +8,7 @@ sharded weights arrive, and 4-bit ones are dequantized expert by expert.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -91,6 +91,20 @@ class AdaptedExperts(SelectingLayer):
                         f"NaNs detected in the merged weights. The adapter {name} seems to be broken, at {self.place}."
                     )
 
+    def weight_changes(self, adapter_name: str) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+        """The experts' matrices, with an adapter's pairs added; see `MergingLayer.weight_changes`."""
+        return {
+            self._parameter(m): partial(self._with_pairs, adapter_name, m) for m in self.experts[adapter_name].matrices
+        }
+
+    @torch.no_grad()
+    def _with_pairs(self, name: str, matrix: str, stack: torch.Tensor) -> torch.Tensor:
+        changed = stack.clone()
+        for place in range(self._count(name)):
+            own = changed[self._id(name, place)]
+            own.copy_(self._sum(own, name, matrix, place, 1.0))
+        return changed
+
     def merge_one(self, adapter_name: str) -> None:
         """Add an adapter's pairs to the experts' matrices."""
         self._add(adapter_name, 1.0)
@@ -109,14 +123,21 @@ class AdaptedExperts(SelectingLayer):
     def _count(self, name: str) -> int:
         return self.experts[name].num_experts
 
+    def _id(self, name: str, place: int) -> int:
+        """The backbone's expert that a pair goes with."""
+        chosen = self.selections.get(name)
+        return place if chosen is None else chosen.ids[place]
+
     @torch.no_grad()
     def _changed(self, name: str, matrix: str, place: int, sign: float) -> tuple[torch.Tensor, torch.Tensor]:
         """One expert's matrix as it is stored, and what it becomes with its pair added or subtracted."""
-        experts = self.get_base_layer()
-        weight: nn.Parameter = getattr(experts, self._parameter(matrix))
-        chosen = self.selections.get(name)
-        own = weight.data[place if chosen is None else chosen.ids[place]]
+        weight: nn.Parameter = getattr(self.get_base_layer(), self._parameter(matrix))
+        own = weight.data[self._id(name, place)]
+        return own, self._sum(own, name, matrix, place, sign)
+
+    def _sum(self, own: torch.Tensor, name: str, matrix: str, place: int, sign: float) -> torch.Tensor:
+        """An expert's stored matrix with its pair added or subtracted."""
         delta = self.experts[name].delta(matrix, place).to(own.device)
-        delta = delta if getattr(experts, "is_transposed", False) else delta.T
+        delta = delta if getattr(self.get_base_layer(), "is_transposed", False) else delta.T
         dtype = torch.promote_types(own.dtype, delta.dtype)
-        return own, (own.to(dtype) + sign * delta.to(dtype)).to(own.dtype)
+        return (own.to(dtype) + sign * delta.to(dtype)).to(own.dtype)

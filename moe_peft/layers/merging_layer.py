@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -86,8 +86,24 @@ class MergingLayer(AdapterLayer):
             adapter_names: Adapters that were merged first, and stay so.
         """
 
+    def weight_changes(self, adapter_name: str) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+        """What merging an adapter makes of each tensor of the wrapped module; nothing is changed.
+
+        Args:
+            adapter_name: An adapter of this layer that can be merged.
+
+        Returns:
+            Name of a tensor in the wrapped module -> function that gives the merged tensor for the stored one, of the
+            same shape and dtype.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what merging changes.")
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """A routed sum depends on the token, so no single low-rank pair can replace it."""
+        """Whether one low-rank pair equals an adapter: a sum that does the same to every token, beside a weight.
+
+        Args:
+            adapter_name: Which adapter; one that is not here has none.
+        """
         return False
 
     def scale_layer(self, scale: float) -> None:

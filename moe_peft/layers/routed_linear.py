@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,6 +73,24 @@ class RoutedLinear(LinearLayer):
         while len(self.merged_adapters) > len(adapter_names):
             name = self.merged_adapters.pop()
             self.set_base_weight(self._merged(self.get_base_weight(), name, sign=-1.0))
+
+    def weight_changes(self, adapter_name: str) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+        """The weight, with an adapter's matrix added; see `MergingLayer.weight_changes`."""
+        return {"weight": partial(self._merged, name=adapter_name, sign=1.0)}
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether a sum of pairs has the same weights for every token; see `MergingLayer.supports_lora_conversion`."""
+        return adapter_name in self.experts and self.is_mergeable(adapter_name)
+
+    def get_delta_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The low-rank pair that equals a mergeable adapter, with its scale in B.
+
+        Returns:
+            A (R, D) and B (O, R), also for a `Conv1D`.
+        """
+        weights_E = constant_weights(self.router[adapter_name], self.in_features)
+        factors: tuple[torch.Tensor, torch.Tensor] = self.experts[adapter_name].delta_factors(weights_E)
+        return factors
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """The matrix a mergeable adapter adds to the base weight.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -101,6 +101,14 @@ class ScaledLinear(LinearLayer):
                     f"{self.place}."
                 )
 
+    def weight_changes(self, adapter_name: str) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+        """Weight and bias, scaled by an adapter; see `MergingLayer.weight_changes`."""
+        has_bias = getattr(self.get_base_layer(), "bias", None) is not None
+        changes: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+            "weight": lambda weight: self._scaled_weight(adapter_name, weight)
+        }
+        return {**changes, "bias": lambda bias: self._scaled_bias(adapter_name, bias)} if has_bias else changes
+
     def merge_one(self, adapter_name: str) -> None:
         """Scale the base weight by an adapter; a quantized one is quantized again, so it is exact to that rounding."""
         current = self._weight_and_bias()
@@ -144,16 +152,20 @@ class ScaledLinear(LinearLayer):
             return vectors[0]
         return 1 + weights_E @ (vectors - 1)
 
-    @torch.no_grad()
     def _scaled(self, name: str, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Weight and bias times the scale of an adapter, computed in at least float32."""
-        bank = self.experts[name]
         weight, *bias = tensors
+        return [self._scaled_weight(name, weight), *(self._scaled_bias(name, b) for b in bias)]
+
+    @torch.no_grad()
+    def _scaled_weight(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         vector = self._vector(name).to(weight.device)
-        vector = vector.to(torch.promote_types(weight.dtype, vector.dtype))
-        over_columns = bank.scales_input != isinstance(self.get_base_layer(), Conv1D)
-        scaled_weight = (weight * (vector if over_columns else vector[:, None])).to(weight.dtype)
-        return [scaled_weight, *(b if bank.scales_input else (b * vector).to(b.dtype) for b in bias)]
+        over_columns = self.experts[name].scales_input != isinstance(self.get_base_layer(), Conv1D)
+        return (weight * (vector if over_columns else vector[:, None])).to(weight.dtype)
+
+    @torch.no_grad()
+    def _scaled_bias(self, name: str, bias: torch.Tensor) -> torch.Tensor:
+        return bias if self.experts[name].scales_input else (bias * self._vector(name).to(bias.device)).to(bias.dtype)
 
     def _store(self, tensors: Sequence[torch.Tensor]) -> None:
         weight, *bias = tensors

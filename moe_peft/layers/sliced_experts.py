@@ -9,7 +9,8 @@ quantized.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -114,6 +115,11 @@ class SlicedExperts(SelectingLayer):
             if safe_merge and not all(torch.isfinite(tensor).all() for tensor in self.experts[name].parameters()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
+    def weight_changes(self, adapter_name: str) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+        """The backbone's tensors, with copies in their places; see `MergingLayer.weight_changes`."""
+        ids = list(self.selections[adapter_name])
+        return {key: partial(_with_rows, ids, own) for key, own in self.experts[adapter_name].named_parameters()}
+
     def merge_one(self, adapter_name: str) -> None:
         """Write an adapter's copies into the backbone's experts."""
         ids = list(self.selections[adapter_name])
@@ -132,6 +138,13 @@ class SlicedExperts(SelectingLayer):
         for key, tensor in tensors.items():
             own[key][ids] = tensor.to(own[key])
         return before
+
+
+@torch.no_grad()
+def _with_rows(ids: list[int], rows: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    changed = tensor.clone()
+    changed[ids] = rows.to(tensor)
+    return changed
 
 
 def _replaced(args: tuple, call: ExpertsCall, weights_TK: torch.Tensor) -> tuple:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from .esft_files import export_esft, import_esft
 from .expert_lora_files import export_expert_lora, export_per_expert, import_expert_lora
+from .export_lora import export_lora
+from .export_merged import export_merged
 from .merge_for_task import merge_for_task
 from .prototypes import fit_centroids, fit_directions
+from .without_base import load_without_base
 
 __all__ = [
+    "export_esft",
     "export_expert_lora",
+    "export_lora",
+    "export_merged",
     "export_per_expert",
     "fit_centroids",
     "fit_directions",
+    "import_esft",
     "import_expert_lora",
+    "load_without_base",
     "merge_for_task",
 ]

@@ -19,15 +19,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..experts.expert_pairs import MATRICES, ExpertPairs
+from ..files import new_folder
 from ..layers import AdaptedExperts, RoutedLayer
 from ..layers.fused_experts import matrix_names, stored_shape
 from ..messages import shown
 from ..methods import ExpertLoraConfig
+from .beside import further_tensors
+from .projections import PROJECTIONS, projections_of
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 AS_STOCK = "Load it with peft and call moe_peft.accelerate_expert_lora(model)."
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def export_expert_lora(model: PeftModel, folder: str, adapter_name: str = "default") -> None:
@@ -37,11 +39,11 @@ def export_expert_lora(model: PeftModel, folder: str, adapter_name: str = "defau
 
     Args:
         model: A model with an adapter of `ExpertLoraConfig`.
-        folder: Where adapter_config.json and adapter_model.safetensors are written.
+        folder: The folder to make, with adapter_config.json and adapter_model.safetensors.
         adapter_name: Which adapter.
 
     Raises:
-        ValueError: The adapter is of another type.
+        ValueError: The adapter is of another type, or there are files at `folder`.
     """
     config = _config_of(model, adapter_name)
     tensors: dict[str, torch.Tensor] = {}
@@ -60,7 +62,7 @@ def export_expert_lora(model: PeftModel, folder: str, adapter_name: str = "defau
             tensors[f"{key}.lora_B.weight"] = B.permute(2, 1, 0).reshape(B.shape[2], -1).contiguous()
             parameters.append(f"{name}.{parameter}")
             ranks[f"{name}.{parameter}"] = A.shape[1]
-    _write(folder, config, tensors, linears, parameters, ranks)
+    _write(folder, config, tensors | further_tensors(model, adapter_name), linears, parameters, ranks)
 
 
 def export_per_expert(
@@ -70,12 +72,12 @@ def export_per_expert(
 
     Args:
         model: A model with an adapter of `ExpertLoraConfig`.
-        folder: Where adapter_config.json and adapter_model.safetensors are written.
+        folder: The folder to make, with adapter_config.json and adapter_model.safetensors.
         adapter_name: Which adapter.
         projections: Names of the gate, up and down matrix of an expert; Mixtral's are w1, w3 and w2.
 
     Raises:
-        ValueError: The adapter is of another type, or there are not three names.
+        ValueError: The adapter is of another type, there are not three names, or there are files at `folder`.
     """
     if len(projections) != 3 or len(set(projections)) != 3:
         raise ValueError(f"projections={shown(projections)} must be three names, of the gate, up and down matrix.")
@@ -93,13 +95,13 @@ def export_per_expert(
         for matrix in bank.matrices:
             A, B = bank.pair(matrix)
             for place, expert in enumerate(ids):
-                for projection, part in _parts(experts, matrix, B[place].T, projections):
+                for projection, part in projections_of(experts, matrix, B[place].T, projections):
                     key = f"{name}.{expert}.{projection}"
                     tensors[f"{PREFIX}{key}.lora_A.weight"] = A[place].detach().clone().contiguous()
                     tensors[f"{PREFIX}{key}.lora_B.weight"] = part.detach().clone().contiguous()
                     linears.append(key)
                     ranks[key] = A.shape[1]
-    _write(folder, config, tensors, linears, [], ranks)
+    _write(folder, config, tensors | further_tensors(model, adapter_name), linears, [], ranks)
 
 
 def import_expert_lora(base: nn.Module, folder: str, adapter_name: str = "default") -> PeftModel:
@@ -235,21 +237,6 @@ def _linear(name: str, layer: RoutedLayer, adapter_name: str) -> dict[str, torch
     }
 
 
-def _parts(
-    experts: nn.Module, matrix: str, B: torch.Tensor, projections: Sequence[str]
-) -> list[tuple[str, torch.Tensor]]:
-    """An expert's projections that a fused matrix stands for, with their rows of B (O, r)."""
-    gate, up, down = projections
-    if matrix == "down":
-        return [(down, B)]
-    if not getattr(experts, "has_gate", True):
-        return [(up, B)]
-    if getattr(experts, "is_concatenated", True):
-        first, second = B.chunk(2)
-        return [(gate, first), (up, second)]
-    return [(gate, B[::2]), (up, B[1::2])]
-
-
 def _fill(name: str, layer: AdaptedExperts, adapter_name: str, tensors: dict[str, torch.Tensor]) -> set[str]:
     """Copy stock tensors into a layer's pairs; the keys that were read."""
     bank, used = layer.experts[adapter_name], set()
@@ -281,7 +268,6 @@ def _write(
     parameters: list[str],
     ranks: dict[str, int],
 ) -> None:
-    Path(folder).mkdir(parents=True, exist_ok=True)
     stock = LoraConfig(
         r=config.r,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
@@ -290,8 +276,11 @@ def _write(
         target_modules=linears,
         target_parameters=parameters or None,
         rank_pattern={name: rank for name, rank in ranks.items() if rank != config.r},
+        modules_to_save=config.modules_to_save,
+        trainable_token_indices=config.trainable_token_indices,
         inference_mode=True,
         base_model_name_or_path=config.base_model_name_or_path,
     )
-    stock.save_pretrained(folder)
-    save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
+    with new_folder(folder) as growing:
+        stock.save_pretrained(str(growing))
+        save_file(tensors, growing / WEIGHTS, metadata={"format": "pt"})

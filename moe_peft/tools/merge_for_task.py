@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from peft import PeftModel
 from torch import nn
@@ -53,47 +56,67 @@ def merge_for_task(model: PeftModel, task: int, adapter_name: str | None = None)
     if not isinstance(model, PeftModel):
         raise TypeError(f"merge_for_task: model={shown(model)} is no PeftModel with an adapter.")
     name = model.active_adapter if adapter_name is None else adapter_name
-    layers = [layer for layer in routed_layers(model) if name in layer.router]
-    if not layers:
+    with decided(model, name, task):
+        base: nn.Module = model.merge_and_unload(adapter_names=[name])
+    return base
+
+
+@contextmanager
+def decided(model: PeftModel, adapter_name: str, task: int | None = None) -> Iterator[None]:
+    """Let routers that decide the same for every token be fixed weights, for the time of a block.
+
+    Places that follow the decision of their block's first one are given its weights; routers that read the tokens
+    stay, for the layers to refuse what they cannot merge.
+
+    Args:
+        model: A model with the adapter.
+        adapter_name: Which adapter.
+        task: The task to decide for, as in the batch's column of groups, where all routers must decide by it alone;
+            None for an adapter without tasks.
+
+    Raises:
+        ValueError: There is no such task, or the adapter is not there, or decides by more than the task.
+    """
+    layers = [layer for layer in routed_layers(model) if adapter_name in layer.router]
+    if not layers and task is not None:
         raise ValueError(
-            f"merge_for_task: no layer holds a router of the adapter {shown(name)}; there are "
+            f"merge_for_task: no layer holds a router of the adapter {shown(adapter_name)}; there are "
             f"{shown(sorted(model.peft_config))}."
         )
-    if not isinstance(task, int) or isinstance(task, bool):
+    if task is not None and (not isinstance(task, int) or isinstance(task, bool)):
         raise ValueError(f"merge_for_task: task={shown(task)} must be a whole number, as in the column of groups.")
-    fixed = _decisions(layers, name, task)
-    before = [(layer, layer.router[name]) for layer in layers]
-    merged = False
+    fixed = _decisions(layers, adapter_name, task)
+    before = [layer.router[adapter_name] for layer in layers]
     try:
-        for layer, decided in zip(layers, fixed, strict=True):
-            layer.router[name] = decided
-        base: nn.Module = model.merge_and_unload(adapter_names=[name])
-        merged = True
-        return base
+        for layer, own in zip(layers, fixed, strict=True):
+            layer.router[adapter_name] = own
+        yield
     finally:
-        for layer, router in () if merged else before:
-            layer.router[name] = router
+        for layer, router in zip(layers, before, strict=True):
+            layer.router[adapter_name] = router
 
 
 @torch.no_grad()
-def _decisions(layers: list[RoutedLayer], name: str, task: int) -> list[FixedRouter]:
-    """What the router of each layer decides about the task; places of a block share its first one's decision."""
-    context = TokenContext(groups=torch.tensor([task]))
+def _decisions(layers: list[RoutedLayer], name: str, task: int | None) -> list[Router]:
+    """What the router of each layer decides; places of a block share its first one's decision."""
+    context = TokenContext() if task is None else TokenContext(groups=torch.tensor([task]))
     by_block: dict[str | None, torch.Tensor] = {}
-    made = []
+    made: list[Router] = []
     for layer in layers:
         router = layer.router[name]
-        if router.reads == "block":
-            weights_E = by_block[layer.block]
-        elif router.reads == "groups" or router.mergeable:
-            weights_E = _decided(router, layer.in_features, context)
-        else:
+        if router.reads == "block" and layer.block in by_block:
+            made.append(FixedRouter(layer.in_features, by_block[layer.block]))
+            continue
+        if task is None and not (router.mergeable and layer.block is not None):
+            made.append(router)
+            continue
+        if not router.mergeable and router.reads != "groups":
             raise ValueError(
                 f"merge_for_task: the adapter {shown(name)} decides by the tokens at {layer.place}, not by the task "
                 "alone, so that no fixed weight equals it. Keep it as an adapter."
             )
-        by_block[layer.block] = weights_E
-        made.append(FixedRouter(layer.in_features, weights_E))
+        by_block[layer.block] = _decided(router, layer.in_features, context)
+        made.append(FixedRouter(layer.in_features, by_block[layer.block]))
     return made
 
 

@@ -54,6 +54,12 @@ def two(folder: Path) -> dict:
     return {"base": tiny_llama(), "again": tiny_llama(), "batch": padded_batch([6, 4]), "lora_layers": lora_layers}
 
 
+def finished(folder: Path) -> dict:
+    tiny_llama().save_pretrained(folder / "base")
+    models = {"dense": tiny_llama(), "dense_again": tiny_llama(), "sparse": tiny_olmoe(), "sparse_again": tiny_olmoe()}
+    return models
+
+
 # Page -> what its programs find, and a text that they print.
 SETTINGS = {
     "deploy.md": (sparse, "Expert LoRA, pairs of rank 16 on every expert of the backbone: merges exactly: True"),
@@ -72,6 +78,7 @@ SETTINGS = {
     "migrating.md": (two, "equal: True"),
     "quantization.md": (dense, "parameters are trained"),
     "start.md": (dense, "MoLORA: 4 experts of rank 4"),
+    "tools.md": (finished, "'1': [2]"),
     "your_data.md": (dense, "['prompt', 'completion', 'task_type']"),
 }
 

@@ -1,0 +1,105 @@
+"""An adapter that equals a plain LoRA, as stock peft's files: W0 + s sum_e w_e B_e A_e = W0 + B A for constant w.
+
+It holds with one expert, with constant routing, with logits of the layer, and with routing by task for one task. The
+pair is [A_1; ...; A_E] and s [w_1 B_1, ..., w_E B_E], without a singular value decomposition and exact to rounding.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
+from transformers.pytorch_utils import Conv1D
+
+from ..files import new_folder
+from ..layers import RoutedLayer, routed_layers
+from ..messages import shown
+from ..methods import ExpertLoraConfig
+from ..tuner.merging import check_merges, plan_merges
+from .beside import further_tensors
+from .expert_lora_files import PREFIX, WEIGHTS, export_expert_lora
+from .merge_for_task import decided
+
+WAYS = (
+    "Merge it into the weights (export_merged) where that is exact, distil it to one LoRA with a measured error "
+    "(distil), or keep it as an adapter"
+)
+
+
+def export_lora(
+    model: PeftModel, folder: str | Path, adapter_name: str = "default", *, task: int | None = None
+) -> None:
+    """Write an adapter as a stock LoRA that equals it, and loads and serves without this package.
+
+    Args:
+        model: A model with the adapter, which is not changed; its base weights may be on the meta device.
+        folder: The folder to make, with adapter_config.json and adapter_model.safetensors.
+        adapter_name: Which adapter; one on the backbone's experts is written in the packing of stock peft's
+            `target_parameters`.
+        task: Task that is written, of an adapter whose router reads the task alone.
+
+    Raises:
+        ValueError: No LoRA equals the adapter, or there are files at `folder`; nothing has been written.
+    """
+    layers = [layer for layer in routed_layers(model) if adapter_name in layer.experts]
+    if not layers:
+        known = shown(sorted(getattr(model, "peft_config", {})))
+        raise ValueError(f"No layer holds the adapter {shown(adapter_name)}; the model's adapters are {known}.")
+    if isinstance(model.peft_config[adapter_name], ExpertLoraConfig):
+        export_expert_lora(model, str(folder), adapter_name)
+        return
+    with decided(model, adapter_name, task):
+        _check(model, layers, adapter_name)
+        config, tensors = _pairs(model, adapter_name)
+    tensors |= further_tensors(model, adapter_name)
+    with new_folder(folder) as growing:
+        config.save_pretrained(str(growing))
+        save_file(tensors, growing / WEIGHTS, metadata={"format": "pt"})
+
+
+def _check(model: PeftModel, layers: list[RoutedLayer], adapter_name: str) -> None:
+    other = next((layer for layer in layers if not layer.supports_lora_conversion(adapter_name)), None)
+    if other is not None:
+        raise ValueError(
+            f"No single LoRA equals the adapter {shown(adapter_name)} at {other.place} ({type(other).__name__}): its "
+            f"weights depend on the token, or it is no sum beside a weight. {WAYS}; an adapter that routes by task "
+            "can be written for one of its tasks (task=0)."
+        )
+    base = model.get_base_model()
+    plan = plan_merges(base, [adapter_name], layers[0].prefix, list(model.peft_config))
+    check_merges(base, plan, safe_merge=False)
+
+
+@torch.no_grad()
+def _pairs(model: PeftModel, adapter_name: str) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """The stock configuration, whose scale is one everywhere, and the pairs by their names in a file."""
+    tensors: dict[str, torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    transposed = False
+    for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, RoutedLayer) and adapter_name in layer.experts:
+            A_RD, B_OR = layer.get_delta_factors(adapter_name)  # type: ignore[operator]
+            ranks[name] = len(A_RD)
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = A_RD.detach().cpu().clone().contiguous()
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = B_OR.detach().cpu().clone().contiguous()
+            transposed |= isinstance(layer.get_base_layer(), Conv1D)
+    own: Any = model.peft_config[adapter_name]
+    rank = max(ranks.values())
+    others = {name: own_rank for name, own_rank in ranks.items() if own_rank != rank}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        rank_pattern=others,
+        alpha_pattern=dict(others),
+        target_modules=sorted(ranks),
+        modules_to_save=own.modules_to_save,
+        trainable_token_indices=own.trainable_token_indices,
+        fan_in_fan_out=transposed,
+        task_type=own.task_type,
+        inference_mode=True,
+        base_model_name_or_path=own.base_model_name_or_path,
+    )
+    return config, tensors

@@ -176,6 +176,16 @@ class Routing:
         """The decision of one place: this, or the first of several that are stacked."""
         return self
 
+    def with_weights(self, weights: torch.Tensor) -> Routing:
+        """The same decision with other combine weights; at a tenth of the cost of `dataclasses.replace`.
+
+        Args:
+            weights: (T, K), or (T, E) of a dense decision.
+        """
+        made: Routing = object.__new__(type(self))
+        made.__dict__.update(self.__dict__, weights=weights)
+        return made
+
     def gate_matrix(self) -> torch.Tensor:
         """Combine weights as one column per expert.
 

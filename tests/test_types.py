@@ -75,3 +75,12 @@ def test_default_context_is_inference_over_one_sequence_without_padding():
     context = TokenContext()
     assert not context.training and context.valid is None and context.loss_scale is None
     assert context.sequences is None and context.num_sequences == 1
+
+
+def test_a_decision_with_other_weights_is_the_same_in_all_else():
+    routing = random_routing(5, 4, 2)
+    weights = torch.rand(5, 2)
+    expected = dataclasses.replace(routing, weights=weights)
+    found = routing.with_weights(weights)
+    assert found.weights is weights and routing.weights is not weights
+    assert all(getattr(found, own.name) is getattr(expected, own.name) for own in dataclasses.fields(routing))

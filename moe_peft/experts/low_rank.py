@@ -183,16 +183,16 @@ class LowRankExperts(Experts):
         """Add the routed sum of the experts to the base output; arguments as in `Experts.forward`."""
         if isinstance(routing, PendingRouting) or not self._as_defined:
             return super().forward(x_TD, base_out_TO, routing, in_place=in_place)
-        dtype, act = compute_dtype(x_TD), self.activation(routing.context)
-        own: dict[str, Any] = {}
+        dtype, context = compute_dtype(x_TD), routing.context
         name = self.implementation(*routing.weights.shape, dtype=dtype)
-        if name == "dense" and not self.drops(routing.context):
-            own["dtype"] = dtype  # it keeps the input as it came
+        settings: dict[str, Any] = {"scaling": self.scaling, "act": self.activation(context), "in_place": in_place}
+        if name == "dense" and not self.drops(context):
+            settings["dtype"] = dtype  # it keeps the input as it came
         else:
-            x_TD = self.drop(x_TD.to(dtype), routing.context)
-        op, routing = IMPLEMENTATIONS[name], self.with_shared(routing)
-        settings = {"scaling": self.scaling, "act": act, "in_place": in_place, **own}
-        return op(x_TD, base_out_TO, self.A, self.B, routing, **settings)
+            x_TD = self.drop(x_TD.to(dtype), context)
+        if self.shared:
+            routing = self.with_shared(routing)
+        return IMPLEMENTATIONS[name](x_TD, base_out_TO, self.A, self.B, routing, **settings)
 
     def add_all(
         self,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ops import outside_autocast
+from ..ops import autocast_is_on, keeps_a_graph, outside_autocast, worth_a_function
 from ..types import Routing, TokenContext
 from .experts import Experts
 
@@ -80,20 +80,25 @@ class VectorExperts(Experts):
         Returns:
             (T, O) in the dtype of `base_out_TO`.
         """
-        num_tokens, dtype = base_out_TO.shape[0], base_out_TO.dtype
-        num_experts, width = self.vectors.shape
-        by_head = (self.num_heads, width // self.num_heads)
-        gates = routing.gate_matrix().to(dtype).view(num_tokens, self.num_heads, num_experts)
+        dtype = base_out_TO.dtype
+        gates = routing.gate_matrix().to(dtype)
         # One is subtracted in the vectors' own precision, so that a fresh bank is exactly the identity.
-        offsets = (self.vectors - 1).to(dtype).view(num_experts, *by_head)
-        scaled: torch.Tensor = _Scale.apply(base_out_TO.view(num_tokens, *by_head), gates, offsets)
-        return scaled.reshape(num_tokens, width)
+        offsets, u = (self.vectors - 1).to(dtype), base_out_TO
+        if self.num_heads > 1:
+            num_tokens, by_head = u.shape[0], (self.num_heads, offsets.shape[1] // self.num_heads)
+            gates, u = gates.view(num_tokens, self.num_heads, gates.shape[-1]), u.view(num_tokens, *by_head)
+            offsets = offsets.view(-1, *by_head)
+        if torch.is_grad_enabled() and keeps_a_graph(u, gates, offsets) and worth_a_function(base_out_TO):
+            scaled: torch.Tensor = _Scale.apply(u, gates, offsets)
+        else:
+            scaled = torch.addcmul(u, u, _mix(gates, offsets))
+        return scaled if self.num_heads == 1 else scaled.reshape(base_out_TO.shape)
 
 
 class _Scale(torch.autograd.Function):
     """u (1 + G L) for each head; G L is computed again in the backward pass, not saved, as it is as large as u.
 
-    Shapes: u (T, H, O / H), gates G (T, H, E), offsets L (E, H, O / H).
+    Shapes: u (T, O), gates G (T, E), offsets L (E, O); with heads u (T, H, O / H), G (T, H, E), L (E, H, O / H).
     """
 
     @staticmethod
@@ -102,16 +107,28 @@ class _Scale(torch.autograd.Function):
         return torch.addcmul(u, u, _mix(gates, offsets))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         u, gates, offsets = ctx.saved_tensors
-        grad_u = torch.addcmul(grad, grad, _mix(gates, offsets))
-        grad_mix = grad * u
+        (grad,) = gradients
+        needs_u, needs_gates, needs_offsets = ctx.needs_input_grad
+        of_gates = of_offsets = None
+        of_u = torch.addcmul(grad, grad, _mix(gates, offsets)) if needs_u else None
+        of_mix = _by_head(grad * u)
         with outside_autocast(u.device.type):
-            grad_gates = torch.einsum("thd,ehd->the", grad_mix, offsets)
-            grad_offsets = torch.einsum("the,thd->ehd", gates, grad_mix)
-        return grad_u, grad_gates, grad_offsets
+            if needs_gates:
+                of_gates = _by_head(of_mix @ _by_head(offsets).mT)
+            if needs_offsets:
+                of_offsets = _by_head(_by_head(gates).mT @ of_mix)
+        return of_u, of_gates, of_offsets
 
 
 def _mix(gates: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    if not autocast_is_on(gates.device.type):
+        return _by_head(_by_head(gates) @ _by_head(offsets))
     with outside_autocast(gates.device.type):
-        return torch.einsum("the,ehd->thd", gates, offsets)
+        return _by_head(_by_head(gates) @ _by_head(offsets))
+
+
+def _by_head(tensor: torch.Tensor) -> torch.Tensor:
+    """The heads first, for a product of each, and back again; a tensor without heads as it is."""
+    return tensor if tensor.dim() == 2 else tensor.transpose(0, 1)

@@ -67,9 +67,10 @@ class CallKeeper:
             if calls:
                 return self._pass_of(calls[-1]), calls[-1].repeats
             return self.in_reverse, self.in_reverse is not None
-        task = graph_task()
+        task = torch._C._current_graph_task_id()
         if calls and calls[-1].task == task:
-            return self._pass_of(calls[-1]), calls[-1].repeats
+            call = calls[-1]
+            return call.forward_pass or self._pass_of(call), call.repeats
         return (None, False) if task == NO_TASK else (self._repeated_part(task), True)
 
     def open(

@@ -64,6 +64,11 @@ class RouterObjective:
     def __bool__(self) -> bool:
         return bool(self.losses)
 
+    @property
+    def adapts(self) -> bool:
+        """Whether the coefficient of a loss follows what the routers decide."""
+        return any(loss.adapts for loss in self.losses.values())
+
     def __call__(self, routing: Routing, tracker: ForwardTracker, place: str, adapter: str) -> Routing:
         """Measure the losses and inject their gradient.
 
@@ -94,8 +99,7 @@ class RouterObjective:
         if compiling:
             return routing if measured is call or measured.tied else _inject_known(routing, measured, scale)
         names = ("probs", "logits", *(f"extras.{name}" for name in routing.extras))
-        weights = _InjectLosses.apply(routing.weights, measured, scale, names, *others)
-        return replace(routing, weights=weights)
+        return routing.with_weights(_InjectLosses.apply(routing.weights, measured, scale, names, *others))
 
 
 def _inject_known(routing: Routing, measured: Measurement, scale: LossScale) -> Routing:

@@ -27,7 +27,7 @@ from .forward_pass import ForwardPass
 from .joined_losses import WindowSums
 from .measurement import Measurement
 from .pass_losses import finish_compiled, finish_pass, finish_together, repeated_call
-from .recomputation import in_backward
+from .recomputation import NO_TASK, in_backward
 from .shared_sums import SharedSums
 from .slices import position_in_storage
 from .thread_state import Observer, RowNames
@@ -140,13 +140,19 @@ class ForwardTracker(CallKeeper):
             rows: What the rows of x are.
             in_training: Whether the layer is in train mode, which outside a forward of the model is worth a warning.
         """
+        thread = self._thread
+        innermost = thread.calls[-1] if thread.calls else None
+        if innermost is not None and not (innermost.training or thread.observers or self.needs):
+            task = NO_TASK if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+            if innermost.task == task:
+                return INFERENCE
         forward_pass, recomputing = self.asked()
         if forward_pass is None and in_training and not recomputing and torch.is_grad_enabled():
             self._warn_once(OUTSIDE)
         if forward_pass is None or not (forward_pass.training or self._thread.observers or self.needs):
             return INFERENCE
         leading = tuple(x.shape[:-1])
-        if rows == "tokens" and forward_pass.is_slice(leading):
+        if rows == "tokens" and leading != forward_pass.shape and forward_pass.is_slice(leading):
             assert forward_pass.shape is not None
             return forward_pass.slice_tokens(leading, x.device, position_in_storage(x, forward_pass.shape))
         forward_pass.position = None

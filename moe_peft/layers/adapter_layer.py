@@ -83,12 +83,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     @property
     def experts(self) -> dict[str, Any]:
         """Expert banks by adapter name, a `ModuleDict`."""
-        return cast(dict[str, Any], self._modules[f"{self.prefix}experts"])
+        return cast(dict[str, Any], self._modules[self.adapter_layer_names[0]])
 
     @property
     def router(self) -> dict[str, Router]:
         """Routers by adapter name, a `ModuleDict`."""
-        return cast(dict[str, Router], self._modules[f"{self.prefix}router"])
+        return cast(dict[str, Router], self._modules[self.adapter_layer_names[1]])
 
     def update_layer(self, adapter_name: str, parts: RoutedParts, *, inference_mode: bool = False) -> None:
         """Add an adapter.
@@ -152,8 +152,22 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def active_names(self) -> list[str]:
         """Adapters that act in this forward: active, present here and not merged."""
-        held, merged = self.experts, self.merged_adapters
-        return [name for name in self.active_adapters if name in held and name not in merged]
+        held: Any = self._modules[self.adapter_layer_names[0]]
+        active, merged = self._active_adapter, self.merged_adapters
+        names = (active,) if isinstance(active, str) else active
+        return [name for name in names if name in held._modules and name not in merged]
+
+    def parts_of(self, adapter_name: str) -> tuple[Router | None, Any]:
+        """The router of an adapter, None where it follows the backbone's, and its experts.
+
+        Args:
+            adapter_name: Of an adapter that is present here.
+        """
+        of_experts, of_routers = self.adapter_layer_names
+        experts: Any = self._modules[of_experts]
+        routers: Any = self._modules[of_routers]
+        # Past the calls of a `ModuleDict`, as this is asked in every forward of every place.
+        return routers._modules.get(adapter_name), experts._modules[adapter_name]
 
     def router_of(self, adapter_name: str) -> Router | None:
         """The router of an adapter; None where it follows the backbone's."""

@@ -29,7 +29,7 @@ class LinearLayer(RoutedLayer):
         Returns:
             (..., O) in the dtype the base layer returns.
         """
-        if self.disable_adapters:
+        if self._disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)

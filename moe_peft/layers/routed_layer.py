@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from ..experts import Experts, PendingRouting
-from ..ops import cast_to_compute_dtype
+from ..ops import cast_to_compute_dtype, joins
 from ..routers import Router
 from ..telemetry.stacked import as_sums
 from ..telemetry.statistics import RoutingStatistics
@@ -29,13 +29,13 @@ class RoutedLayer(MergingLayer):
         Returns:
             The same decision, whose weights must be used.
         """
-        objective = self.objectives[adapter_name]
-        if objective and routing.context.training:
+        objective, training = self.objectives[adapter_name], routing.context.training
+        if training and objective:
             routing = objective(routing, self.tracker, self.place, adapter_name)
         self.tracker.record(self.place, adapter_name, routing)
         if self.block is not None:
             self.tracker.led[self.block, adapter_name] = routing
-        if routing.context.training and self.counts_decisions(adapter_name):
+        if training and self.counts_decisions(adapter_name):
             self.tracker.count(self.place, adapter_name, as_sums(RoutingStatistics.of(routing)))
         return routing
 
@@ -45,8 +45,8 @@ class RoutedLayer(MergingLayer):
         Args:
             adapter_name: Of the adapter whose parts are asked.
         """
-        counts = adapter_name in self.router and self.router[adapter_name].counts
-        return counts or any(loss.adapts for loss in self.objectives[adapter_name].losses.values())
+        router, _ = self.parts_of(adapter_name)
+        return self.objectives[adapter_name].adapts or (router is not None and router.counts)
 
     def add(
         self,
@@ -71,33 +71,31 @@ class RoutedLayer(MergingLayer):
         Returns:
             (T, O) in the dtype of `out_TO`.
         """
-        bank = self.experts[adapter_name]
+        router, bank = self.parts_of(adapter_name)
         read_TD = x_TD if bank.casts_input else cast_to_compute_dtype(x_TD)
-        if routing is not None:
+        if routing is not None or router is None:
             return bank(read_TD, out_TO, routing, in_place=in_place)
-        router = self.router[adapter_name]
         if router.reads == "block":
             return bank(read_TD, out_TO, router(self._led(adapter_name, x_TD), context), in_place=in_place)
         if router.reads == "activations":
             decide = partial(self.route, adapter_name, context=context)
             return bank(read_TD, out_TO, PendingRouting(context, decide), in_place=in_place)
-        if self._undecided(adapter_name, router, bank):
+        if router.constant_weight is not None and self._undecided(adapter_name, router, bank):
             out = bank.add_all(read_TD, out_TO, router.constant_weight, context, in_place=in_place)
             if out is not None:
                 return out
-        rows = shared_rows(router, bank, read_TD, context)
+        rows = shared_rows(router, bank, read_TD, context) if joins(x_TD.shape[0]) else None
         if rows is not None:
             h_TR, logits_TE = products(read_TD, *rows)
             routing = self.note(adapter_name, router.decide(logits_TE, context))
             return bank.combine(h_TR, out_TO, routing, in_place=in_place)
         # A router reads the input as it comes: autocast's rounding would change which experts are selected.
-        return bank(read_TD, out_TO, self.route(adapter_name, x_TD, context), in_place=in_place)
+        return bank(read_TD, out_TO, self.note(adapter_name, router(x_TD, context)), in_place=in_place)
 
     def _undecided(self, adapter_name: str, router: Router, bank: Experts) -> bool:
         """Whether nothing depends on a decision that is the same for every token, and nobody would see it."""
         return (
-            router.constant_weight is not None
-            and self.block is None
+            self.block is None
             and not self.objectives[adapter_name]
             and not self.tracker.watched()
             and is_plain(router)

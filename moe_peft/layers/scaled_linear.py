@@ -31,12 +31,15 @@ class ScaledLinear(LinearLayer):
         Scales of several adapters multiply; each router reads what is scaled as it is without any adapter.
         """
         context = self.tracker.tokens(x, self.rows, self.training)
-        at_input = [name for name in names if self.experts[name].scales_input]
-        at_output = [name for name in names if name not in at_input]
-        scaled_x = self._scale(at_input, x, x, context)
+        at_input: list[str] = []
+        at_output: list[str] = []
+        for name in names:
+            _, bank = self.parts_of(name)
+            (at_input if bank.scales_input else at_output).append(name)
+        scaled_x = self._scale(at_input, x, x, context) if at_input else x
         out = self.base_layer(scaled_x, *args, **kwargs)
-        read = self._unscaled(out, scaled_x) if at_output and self.merged else None
-        return self._scale(at_output, out, x, context, read)
+        read = self._unscaled(out, scaled_x) if at_output and self.merged_adapters else None
+        return self._scale(at_output, out, x, context, read) if at_output else out
 
     def _unscaled(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """What the routers of adapters that are not merged read: an output that no merged adapter has scaled."""
@@ -60,11 +63,11 @@ class ScaledLinear(LinearLayer):
         """Scale u, the layer's input or output, by some adapters; `hidden` is the layer's input."""
         scaled = u
         for name in names:
-            bank = self.experts[name]
+            router, bank = self.parts_of(name)
+            assert router is not None, "vectors have no decision but that of a router of their own"
             read = hidden if bank.router_reads_hidden else u if read_by_routers is None else read_by_routers
-            routing = self.route(
-                name, read.reshape(-1, read.shape[-1] // bank.num_heads), _per_head(context, bank.num_heads)
-            )
+            read_XD = read.reshape(-1, read.shape[-1] // bank.num_heads)
+            routing = self.note(name, router(read_XD, _per_head(context, bank.num_heads)))
             scaled = bank(None, scaled.reshape(-1, u.shape[-1]), routing).view(u.shape)
         return scaled
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..experts import Experts
-from ..ops import compute_dtype, joins, project
+from ..ops import compute_dtype, project
 from ..routers import Router
 from ..types import TokenContext
 from .expert_pass import hooks_of_all_modules
@@ -43,7 +43,7 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def products(x_TD: torch.Tensor, rows_RD: torch.Tensor, weight_ED: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What experts and router make of an input: one GEMM for many rows, two for few, where joining would cost more.
+    """What experts and router make of an input, in one GEMM.
 
     Args:
         x_TD: (T, D) input.
@@ -53,7 +53,5 @@ def products(x_TD: torch.Tensor, rows_RD: torch.Tensor, weight_ED: torch.Tensor)
     Returns:
         (T, R) and (T, E).
     """
-    if not joins(x_TD.shape[0]):
-        return project(x_TD, rows_RD), project(x_TD, weight_ED)
     h_TR, logits_TE = project(x_TD, rows_RD, weight_ED).split([rows_RD.shape[0], weight_ED.shape[0]], dim=-1)
     return h_TR, logits_TE

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 from .choice import AUTO, Work, choose, joins
 from .dense import combine_experts, dense_experts
-from .dtypes import cast_to_compute_dtype, compute_dtype, outside_autocast, without_rounding
+from .dtypes import autocast_is_on, cast_to_compute_dtype, compute_dtype, outside_autocast, without_rounding
 from .eager import eager_experts
 from .gather import gather_experts
-from .project import project
+from .project import keeps_a_graph, project, worth_a_function
 from .sorted_slots import grouped_experts, segment_experts
 
 IMPLEMENTATIONS: dict[str, Callable] = {
@@ -28,6 +28,7 @@ __all__ = [
     "AUTO",
     "IMPLEMENTATIONS",
     "Work",
+    "autocast_is_on",
     "cast_to_compute_dtype",
     "choose",
     "combine_experts",
@@ -37,8 +38,10 @@ __all__ = [
     "gather_experts",
     "grouped_experts",
     "joins",
+    "keeps_a_graph",
     "outside_autocast",
     "project",
     "segment_experts",
     "without_rounding",
+    "worth_a_function",
 ]

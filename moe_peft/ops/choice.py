@@ -20,6 +20,9 @@ GPU_RANKS, GPU_RANKS_PER_SLOT = 200, 360
 FEW_SLOTS, FEW_RANKS = 16, 128
 # Rows up to which two products, of the experts and of the router, cost less than joining their matrices for one.
 SEPARATE_ROWS = 512
+# Rows up to which a backward pass keeps what plain operators keep: making it again costs more time than a place has to
+# spare, and what 64 rows keep is a sixteenth of a 16-bit matrix of width 2048 at most.
+FEW_ROWS = 64
 # Bytes of all rows, in and out, beyond which a product for each expert beats the grouped one on a CPU.
 CPU_GROUPED_BYTES = 28 * 2**20
 

@@ -6,7 +6,7 @@
 
 Exact for dense and sparse gates alike: static shapes, no sort, every parameter used in every step. The gradient of the
 gates is a dot product in rank space, so nothing of size tokens x experts x width is made or saved; and what is saved
-besides x is h and G, as h * G is made again in the backward pass.
+besides x is h and G, as h * G is made again in the backward pass (plain operators serve a few rows faster).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from ..types import Routing
-from .dtypes import outside_autocast
-from .project import keeps_a_graph, project
+from .dtypes import autocast_is_on, outside_autocast
+from .project import keeps_a_graph, project, worth_a_function
 
 
 def combine_experts(
@@ -46,11 +46,12 @@ def combine_experts(
         (T, O) in the dtype of `base_out_TO`.
     """
     h_TR = h_TR if act is None else act(h_TR)
-    if keeps_a_graph(h_TR, B) or (gates_TE is not None and keeps_a_graph(gates_TE)):
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # What is written in place must not be a view, whose graph a Function cannot rebase.
         in_place = in_place and not base_out_TO._is_view()
-        out: torch.Tensor = _Combine.apply(base_out_TO, h_TR, gates_TE, B, scaling, in_place)
-        return out
+        if worth_a_function(h_TR) and keeps_a_graph(*((h_TR, B) if gates_TE is None else (h_TR, B, gates_TE))):
+            out: torch.Tensor = _Combine.apply(base_out_TO, h_TR, gates_TE, B, scaling, in_place)
+            return out
     return _combined(base_out_TO, h_TR, gates_TE, B, scaling, in_place)
 
 
@@ -74,8 +75,10 @@ def dense_experts(
 def _gated(h_TR: torch.Tensor, gates_TE: torch.Tensor | None) -> torch.Tensor:
     if gates_TE is None:
         return h_TR
-    by_expert_TEr = h_TR.unflatten(-1, (gates_TE.shape[-1], -1))
-    return (by_expert_TEr * gates_TE.to(h_TR.dtype).unsqueeze(-1)).reshape(h_TR.shape)
+    (num_tokens, ranks), num_experts = h_TR.shape, gates_TE.shape[-1]
+    by_expert_TEr = h_TR.view(num_tokens, num_experts, ranks // num_experts)
+    gated_TEr = by_expert_TEr * gates_TE.to(h_TR.dtype).unsqueeze(-1)
+    return gated_TEr.reshape(num_tokens, ranks)
 
 
 def _combined(
@@ -86,13 +89,16 @@ def _combined(
     scaling: float,
     in_place: bool,
 ) -> torch.Tensor:
-    gated_TR, B_RO = _gated(h_TR, gates_TE), B.reshape(-1, B.shape[-1]).to(h_TR.dtype)
-    with outside_autocast(h_TR.device.type):
-        if base_out_TO.dtype != h_TR.dtype:
-            return base_out_TO + (scaling * (gated_TR @ B_RO)).to(base_out_TO.dtype)
-        if in_place:
-            return base_out_TO.addmm_(gated_TR, B_RO, alpha=scaling)
+    dtype = h_TR.dtype
+    gated_TR, B_RO = _gated(h_TR, gates_TE), B.reshape(-1, B.shape[-1]).to(dtype)
+    if base_out_TO.dtype == dtype and in_place:
+        return base_out_TO.addmm_(gated_TR, B_RO, alpha=scaling)  # in place, autocast has no say
+    if base_out_TO.dtype == dtype and not autocast_is_on(h_TR.device.type):
         return torch.addmm(base_out_TO, gated_TR, B_RO, alpha=scaling)
+    with outside_autocast(h_TR.device.type):
+        if base_out_TO.dtype == dtype:
+            return torch.addmm(base_out_TO, gated_TR, B_RO, alpha=scaling)
+        return base_out_TO + (scaling * (gated_TR @ B_RO)).to(base_out_TO.dtype)
 
 
 class _Combine(torch.autograd.Function):

@@ -4,7 +4,8 @@
 
 Input and matrices may come in other dtypes than they are computed with, as the input of a router's float32 scores in
 a 16-bit model. What is cast or joined is made again in the backward pass instead of kept: the gradients are the same,
-bit for bit, and no copy of the (tokens x width) input lives until then.
+bit for bit, and no copy of the (tokens x width) input lives until then. A few rows are left to plain operators, whose
+host time is less.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .dtypes import outside_autocast
+from .choice import FEW_ROWS
+from .dtypes import autocast_is_on, outside_autocast
 
 
 def project(x_TD: torch.Tensor, *weights: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -29,12 +31,24 @@ def project(x_TD: torch.Tensor, *weights: torch.Tensor, dtype: torch.dtype | Non
     Returns:
         (T, sum of rows).
     """
-    dtype = dtype or x_TD.dtype
-    as_it_is = len(weights) == 1 and x_TD.dtype == weights[0].dtype == dtype
-    if not as_it_is and keeps_a_graph(x_TD, *weights):
+    own = x_TD.dtype
+    dtype = dtype or own
+    if own == dtype and len(weights) == 1 and weights[0].dtype == dtype:
+        if not autocast_is_on(x_TD.device.type):
+            return F.linear(x_TD, weights[0])
+    elif keeps_a_graph(x_TD, *weights) and worth_a_function(x_TD):
         product: torch.Tensor = _Project.apply(x_TD, dtype, *weights)
         return product
     return _product(x_TD, _joined(weights, dtype), dtype)
+
+
+def worth_a_function(x: torch.Tensor) -> bool:
+    """Whether what is kept of an input is worth making again; and under autocast, which may round a backward pass too.
+
+    Args:
+        x: (..., D) of any leading shape. A compiled graph is not to ask, as it is to hold for any number of rows.
+    """
+    return x.numel() > FEW_ROWS * x.shape[-1] or autocast_is_on(x.device.type)
 
 
 def keeps_a_graph(*tensors: torch.Tensor) -> bool:

@@ -66,8 +66,8 @@ class LinearRouter(Router):
 
     def scores(self, x: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """Score the experts for each token; arguments as in `Router.scores`."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        if self.jitters(context):
+        dtype = x.dtype if x.dtype.itemsize >= 4 else torch.float32
+        if self.router_jitter_noise > 0 and self.jitters(context):
             x = x.to(dtype)
             x = x * torch.empty_like(x).uniform_(1 - self.router_jitter_noise, 1 + self.router_jitter_noise)
         return project(x, self.weight, dtype=dtype)

@@ -170,10 +170,13 @@ class Router(ModulePart, nn.Module):
         """
         if self.select is None:
             raise NotImplementedError(f"{type(self).__name__} has neither a selector nor a decision of its own.")
-        seen, columns = self.deciding(context), self.num_scores if self.select.gates_extra else self.num_experts
+        seen = context if self.perturbs_training else self.deciding(context)
+        columns = self.num_scores if self.select.gates_extra else self.num_experts
         gated_TE = logits_TE if columns == self.num_scores else logits_TE[:, :columns]
-        probs_TE = self.drop(self.gate(gated_TE, seen), seen)
-        own = {name: getattr(self, name) for name in self._selector_tensors}
+        probs_TE = self.gate(gated_TE, seen)
+        if seen.training:
+            probs_TE = self.drop(probs_TE, seen)
+        own = {name: getattr(self, name) for name in self._selector_tensors} if self._selector_tensors else {}
         routing = self.select(logits_TE, probs_TE, seen, self.num_experts, **own)
         if self.routed_scaling_factor != 1.0 or seen is not context:
             routing = replace(routing, weights=self.scale(routing.weights), context=context)
@@ -190,7 +193,8 @@ class Router(ModulePart, nn.Module):
             x: What the router reads, (T, D) or (T, E, r), of any floating dtype.
             context: What is known about the tokens.
         """
-        return self.decide(self.scores(x, self.deciding(context)), context)
+        seen = context if self.perturbs_training else self.deciding(context)
+        return self.decide(self.scores(x, seen), context)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Router:
         """Follow a change of device, but never one to a 16-bit dtype, where the parameters stay float32."""

@@ -7,6 +7,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from moe_peft.experts import VectorExperts
+from moe_peft.ops.choice import FEW_ROWS
 from moe_peft.types import Routing
 from tests.compare import assert_same, gates_of, random_routing
 
@@ -40,6 +41,11 @@ def test_scaling_equals_the_loop(num_tokens, num_experts, top_k, heads):
     routing = random_routing(num_tokens * heads, num_experts, top_k, unused=unused)
     leaves = [u, bank.vectors, routing.logits]
     assert_same(bank(None, u, routing), loop(u, bank.vectors, gates_of(routing), heads), leaves, leaves)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_many_rows_that_are_kept_in_another_form_equal_the_loop(heads):
+    test_scaling_equals_the_loop(FEW_ROWS + 1, 2, None, heads)
 
 
 def test_second_derivatives_are_right():
@@ -110,7 +116,7 @@ def test_sixteen_bit_values_scale_as_in_float32_to_their_rounding():
 
 
 def test_one_tensor_as_wide_as_the_input_is_saved_for_the_backward_pass():
-    num_tokens, width = 64, 96
+    num_tokens, width = FEW_ROWS + 1, 96
     bank = VectorExperts(3, width, num_experts=5, num_heads=3, init_weights=False)
     u = torch.randn(num_tokens, width, requires_grad=True)
     routing = random_routing(num_tokens * 3, 5)

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from moe_peft import LoraMoeConfig, MoloraConfig, MovConfig, RoutedConfig, SiraConfig
-from moe_peft.ops.choice import SEPARATE_ROWS
+from moe_peft.ops.choice import FEW_ROWS, SEPARATE_ROWS
 from tests.compare import saved_for_backward
 
 D, OUT, E, R = 64, 96, 8, 4
@@ -20,8 +20,8 @@ CONFIGS = {
     "sira": lambda: SiraConfig(**SHAPE),
     "top-2, balance and z-loss": lambda: RoutedConfig(router="top_k", top_k=2, router_z_loss_coef=0.001, **SHAPE),
 }
-# One product for few rows, another for many.
-TOKENS = (40, SEPARATE_ROWS + 1)
+# From the rows on for which it counts; two products, and one for many rows.
+TOKENS = (FEW_ROWS + 1, SEPARATE_ROWS + 1)
 
 
 def kept_of(config, num_tokens, dtype, autocast=False, adapter_float32=True):
@@ -43,6 +43,14 @@ def test_at_most_four_bytes_of_two_ranks_and_three_gates_per_token(name, dtype, 
     used, kept = kept_of(CONFIGS[name](), num_tokens, dtype, adapter_float32=adapter_float32)
     assert used <= 4 * (2 * E * R + 3 * E)
     assert not any(tensor.shape[-1] == D for tensor in kept), "a copy of the input"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_few_rows_keep_what_plain_operators_keep(name):
+    used, kept = kept_of(CONFIGS[name](), FEW_ROWS, torch.bfloat16, adapter_float32=False)
+    # The cast input of the router, and the gated projections; nothing as wide as the output.
+    assert used <= 4 * D + 4 * (3 * E * R + 10 * E)
+    assert not any(tensor.shape[-1] == OUT for tensor in kept)
 
 
 @pytest.mark.parametrize("num_tokens", TOKENS)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 
+import moe_peft.layers.routed_layer as module_of_layers
 import moe_peft.layers.shared_rows as module_of_rows
+from moe_peft import MoloraConfig
 from moe_peft.experts import LowRankExperts
 from moe_peft.layers.shared_rows import is_plain, products, shared_rows
 from moe_peft.ops.choice import SEPARATE_ROWS
@@ -60,12 +63,21 @@ def test_rows_of_full_precision_are_read_for_experts_and_router(dtype, read):
         assert shared_rows(router, bank, x, context) is None, "scores would be rounded"
 
 
-@pytest.mark.parametrize(("num_tokens", "calls"), [(0, 2), (SEPARATE_ROWS, 2), (SEPARATE_ROWS + 1, 1)])
-def test_many_rows_are_read_once_and_few_without_joining_the_matrices(num_tokens, calls, monkeypatch):
+def test_one_product_serves_experts_and_router(monkeypatch):
     made = []
     own = module_of_rows.project
-    monkeypatch.setattr(module_of_rows, "project", lambda x, *weights: made.append(1) or own(x, *weights))
-    x, A, W = torch.randn(num_tokens, 6), torch.randn(8, 6), torch.randn(4, 6)
+    monkeypatch.setattr(module_of_rows, "project", lambda x, *weights: made.append(len(weights)) or own(x, *weights))
+    x, A, W = torch.randn(9, 6), torch.randn(8, 6), torch.randn(4, 6)
     for found, weight in zip(products(x, A, W), (A, W), strict=True):
         torch.testing.assert_close(found, x @ weight.T)
-    assert len(made) == calls
+    assert made == [2]
+
+
+@pytest.mark.parametrize(("num_tokens", "joined"), [(0, 0), (SEPARATE_ROWS, 0), (SEPARATE_ROWS + 1, 1)])
+def test_matrices_are_joined_for_many_rows_alone(num_tokens, joined, monkeypatch):
+    made = []
+    own = module_of_layers.products
+    monkeypatch.setattr(module_of_layers, "products", lambda *args: made.append(1) or own(*args))
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), MoloraConfig(target_modules=["0"], num_experts=4, r=2))
+    assert model(torch.randn(num_tokens, 6)).shape == (num_tokens, 5)
+    assert len(made) == joined

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moe_peft.ops import IMPLEMENTATIONS, cast_to_compute_dtype, combine_experts, dense_experts, eager_experts, project
+from moe_peft.ops.choice import FEW_ROWS
 from tests.compare import assert_same, random_routing, saved_for_backward
 
 D, OUT, R = 7, 5, 3
@@ -18,7 +19,7 @@ def leaves(num_tokens, num_experts, seed=1):
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("num_tokens", [0, 1, 13, 63])
+@pytest.mark.parametrize("num_tokens", [0, 1, 13, FEW_ROWS + 13])
 @pytest.mark.parametrize(
     ("num_experts", "top_k", "unused"),
     [(1, None, None), (1, 1, None), (4, None, None), (4, 1, None), (4, 2, 3), (4, 4, None)],
@@ -57,10 +58,11 @@ def test_result_has_the_dtype_of_the_base_output(implementation):
         torch.testing.assert_close(out.double(), exact, rtol=0.05, atol=0.2)
 
 
+@pytest.mark.parametrize("num_tokens", [13, FEW_ROWS + 1])
 @pytest.mark.parametrize("frozen", range(4))
-def test_only_what_trains_gets_a_gradient(frozen):
-    x, A, B, base = leaves(13, 4)
-    routing = random_routing(13, 4)
+def test_only_what_trains_gets_a_gradient(frozen, num_tokens):
+    x, A, B, base = leaves(num_tokens, 4)
+    routing = random_routing(num_tokens, 4)
     own = [x @ A.reshape(-1, D).T, base * 1.0, B, routing.weights]
     own[frozen] = own[frozen].detach()
     assert_same(
@@ -78,8 +80,8 @@ def eager_up(h, base, B, gates, *, scaling):
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_the_sum_keeps_down_projections_and_gates_alone(in_place):
-    x, A, B, base = leaves(13, 4)
-    h, gates = project(x, A.reshape(-1, D)), random_routing(13, 4).weights
+    x, A, B, base = leaves(FEW_ROWS + 1, 4)
+    h, gates = project(x, A.reshape(-1, D)), random_routing(FEW_ROWS + 1, 4).weights
     kept = saved_for_backward(
         lambda: combine_experts(h, base * 1.0, B, gates, scaling=0.3, in_place=in_place), besides=[h, gates, B]
     )
@@ -96,13 +98,14 @@ def test_second_derivatives_exist():
     assert torch.autograd.gradgradcheck(combined, ((x @ A.flatten(0, 1).T).detach().requires_grad_(), base, B, gates))
 
 
-def test_a_view_of_a_base_output_is_left_alone():
-    x, A, B, base = leaves(12, 4)
+@pytest.mark.parametrize("rows", [6, FEW_ROWS + 1])
+def test_a_view_of_a_base_output_is_left_alone(rows):
+    x, A, B, base = leaves(2 * rows, 4)
     whole = base * 1.0
     before = whole.detach().clone()
-    routing = random_routing(6, 4)
-    out = dense_experts(x[:6], whole[:6], A, B, routing, scaling=1.0, in_place=True)
-    expected = eager_experts(x[:6], whole[:6], A, B, routing, scaling=1.0)
+    routing = random_routing(rows, 4)
+    out = dense_experts(x[:rows], whole[:rows], A, B, routing, scaling=1.0, in_place=True)
+    expected = eager_experts(x[:rows], whole[:rows], A, B, routing, scaling=1.0)
     assert_same(out, expected, [x, A, B, base], [x, A, B, base])
     assert torch.equal(whole, before)
 

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from moe_peft.ops import project
+from moe_peft.ops.choice import FEW_ROWS
 from moe_peft.ops.project import keeps_a_graph
 from tests.compare import saved_for_backward
 
@@ -27,7 +28,7 @@ def by_autograd(x, *weights, dtype):
     return F.linear(x.to(dtype), torch.cat(weights).to(dtype))
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 13, 63])
+@pytest.mark.parametrize("num_tokens", [0, 1, 13, 63, FEW_ROWS + 7])
 @pytest.mark.parametrize(
     ("x_dtype", "weight_dtype", "dtype"),
     [
@@ -64,7 +65,7 @@ def test_only_what_trains_gets_a_gradient(x_grad, weight_grads):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_nothing_is_kept_but_the_input_and_the_matrices(dtype):
-    x, weights = leaves(13, torch.float32, torch.float32)
+    x, weights = leaves(FEW_ROWS + 1, torch.float32, torch.float32)
     kept = saved_for_backward(lambda: project(x, *weights, dtype=dtype), besides=[x, *weights])
     assert not kept
     assert saved_for_backward(lambda: by_autograd(x, *weights, dtype=torch.float64), besides=[x, *weights])

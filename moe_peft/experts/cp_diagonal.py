@@ -63,6 +63,12 @@ class CpDiagonalExperts(OneDownExperts):
             mixed_Tr = h * (routing.gate_matrix().to(h.dtype) @ self.c.to(h.dtype))
         return self.lift(mixed_Tr, base_out_TO, self.B, in_place)
 
+    @torch.no_grad()
+    def delta_products(self) -> torch.Tensor:
+        """Inner products of the matrices s B diag(c_e) A; see `Experts.delta_products`."""
+        A, B, c_Er = self.A.double(), self.B.double(), self.c.double()
+        return self.scaling**2 * c_Er @ ((B @ B.T) * (A @ A.T)) @ c_Er.T
+
     def delta_factors(self, weights_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Diag(sum_e w_e c_e) A, and s B; see `Experts.delta_factors`."""
         dtype = torch.promote_types(self.A.dtype, torch.float32)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..ops.expert_stacks import LowRankPairs
 from ..part import ModulePart
+from .products import pair_products
 
 # The matrices of an expert by the names that configurations and saved tensors use: the joined gate and up matrix (the
 # up matrix of experts without a gate), and the down matrix.
@@ -106,6 +107,14 @@ class ExpertPairs(ModulePart, nn.Module):
         A, B = self.pair(matrix)
         dtype = torch.promote_types(A.dtype, torch.float32)
         return self.scaling * (A[place].to(dtype).T @ B[place].to(dtype))
+
+    def delta_products(self) -> torch.Tensor:
+        """Inner products of what the experts' matrices change by, added up over the matrices.
+
+        Returns:
+            (n, n) float64, see `Experts.delta_products`.
+        """
+        return self.scaling**2 * sum((pair_products(*self.pair(name)) for name in self.matrices), torch.zeros(()))
 
     def extra_repr(self) -> str:
         """Say which matrices of how many experts have pairs."""

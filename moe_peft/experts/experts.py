@@ -173,6 +173,16 @@ class Experts(ModulePart, nn.Module):
         """
         raise ValueError(f"{type(self).__name__} does not know which direction of the input an expert answers most.")
 
+    def delta_products(self) -> torch.Tensor | None:
+        """The inner products of what the experts add, <D_e, D_f> = tr(D_e' D_f), of kinds that know them.
+
+        D_e is the matrix, or the vector of offsets, that expert e alone stands for; it is not built.
+
+        Returns:
+            (E, E) float64 of the experts that routers choose between; None of kinds that add no such thing.
+        """
+        return None
+
     def even_out(self) -> None:
         """Let activations of the experts have equal sizes at the start, for routers that compare them."""
 

@@ -66,6 +66,13 @@ class LatentCoreExperts(OneDownExperts):
         mixed_Tr = (made_TEr * routing.gate_matrix().to(h.dtype)[..., None]).sum(1)
         return self.lift(mixed_Tr, base_out_TO, self.B, in_place)
 
+    @torch.no_grad()
+    def delta_products(self) -> torch.Tensor:
+        """Inner products of the matrices s B C_e A; see `Experts.delta_products`."""
+        A, B, C = self.A.double(), self.B.double(), self.C.double()
+        framed = (B @ B.T) @ C @ (A @ A.T)
+        return self.scaling**2 * C.flatten(1) @ framed.flatten(1).T
+
     def delta_factors(self, weights_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A, and s B (sum_e w_e C_e); see `Experts.delta_factors`."""
         dtype = torch.promote_types(self.A.dtype, torch.float32)

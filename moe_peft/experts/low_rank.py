@@ -25,6 +25,7 @@ from ..ops import (
 from ..part import Option
 from ..types import Routing, TokenContext
 from .experts import Experts, PendingRouting
+from .products import pair_products
 
 
 class LowRankExperts(Experts):
@@ -130,6 +131,10 @@ class LowRankExperts(Experts):
         (Q_EDr, R_Err), (_, S_Err) = torch.linalg.qr(A.mT), torch.linalg.qr(B.mT)
         right_Err = torch.linalg.svd(S_Err @ R_Err.mT).Vh
         return (Q_EDr @ right_Err[:, 0, :, None]).squeeze(-1)
+
+    def delta_products(self) -> torch.Tensor:
+        """Inner products of the matrices s B_e A_e; see `Experts.delta_products`."""
+        return self.scaling**2 * pair_products(self.A[: self.num_choices], self.B[: self.num_choices])
 
     def even_out(self) -> None:
         """Give all rows of A the norm that they have in the mean; see `Experts.even_out`."""

@@ -13,6 +13,7 @@ from ..ops import combine_experts
 from ..part import Option
 from ..types import Routing, TokenContext
 from .one_down import OneDownExperts
+from .products import pair_products
 
 
 class SharedDownExperts(OneDownExperts):
@@ -83,6 +84,10 @@ class SharedDownExperts(OneDownExperts):
         """Weigh a copy of the down projection for each expert, and lift them in one product; see `Experts.combine`."""
         gates_TE, h_TR = routing.gate_matrix(), h.repeat(1, self.num_choices)
         return combine_experts(h_TR, base_out_TO, self.B, gates_TE, scaling=self.scaling, in_place=in_place)
+
+    def delta_products(self) -> torch.Tensor:
+        """Inner products of the matrices s B_e A; see `Experts.delta_products`."""
+        return self.scaling**2 * pair_products(self.A, self.B)
 
     def delta_factors(self, weights_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A, and s sum_e w_e B_e; see `Experts.delta_factors`."""

@@ -88,6 +88,23 @@ class ExpertSlices(ModulePart, nn.Module):
         added = compute(tensors, x_TD[rows], experts_N[:, None], weights_TK[rows, slots][:, None])
         return base_out_TO.index_add(0, rows, added.to(base_out_TO.dtype))
 
+    @torch.no_grad()
+    def delta_products(self, tensors: Mapping[str, torch.Tensor], ids: Sequence[int]) -> torch.Tensor:
+        """Inner products of what the copies have changed by, added up over the tensors.
+
+        Args:
+            tensors: Name -> (E, ...) tensor of the backbone, of which they are copies.
+            ids: The experts that were copied, n of them.
+
+        Returns:
+            (n, n) float64, see `Experts.delta_products`.
+        """
+        total = torch.zeros(self.num_experts, self.num_experts, dtype=torch.float64)
+        for name, parameter in self.named_parameters():
+            changed = (parameter.float() - tensors[name][list(ids)].to(parameter.device).float()).flatten(1)
+            total += (changed @ changed.T).double().cpu()
+        return total
+
     def extra_repr(self) -> str:
         """Say how many experts were copied, as the parameters themselves are not listed."""
         return f"num_experts={self.num_experts}"

@@ -66,6 +66,12 @@ class VectorExperts(Experts):
         """The input as it is, of which vectors make nothing; arguments as in `Experts.prepare`."""
         return x_TD
 
+    @torch.no_grad()
+    def delta_products(self) -> torch.Tensor:
+        """Inner products of the offsets l_e - 1; see `Experts.delta_products`."""
+        offsets_EO = self.vectors.double() - 1
+        return offsets_EO @ offsets_EO.T
+
     def combine(
         self, h: torch.Tensor, base_out_TO: torch.Tensor, routing: Routing, *, in_place: bool = False
     ) -> torch.Tensor:

@@ -169,6 +169,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         # Past the calls of a `ModuleDict`, as this is asked in every forward of every place.
         return routers._modules.get(adapter_name), experts._modules[adapter_name]
 
+    def delta_products(self, adapter_name: str) -> torch.Tensor | None:
+        """Inner products of what an adapter's experts add here; see `Experts.delta_products`.
+
+        Args:
+            adapter_name: Its name.
+        """
+        return self.experts[adapter_name].delta_products()
+
     def router_of(self, adapter_name: str) -> Router | None:
         """The router of an adapter; None where it follows the backbone's."""
         if adapter_name not in self.router:

@@ -88,6 +88,13 @@ class SlicedExperts(SelectingLayer):
             out_TO = self.experts[name](call.hidden, out_TO, local_TK, call.weights, self._compute)
         return out_TO
 
+    def delta_products(self, adapter_name: str) -> torch.Tensor | None:
+        """Inner products of what the copies have changed by; None while they are merged into what they came from."""
+        if self.merged_adapters:
+            return None
+        tensors = expert_tensors(self.get_base_layer(), self.num_backbone_experts)
+        return self.experts[adapter_name].delta_products(tensors, tuple(self.selections[adapter_name]))
+
     def _compute(self, tensors: Mapping[str, torch.Tensor], *call: torch.Tensor) -> torch.Tensor:
         return run_experts(self.get_base_layer(), tensors, self.num_backbone_experts, *call)
 

@@ -8,9 +8,11 @@ from .export_lora import export_lora
 from .export_merged import export_merged
 from .merge_for_task import merge_for_task
 from .prototypes import fit_centroids, fit_directions
+from .similarity import delta_similarity
 from .without_base import load_without_base
 
 __all__ = [
+    "delta_similarity",
     "export_esft",
     "export_expert_lora",
     "export_lora",

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..config.card_section import AUTO_CLASSES
 from ..files import write_text
 from ..tools.health import read_config
 from ..tools.tokens import TokenRouting, token_routing
@@ -62,15 +63,17 @@ def load(folder: Path, base: str | None) -> tuple[Any, Any]:
     Raises:
         ValueError: No base model is known.
     """
+    import transformers
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    name = base or read_config(folder).base_model_name_or_path
+    config = read_config(folder)
+    name = base or config.base_model_name_or_path
     if not name:
         raise ValueError(f"{folder} names no base model. Give it with --base.")
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(str(folder) if has_tokenizer else name)
-    model: Any = AutoModelForCausalLM.from_pretrained(name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder) if has_tokenizer else name)
+    auto_class = getattr(transformers, AUTO_CLASSES.get(str(config.task_type or "CAUSAL_LM"), "AutoModel"))
+    model: Any = auto_class.from_pretrained(name)
     if has_tokenizer and len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     return PeftModel.from_pretrained(model, str(folder)), tokenizer

@@ -1,6 +1,6 @@
 """Inner products of matrices that are given by their factors, without the matrices.
 
-    <B_e A_e, B_f A_f> = tr(A_e' B_e' B_f A_f) = sum_ij (B_e' B_f)_ij (A_e A_f')_ij
+<B_e A_e, B_f A_f> = tr(A_e' B_e' B_f A_f) = sum_ij (B_e' B_f)_ij (A_e A_f')_ij
 """
 
 from __future__ import annotations

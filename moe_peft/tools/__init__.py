@@ -8,10 +8,12 @@ from .export_lora import export_lora
 from .export_merged import export_merged
 from .merge_for_task import merge_for_task
 from .prototypes import fit_centroids, fit_directions
+from .report import RoutingReport, make_batches, read_texts, routing_report
 from .similarity import delta_similarity
 from .without_base import load_without_base
 
 __all__ = [
+    "RoutingReport",
     "delta_similarity",
     "export_esft",
     "export_expert_lora",
@@ -23,5 +25,8 @@ __all__ = [
     "import_esft",
     "import_expert_lora",
     "load_without_base",
+    "make_batches",
     "merge_for_task",
+    "read_texts",
+    "routing_report",
 ]

@@ -35,8 +35,8 @@ def delta_similarity(model: nn.Module, adapter_name: str = "default") -> dict[st
     if not layers:
         names = sorted({name for layer in routed_layers(model) for name in layer.experts})
         raise ValueError(
-            f"delta_similarity: the model has no routed adapter {shown(adapter_name)}; it has {shown(names)}. Name one "
-            "of them, or add one with peft.get_peft_model."
+            f"delta_similarity: the model has no routed adapter {shown(adapter_name)}; it has {shown(names)}. Name "
+            "one of them, or add one with peft.get_peft_model."
         )
     found = {layer.place: layer.delta_products(adapter_name) for layer in layers}
     return {place: cosines(products) for place, products in found.items() if products is not None}

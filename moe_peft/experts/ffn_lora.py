@@ -23,6 +23,7 @@ from ..ops import compute_dtype, outside_autocast, project
 from ..place import Place
 from ..types import Routing, TokenContext
 from .experts import Experts
+from .products import pair_products
 
 
 class FfnLoraExperts(Experts):
@@ -68,6 +69,11 @@ class FfnLoraExperts(Experts):
         self.gate_A, self.gate_B = _pair(num_experts, r, in_features, inner_features, init_weights)
         self.up_A, self.up_B = _pair(num_experts, r, in_features, inner_features, init_weights)
         self.down_A, self.down_B = _pair(num_experts, r, inner_features, out_features, init_weights)
+
+    def delta_products(self) -> torch.Tensor:
+        """Inner products of what the three matrices change by, added up; see `Experts.delta_products`."""
+        pairs = ((self.gate_A, self.gate_B), (self.up_A, self.up_B), (self.down_A, self.down_B))
+        return self.scaling**2 * torch.stack([pair_products(A, B) for A, B in pairs]).sum(0)
 
     @classmethod
     def shapes(cls, num_experts: int, r: int) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch.nn import functional as F
 
 import moe_peft
-from moe_peft.experts import EXPERTS
+from moe_peft.experts import EXPERTS, Experts
 from moe_peft.tools import delta_similarity
 from tests.contract.cases import METHODS, MODELS, randomize
 from tests.tiny import adapted_linear, routed_layer_of, tiny_llama
@@ -18,7 +18,7 @@ def one_hot(e: int, count: int) -> torch.Tensor:
     return torch.eye(count)[e]
 
 
-@pytest.mark.parametrize("kind", sorted(EXPERTS))
+@pytest.mark.parametrize("kind", sorted(kind for kind, own in EXPERTS.items() if own.placement == Experts.placement))
 def test_cosines_are_those_of_the_matrices_that_single_experts_add(kind):
     model = adapted_linear(moe_peft.RoutedConfig(num_experts=4, r=2, experts=kind))
     bank = routed_layer_of(model).experts["default"]
@@ -29,6 +29,16 @@ def test_cosines_are_those_of_the_matrices_that_single_experts_add(kind):
     expected = F.cosine_similarity(deltas[:, None].double(), deltas[None].double(), dim=-1)
     (found,) = delta_similarity(model).values()
     torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+
+
+def test_pairs_on_several_matrices_count_together():
+    torch.manual_seed(0)
+    sizes = {"num_experts": 3, "r": 2, "inner_features": 7, "scaling": 2.0, "init_weights": False}
+    bank = EXPERTS["ffn_lora"](5, 6, **sizes)
+    pairs = [(bank.gate_A, bank.gate_B), (bank.up_A, bank.up_B), (bank.down_A, bank.down_B)]
+    deltas = [torch.cat([(2.0 * B[e].T @ A[e]).flatten() for A, B in pairs]).double() for e in range(3)]
+    expected = torch.stack([torch.stack([a @ b for b in deltas]) for a in deltas])
+    torch.testing.assert_close(bank.delta_products(), expected, atol=1e-6, rtol=1e-6)
 
 
 def test_shared_experts_that_no_router_chooses_are_left_out():

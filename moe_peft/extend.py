@@ -25,6 +25,7 @@ from .forward.objective import RouterObjective
 from .layers import RoutedLayer, routed_layers
 from .losses import LOSSES
 from .losses.masking import masked_sum, num_valid
+from .methods import METHODS
 from .methods.build import build_experts, build_parts, build_router
 from .ops import combine_experts, project
 from .options import check_options
@@ -55,6 +56,7 @@ __all__ = [
     "EXPERTS",
     "GATES",
     "LOSSES",
+    "METHODS",
     "ROUTERS",
     "SCORERS",
     "SELECTORS",

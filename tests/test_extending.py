@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import types
+from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
@@ -14,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import moe_peft
 from moe_peft import extend
-from moe_peft.extend import EXPERTS, LOSSES, SCORERS
+from moe_peft.extend import EXPERTS, LOSSES, METHODS, SCORERS
 from tests.tiny import padded_batch, tiny_llama
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
@@ -44,9 +45,11 @@ def test_the_programs_run_as_printed_and_their_parts_train_save_and_load(tmp_pat
     module = types.ModuleType("extending")
     names = vars(module)
     names["model"] = tiny_llama()
-    registries = patch.dict(SCORERS), patch.dict(EXPERTS), patch.dict(LOSSES)
-    with patch.dict(sys.modules, {"extending": module}), registries[0], registries[1], registries[2]:
-        router, described, experts, loss, method, _ = PROGRAMS
+    with ExitStack() as kept:
+        kept.enter_context(patch.dict(sys.modules, {"extending": module}))
+        for registry in (SCORERS, EXPERTS, LOSSES, METHODS):
+            kept.enter_context(patch.dict(registry))
+        router, described, experts, loss, method, named, _ = PROGRAMS
         exec(router, names)
         exec(described, names)
         assert "router top_k, top 2" in capsys.readouterr().out and names["config"].router_args == {"tau": 0.2}
@@ -57,6 +60,8 @@ def test_the_programs_run_as_printed_and_their_parts_train_save_and_load(tmp_pat
         lives(names["config"], tmp_path / "all")
         exec(method, names)
         lives(names["HydraConfig"](task_type="CAUSAL_LM"), tmp_path / "method")
+        exec(named, names)
+        assert METHODS["hydra"] is names["HydraConfig"]
 
 
 def test_a_callback_of_a_users_steers_choices_masks_and_coefficients_through_public_names(tmp_path):

@@ -15,9 +15,10 @@ from typing import Any
 
 import yaml
 from flag_help import help_text
-from flags import METHOD_FLAG, PREFIX, SCRIPT_FIELDS, owners
+from flags import METHOD_FLAG, PREFIX, SCRIPT_FIELDS, ScriptFlags, owners, renewed
 from trl import TrlParser
 
+from moe_peft.cli.own_parts import import_parts, named_imports
 from moe_peft.cli.shipped import find_config
 from moe_peft.messages import shown
 
@@ -25,7 +26,9 @@ from moe_peft.messages import shown
 SAME = [("gradient_checkpointing", "activation_checkpointing")]
 SAME += [("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")]
 # Settings of a run about the adapter that stay when a method file describes another one.
-OF_THE_RUN = frozenset({"moe_router_lr", "moe_lora_plus_ratio", "moe_quantize_experts", "moe_report", "moe_overwrite"})
+OF_THE_RUN = frozenset(
+    {"moe_import", "moe_router_lr", "moe_lora_plus_ratio", "moe_quantize_experts", "moe_report", "moe_overwrite"}
+)
 
 
 class ScriptParser(TrlParser):
@@ -45,7 +48,8 @@ class ScriptParser(TrlParser):
         self.sections: list[tuple[type, list[argparse.Action]]] = []
         self.given: frozenset[str] = frozenset()
         program = os.environ.get("MOE_PEFT_PROGRAM") or None
-        super().__init__(dataclass_types, **{"allow_abbrev": False, "prog": program, **kwargs})
+        self.settings = {"allow_abbrev": False, "prog": program, **kwargs}
+        super().__init__(dataclass_types, **self.settings)
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:
         before = len(self._actions)
@@ -73,6 +77,7 @@ class ScriptParser(TrlParser):
         words = list(sys.argv[1:] if args is None else args)
         origins: dict[str, str] = {}
         values = self._file_values(words, origins)
+        self._import(words, values.get("moe_import"))
         values = self._known(values, origins)
         self.set_defaults_with_config(**values)
         namespace, unknown = self.parse_known_args(words)
@@ -109,6 +114,15 @@ class ScriptParser(TrlParser):
                 print(f"{method} describes another method than {run}, whose {', '.join(left_out)} are left out.")
             values = kept
         return {**values, **own}
+
+    def _import(self, words: list[str], of_files: Any) -> None:
+        """Import files of the user's own, and take flags for what they have registered."""
+        own = [of_files] if isinstance(of_files, str) else list(of_files or [])
+        names = [*map(str, own), *named_imports(words)]
+        import_parts(names)
+        if names:
+            types = [renewed(own) if issubclass(own, ScriptFlags) else own for own in self.dataclass_types]
+            self.__init__(types, ignores_unknown_keys=self.ignores_unknown_keys, **self.settings)  # type: ignore[misc]
 
     def _known(self, values: dict[str, Any], origins: dict[str, str]) -> dict[str, Any]:
         """Settings that this parser has; what others there are is refused, or left out where a file is another's."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from enum import Enum
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from baselines import BASELINES
 
-from moe_peft.config.field_types import field_types
+from moe_peft.config.field_types import LISTS, MAPPINGS, field_types
+from moe_peft.config.stored import unannotated
 from moe_peft.experts import EXPERTS
 from moe_peft.messages import shown
 from moe_peft.methods import METHODS
@@ -50,11 +52,15 @@ class ScriptFlags:
     """Flags about the adapter that are no fields of it."""
 
     moe_method: str = field(
-        default="loramoe",
+        default=next(iter(METHODS)),
         metadata={
             "help": "Adapter type; lora is stock LoRA, and none trains every weight of the model.",
             "choices": [*sorted(METHODS), *BASELINES],
         },
+    )
+    moe_import: list[str] | None = field(
+        default=None,
+        metadata={"help": "Files or modules with parts or methods of your own, which are imported first."},
     )
     moe_router_lr: float | None = field(
         default=None, metadata={"help": "Learning rate of the routers; default: learning_rate."}
@@ -90,7 +96,7 @@ def kinds_of(name: str, method: str) -> tuple[Any, ...]:
     """
     kind = field_types(CONFIGS[method])[name]
     members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    return tuple(member for member in members if member is not NoneType)
+    return tuple(unannotated(member) for member in members if member is not NoneType)
 
 
 def takes_mapping(name: str, method: str) -> bool:
@@ -102,7 +108,7 @@ def takes_mapping(name: str, method: str) -> bool:
     """
     if name not in field_types(CONFIGS[method]):
         return False
-    return all(get_origin(kind) is dict or kind is dict for kind in kinds_of(name, method))
+    return all(get_origin(kind) in MAPPINGS or kind is dict for kind in kinds_of(name, method))
 
 
 def flag_type(name: str, methods: list[str]) -> Any:
@@ -117,12 +123,20 @@ def flag_type(name: str, methods: list[str]) -> Any:
     """
     kinds = [kind for method in methods for kind in kinds_of(name, method)]
     for kind in kinds:
-        if get_origin(kind) is list:
-            return kind | None
-    for plain in (str, float, int, bool):
-        if plain in kinds:
-            return plain | None
-    return str | None
+        if get_origin(kind) in LISTS or get_origin(kind) is tuple or kind in (list, tuple, set, frozenset):
+            inner = {_plain(own) for own in get_args(kind) if own is not ...}
+            return list[inner.pop() if len(inner) == 1 else str] | None  # type: ignore[misc]
+    plain = {_plain(kind) for kind in kinds}
+    return next(own for own in (str, float, int, bool) if own in plain) | None
+
+
+def _plain(kind: Any) -> type:
+    """The type by which a command line says a single value."""
+    if get_origin(kind) is Literal:
+        kind = type(get_args(kind)[0])
+    elif isinstance(kind, type) and issubclass(kind, Enum):
+        kind = type(next(iter(kind)).value)
+    return kind if kind in (str, float, int, bool) else str
 
 
 def read_mapping(flag: str, value: Any) -> Any:
@@ -192,6 +206,27 @@ def make_flags() -> type:
         own = field(default=None, metadata={"help": help_of(name, fields)})
         made.append((PREFIX + name, flag_type(name, list(fields)), own))
     return dataclasses.make_dataclass("MoeArguments", made, bases=(ScriptFlags,), namespace={"__module__": __name__})
+
+
+def renewed(arguments: type) -> type:
+    """The same arguments with flags for what has been registered since they were made.
+
+    Args:
+        arguments: A dataclass of flags of the adapter.
+    """
+    CONFIGS.update(METHODS)
+    known = {own.name: own for own in dataclasses.fields(arguments)}
+    made = [
+        (PREFIX + name, flag_type(name, list(fields)), field(default=None, metadata={"help": help_of(name, fields)}))
+        for name, fields in owners().items()
+        if PREFIX + name not in known
+    ]
+    method = known[METHOD_FLAG]
+    choices = {**method.metadata, "choices": sorted(CONFIGS)}
+    made.append((METHOD_FLAG, str, field(default=method.default, metadata=choices)))
+    return dataclasses.make_dataclass(
+        arguments.__name__, made, bases=(arguments,), namespace={"__module__": arguments.__module__}
+    )
 
 
 MoeArguments = make_flags()

@@ -10,7 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 from ..messages import shown
 from .errors import INTERRUPTED, MENDABLE, one_line, wants_traceback
-from .verbs import VERBS, help_text
+from .own_parts import import_parts, named_imports, without_imports
+from .verbs import LOOKING, VERBS, help_text
+
+# Verbs whose own parser does not know the files that are imported first; the others pass the flag on.
+TAKEN_OUT = [verb for verb in LOOKING if verb not in ("describe", "run")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(verb: str, rest: list[str]) -> int:
     module, script, _ = VERBS[verb]
     try:
+        if script is None and verb != "run":
+            import_parts(named_imports(rest))
+        if verb in TAKEN_OUT:
+            rest = without_imports(rest)
         run = import_module(f".{module}", __package__).run
         return run(rest) if script is None else run(verb, script, rest)
     except KeyboardInterrupt:

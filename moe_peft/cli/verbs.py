@@ -42,6 +42,7 @@ def help_text() -> str:
         "  moe-peft sft --model_name_or_path Qwen/Qwen3-0.6B --dataset_name chats.jsonl --moe_method loramoe \\",
         "      --output_dir outputs/first",
         "",
+        "--moe_import FILE imports a file with parts or methods of your own first, for every verb but run.",
         "Errors are one line; MOE_PEFT_TRACEBACK=1 in the environment shows where they come from.",
     ]
     return "\n".join(lines)

@@ -40,6 +40,7 @@ class AdapterFacts:
         name: Name of the adapter on the Hub, if it has one.
         num_parameters: Number of saved weights, if known.
         metrics: Results of the run by name.
+        imports: Modules from outside of the package that must be imported first, with what they register.
     """
 
     method: str
@@ -52,6 +53,7 @@ class AdapterFacts:
     name: str | None = None
     num_parameters: int | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    imports: Mapping[str, list[str]] = field(default_factory=dict)
 
 
 def section(facts: AdapterFacts) -> str:
@@ -69,8 +71,7 @@ def section(facts: AdapterFacts) -> str:
 {facts.method}, an adapter of the package `peft-moe`. Importing `moe_peft` registers its type with peft; without it
 loading stops with `KeyError: '{facts.adapter_type}'`. `moe-peft run -m TOOL ...` runs a tool that does not import it.
 
-```python
-import moe_peft
+{_imports(facts)}
 from peft import PeftModel
 from transformers import {auto_class}
 
@@ -114,6 +115,18 @@ def write_section(folder: str | Path, facts: AdapterFacts) -> None:
     card = Path(folder) / "README.md"
     if card.is_file():
         write_text(card, with_section(card.read_text(encoding="utf-8"), section(facts)))
+
+
+def _imports(facts: AdapterFacts) -> str:
+    """The first lines of the usage example, after what they are about where others' modules are among them."""
+    lines = [
+        f"import {module}  # {', '.join(names)}"
+        if module != "__main__"
+        else f"# run the program that defines {', '.join(names)} first"
+        for module, names in facts.imports.items()
+    ]
+    about = "Its author's own modules are not part of that package: get them from the author.\n\n" if lines else ""
+    return "\n".join([f"{about}```python", "import moe_peft", *lines])
 
 
 def _table(heading: str, column: str, values: Mapping[str, object]) -> list[str]:

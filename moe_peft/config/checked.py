@@ -41,5 +41,5 @@ class CheckedConfig(PeftConfig):
         default = next(own for own in dataclasses.fields(group) if own.name == name).default
         self._check(getattr(self, name) == default, name, f"left at {shown(default)}: {reason}")
 
-    def _check_choice(self, name: str, choices: Sequence[object]) -> None:
-        self._check(getattr(self, name) in choices, name, f"one of {', '.join(map(shown, choices))}")
+    def _check_choice(self, name: str, choices: Sequence[object], note: str = "") -> None:
+        self._check(getattr(self, name) in choices, name, f"one of {', '.join(map(shown, choices))}{note}")

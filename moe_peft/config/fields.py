@@ -99,6 +99,10 @@ class MixtureConfig(RouterLossConfig, RouterConfig, LowRankConfig, PlacingConfig
         """Class of the experts."""
         return EXPERTS[DEFAULT_EXPERTS]
 
+    def classes(self) -> list[type]:
+        """See `MoeConfig.classes`."""
+        return [*super().classes(), self.kind]
+
     def summary(self) -> str:
         """See `MoeConfig.summary`."""
         by_layer = "" if self.per_layer is None else f", by layer {self.per_layer}"

@@ -21,6 +21,7 @@ from ..routers import (
 from .config import BACKBONE, MoeConfig
 from .layer_sizes import SIZES, layer_places, sizes_at, with_sizes, wrong_sizes
 from .meaning import NOT_MEANING
+from .outside import YOUR_OWN
 from .ranges import LARGEST, MAX_EXPERTS
 
 # Batch column with the group of each sample, where a configuration names no other.
@@ -74,7 +75,7 @@ class RouterConfig(MoeConfig):
         for name in ("expert_dropout", "router_jitter_noise"):
             self._check(0 <= getattr(self, name) < 1, name, "a number from 0 up to, but not including, 1")
         known = router_names()
-        self._check_choice("router", (*known, BACKBONE))
+        self._check_choice("router", (*known, BACKBONE), YOUR_OWN)
         self._check(
             self.router != BACKBONE or self.placement in ("experts", "slices"),
             "router",
@@ -87,6 +88,11 @@ class RouterConfig(MoeConfig):
             sizes = [name for name in SIZES if name in own and (name == "r" or self.router != BACKBONE)]
             reason = wrong_sizes(self, sizes)
             self._check(reason is None, "per_layer", reason or "")
+
+    def classes(self) -> list[type]:
+        """See `MoeConfig.classes`."""
+        named = self.router in router_names()
+        return [*super().classes(), *(router_parts(self.router, self.scorer, self.gate) if named else ())]
 
     def at(self, place: Place) -> RouterConfig:
         """See `MoeConfig.at` and `layer_sizes`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from ..messages import shown
 from .adapter_files import CONFIG, check_adapter_files, read_json_object
 from .card_section import SETTINGS, AdapterFacts, write_section
 from .checked import CheckedConfig
+from .outside import outside_modules
 from .stored import stored
 
 C = TypeVar("C", bound="SavedConfig")
@@ -97,17 +99,23 @@ class SavedConfig(CheckedConfig):
         write_section(folder, self.facts())
 
     def card_fields(self) -> list[str]:
-        """Fields that a model card shows where they are set."""
+        """Fields that a model card shows where they are set; all that a class outside of the package declares."""
         known = {own.name for own in dataclasses.fields(self)}
-        return [name for name in SETTINGS if name in known]
+        declaring = [base for base in type(self).__mro__ if dataclasses.is_dataclass(base) and outside_modules([base])]
+        own = [name for base in declaring for name in inspect.get_annotations(base) if name in known]
+        return list(dict.fromkeys([*(name for name in SETTINGS if name in known), *own]))
+
+    def classes(self) -> list[type]:
+        """The classes that must be there before the configuration can be loaded: its own, and those of its parts."""
+        return [type(self)]
 
     def facts(self) -> AdapterFacts:
         """What a model card can say about this adapter without its weights."""
         settings: dict[str, object] = {}
         for name in self.card_fields():
             value = getattr(self, name)
-            if name not in self.fixed_fields and value not in (None, False, 0.0):
-                settings[name] = sorted(value) if isinstance(value, set) else value
+            if name not in self.fixed_fields and value not in (None, False, 0.0) and value != [] and value != {}:
+                settings[name] = sorted(value) if isinstance(value, (set, frozenset)) else value
         return AdapterFacts(
             method=self.method,
             adapter_type=self.adapter_type,
@@ -116,4 +124,5 @@ class SavedConfig(CheckedConfig):
             task_type=self.task_type,
             settings=settings,
             base_model=self.base_model_name_or_path,
+            imports=outside_modules(self.classes()),
         )

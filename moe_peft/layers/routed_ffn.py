@@ -15,7 +15,6 @@ from torch import nn
 
 from ..backbone.gated_ffn import GatedFfn, gated_ffn
 from ..config.parts import RoutedParts
-from ..experts.ffn_lora import FfnLoraExperts
 from ..types import TokenContext
 from .expert_pass import call_with
 from .routed_block import RoutedBlock, first_floating
@@ -80,7 +79,7 @@ class RoutedFfn(RoutedBlock):
         """What one adapter's experts change between the matrices, and what they add to the output."""
         x_TD, *inner = (state.reshape(-1, state.shape[-1]) for state in states)
         routing = self.route(name, x_TD, context)
-        bank = cast(FfnLoraExperts, self.experts[name])
+        bank = self.experts[name]
         return cast(Changes, bank(x_TD, *inner, routing, act=partial(self.ffn.activate, base)))
 
 

@@ -17,6 +17,7 @@ from ..config.config import BACKBONE
 from ..config.field_types import fits
 from ..config.fields import RoutedMoeConfig
 from ..config.meaning import NOT_MEANING
+from ..config.outside import YOUR_OWN
 from ..config.parts import RoutedParts
 from ..config.ranges import IN_RANGE, is_coefficient
 from ..experts import EXPERTS, Experts
@@ -129,10 +130,10 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
         self._check_choice("router_scope", ("place", "block"))
         alone = self.router_scope == "place" or self.wraps == "linear"
         self._check(alone, "router_scope", f"'place': wraps={shown(self.wraps)} has one place in a block")
-        self._check_choice("scorer", tuple(SCORERS))
-        self._check_choice("gate", tuple(GATES))
+        self._check_choice("scorer", tuple(SCORERS), YOUR_OWN)
+        self._check_choice("gate", tuple(GATES), YOUR_OWN)
         super().validate()
-        self._check_choice("experts", tuple(EXPERTS))
+        self._check_choice("experts", tuple(EXPERTS), YOUR_OWN)
         within = self.wraps == "block" or self.kind.placement is None
         self._check(within, "wraps", f"'block' with the kind {shown(self.experts)}, which acts inside of an FFN")
         self._check_choice("activation", tuple(ACTIVATIONS))
@@ -195,7 +196,8 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
 
     def _validate_losses(self) -> None:
         for name in self.losses or {}:
-            self._check(name in LOSSES, "losses", f"a dict with names out of {', '.join(map(shown, LOSSES))}")
+            known = f"a dict with names out of {', '.join(map(shown, LOSSES))}{YOUR_OWN}"
+            self._check(name in LOSSES, "losses", known)
             coef, options = self._loss_settings(name)
             hint = f"a dict with weights that are zero or positive numbers {IN_RANGE}, as {{{shown(name)}: 0.1}} or "
             hint += f"{{{shown(name)}: {{'weight': 0.1, ...}}}}"
@@ -234,6 +236,10 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
     def kind(self) -> type[Experts]:
         """See `MixtureConfig.kind`."""
         return EXPERTS[self.experts]
+
+    def classes(self) -> list[type]:
+        """See `MoeConfig.classes`."""
+        return [*super().classes(), *(LOSSES[name] for name in self.losses or {})]
 
     def card_fields(self) -> list[str]:
         """See `MoeConfig.card_fields`."""

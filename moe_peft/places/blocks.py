@@ -71,7 +71,7 @@ def ffn_names(model: nn.Module, layers: list[MoeLayer]) -> list[str]:
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no gated FFN, down(act(gate(x)) * up(x)), outside of its mixture-of-experts "
-            "blocks, whose copies could be experts. Use another kind of experts, as experts='low_rank'."
+            "blocks, whose copies could be experts. Use another kind of experts."
         )
     return found
 

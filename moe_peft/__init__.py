@@ -38,6 +38,7 @@ from .places.expert_parameters import expert_parameters
 from .selection import (
     ExpertScores,
     ExpertSelection,
+    join_selections,
     overlap_table,
     plot_selection,
     score_experts,
@@ -77,6 +78,7 @@ __all__ = [
     "expert_parameters",
     "experts",
     "groups",
+    "join_selections",
     "losses",
     "overlap_table",
     "plot_selection",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .join import join_selections
 from .report import overlap_table, plot_selection, selection_table
 from .scores import ExpertScores
 from .scoring import score_experts
@@ -10,6 +11,7 @@ from .select import ExpertSelection, select_experts
 __all__ = [
     "ExpertScores",
     "ExpertSelection",
+    "join_selections",
     "overlap_table",
     "plot_selection",
     "score_experts",

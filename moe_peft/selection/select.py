@@ -10,7 +10,7 @@ their published script first divides by the sum over layers, which gives other e
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +184,7 @@ def select_experts(
     aggregate: str = "token",
     min_experts: int = 0,
     normalize_scores: bool = False,
+    max_parameters: int | None = None,
 ) -> ExpertSelection:
     """Select the experts of a task, layer by layer.
 
@@ -201,6 +202,8 @@ def select_experts(
         aggregate: "token", the mean over all tokens, or "sample", the mean of the samples' means.
         min_experts: Take at least this many per layer.
         normalize_scores: Whether p is a share of the layer's summed scores.
+        max_parameters: Parameters that the selected experts have at most; instead of p, of which the largest is taken
+            that selects no more.
 
     Returns:
         The selection; `EsftConfig(experts=selection.experts)` trains it.
@@ -217,6 +220,10 @@ def select_experts(
         raise ValueError(f"criterion={shown(criterion)} must be one of {CRITERIA}.")
     if aggregate not in AGGREGATES:
         raise ValueError(f"aggregate={shown(aggregate)} must be one of {AGGREGATES}.")
+    if max_parameters is not None and p is not None:
+        raise ValueError(
+            f"p={shown(p)} and max_parameters={shown(max_parameters)} exclude each other: give one of them."
+        )
     p = DEFAULT_P[criterion] if p is None else p
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= MAX_P:
         raise ValueError(
@@ -229,8 +236,12 @@ def select_experts(
     if not isinstance(normalize_scores, bool):
         raise ValueError(f"normalize_scores={shown(normalize_scores)} must be True or False.")
     rule = SelectionRule(p, criterion, aggregate, min_experts, normalize_scores)
+    return _selected(scores, rule if max_parameters is None else _largest(scores, rule, max_parameters))
+
+
+def _selected(scores: ExpertScores, rule: SelectionRule) -> ExpertSelection:
     return ExpertSelection(
-        {str(layer): _prefix(scores.of(layer, criterion, aggregate), rule) for layer in scores.layers},
+        {str(layer): _prefix(scores.of(layer, rule.criterion, rule.aggregate), rule) for layer in scores.layers},
         num_experts={str(layer): count for layer, count in scores.num_experts.items()},
         expert_parameters={
             str(layer): own.expert_parameters
@@ -240,6 +251,32 @@ def select_experts(
         model_parameters=scores.model_parameters,
         rule=rule,
     )
+
+
+def _largest(scores: ExpertScores, rule: SelectionRule, max_parameters: int) -> SelectionRule:
+    """The rule with the largest p whose experts have no more parameters; counts of parameters grow with p."""
+    if not is_whole(max_parameters) or any(own.expert_parameters is None for own in scores.by_layer.values()):
+        known = all(own.expert_parameters is not None for own in scores.by_layer.values())
+        unknown = "None, as the scores do not say how large an expert is"
+        reason = "a whole number of parameters, 0 or more" if known else unknown
+        raise ValueError(f"max_parameters={shown(max_parameters)} must be {reason}.")
+    steps = {0.0}
+    for layer in scores.layers:
+        own_E = scores.of(layer, rule.criterion, rule.aggregate)
+        mass = float(own_E.sum()) if rule.normalize_scores else 1.0
+        steps.update((own_E / (mass or 1.0)).sort(descending=True).values.cumsum(0).tolist())
+    candidates = [replace(rule, p=p) for p in sorted(steps)]
+    least = _selected(scores, candidates[0]).num_parameters or 0
+    if least > max_parameters:
+        raise ValueError(
+            f"max_parameters={max_parameters} is below the {least} of min_experts={rule.min_experts} in each layer."
+        )
+    low, high = 0, len(candidates)
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = (_selected(scores, candidates[middle]).num_parameters or 0) <= max_parameters
+        low, high = (middle, high) if fits else (low, middle)
+    return candidates[low]
 
 
 def _prefix(scores_E: torch.Tensor, rule: SelectionRule) -> list[int]:

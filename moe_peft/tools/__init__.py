@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from .add_expert import add_expert
+from .compose import compose, train_router_alone
+from .distil import Distilled, distil_to_lora
 from .esft_files import export_esft, import_esft
 from .expert_lora_files import export_expert_lora, export_per_expert, import_expert_lora
 from .export_lora import export_lora
 from .export_merged import export_merged
 from .merge_for_task import merge_for_task
 from .prototypes import fit_centroids, fit_directions
+from .prune_experts import SmallerAdapter, prune_experts
 from .report import RoutingReport, make_batches, read_texts, routing_report
 from .similarity import delta_similarity
+from .upcycle import upcycle
 from .without_base import load_without_base
 
 __all__ = [
+    "Distilled",
     "RoutingReport",
+    "SmallerAdapter",
+    "add_expert",
+    "compose",
     "delta_similarity",
+    "distil_to_lora",
     "export_esft",
     "export_expert_lora",
     "export_lora",
@@ -27,6 +37,9 @@ __all__ = [
     "load_without_base",
     "make_batches",
     "merge_for_task",
+    "prune_experts",
     "read_texts",
     "routing_report",
+    "train_router_alone",
+    "upcycle",
 ]

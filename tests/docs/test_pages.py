@@ -15,6 +15,7 @@ from moe_peft.types import Routing
 from tests.contract.cases import tiny_olmoe
 from tests.docs.pages import DOCS, PAGES, ROOT, name_of, programs
 from tests.tiny import padded_batch, tiny_llama
+from tests.tools.exported import trained_lora
 from tests.train.tiny_run import make_tokenizer
 
 # Trainers on this machine, in a few steps.
@@ -57,7 +58,8 @@ def two(folder: Path) -> dict:
 def finished(folder: Path) -> dict:
     tiny_llama().save_pretrained(folder / "base")
     models = {"dense": tiny_llama(), "dense_again": tiny_llama(), "sparse": tiny_olmoe(), "sparse_again": tiny_olmoe()}
-    return models
+    law, tax = (str(trained_lora(folder / name, seed)) for seed, name in enumerate(("law", "tax")))
+    return {**models, "law": law, "tax": tax, "fresh": tiny_llama, "batches": [padded_batch([9, 6])]}
 
 
 # Page -> what its programs find, and a text that they print.
@@ -78,7 +80,7 @@ SETTINGS = {
     "migrating.md": (two, "equal: True"),
     "quantization.md": (dense, "parameters are trained"),
     "start.md": (dense, "MoLORA: 4 experts of rank 4"),
-    "tools.md": (finished, "'1': [2]"),
+    "tools.md": (finished, "distilled, rank 4: loss"),
     "your_data.md": (dense, "['prompt', 'completion', 'task_type']"),
 }
 

@@ -244,3 +244,41 @@ def test_a_file_of_another_form_is_refused(content, tmp_path):
 def test_what_is_no_scores_says_where_they_come_from(scores):
     with pytest.raises(ValueError, match=r"scores=.* must be what moe_peft.score_experts returns, or moe_peft.Exp"):
         select_experts(scores)
+
+
+def sized(*layers, parameters):
+    kinds = (("token", "token"),)
+    return ExpertScores(
+        {
+            index: LayerScores(
+                {kind: torch.tensor(layer, dtype=torch.float64) for kind in kinds}, expert_parameters=own
+            )
+            for index, (layer, own) in enumerate(zip(layers, parameters, strict=True), 1)
+        }
+    )
+
+
+@pytest.mark.parametrize("budget", [0, 9, 10, 25, 30, 60, 10**6])
+def test_a_budget_takes_the_largest_p_that_selects_no_more_parameters(budget):
+    scores = sized([0.5, 0.3, 0.2], [0.6, 0.3, 0.1], parameters=[10, 15])
+    found = select_experts(scores, max_parameters=budget)
+    assert found.num_parameters <= budget
+    assert found == select_experts(scores, found.rule.p)
+    more = [select_experts(scores, p / 1000) for p in range(1001)]
+    assert found.num_parameters == max(own.num_parameters for own in more if own.num_parameters <= budget)
+    shrunk = select_experts(scores, max_parameters=max(budget - 10, 0))
+    assert all(set(shrunk.experts[layer]) <= set(ids) for layer, ids in found.experts.items())
+
+
+def test_a_budget_that_cannot_be_kept_or_measured_is_refused():
+    scores = sized([0.5, 0.5], parameters=[10])
+    for given, message in (
+        ({"max_parameters": 5, "min_experts": 1}, "below the 10 of min_experts=1"),
+        ({"max_parameters": 5, "p": 0.2}, "exclude each other"),
+        ({"max_parameters": -1}, "whole number"),
+        ({"max_parameters": True}, "whole number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            select_experts(scores, **given)
+    with pytest.raises(ValueError, match="how large an expert is"):
+        select_experts(scores_of([0.5, 0.5]), max_parameters=5)

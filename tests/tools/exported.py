@@ -6,13 +6,13 @@ import hashlib
 from pathlib import Path
 
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.contract.cases import randomize
 from tests.integrations.trainers import tokenizer
-from tests.tiny import padded_batch
+from tests.tiny import padded_batch, tiny_llama, train
 
 BATCH = padded_batch([7, 5])
 
@@ -45,3 +45,13 @@ def digest(folder: Path) -> dict[str, str]:
     """Every file of a folder by its content."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def trained_lora(folder: Path, seed: int = 0, **fields) -> Path:
+    """A LoRA that stock peft has trained for a few steps on a batch of its own."""
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": "gaussian"}
+    torch.manual_seed(seed)
+    model = get_peft_model(tiny_llama(), LoraConfig(**{**settings, **fields}))
+    train(model, padded_batch([9, 6], seed=seed), steps=3, lr=5e-2)
+    model.save_pretrained(folder)
+    return folder

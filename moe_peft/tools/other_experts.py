@@ -1,0 +1,145 @@
+"""An adapter with others of its experts, beside it under a new name: some left out, some new.
+
+Which dimension of a tensor counts experts is asked of the parts: they are built twice, for one expert more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from ..layers import RoutedLayer
+from ..messages import shown
+from ..place import Place
+
+# Stands for an expert that is new.
+NEW = -1
+
+
+def with_experts(
+    model: PeftModel, adapter_name: str, new_name: str, experts: Mapping[str, Sequence[int]]
+) -> dict[str, RoutedLayer]:
+    """Add an adapter that has some experts of another one.
+
+    Args:
+        model: A model with the adapter, which stays.
+        adapter_name: The adapter whose experts are taken.
+        new_name: Name of the new one, which is made active.
+        experts: Full name of a layer -> its experts' numbers in the old adapter, `NEW` for one that starts anew; as
+            many everywhere.
+
+    Returns:
+        The layers by their full names.
+
+    Raises:
+        ValueError: There is no such adapter or no number of experts to change, the new name is taken, or the layers'
+            counts differ. Nothing has been changed.
+    """
+    layers = routed_by_name(model, adapter_name)
+    config = model.peft_config[adapter_name]
+    counts = {len(own) for own in experts.values()}
+    if not hasattr(config, "num_experts") or getattr(config, "per_layer", None) is not None:
+        raise ValueError(
+            f"The experts of the adapter {shown(adapter_name)} are not counted by num_experts alone, so that they "
+            "cannot be chosen anew. Adapters on the backbone's own experts, and those with per_layer, keep theirs."
+        )
+    if new_name in model.peft_config:
+        raise ValueError(f"new_name={shown(new_name)} is an adapter of the model already. Take another name.")
+    if experts.keys() != layers.keys() or len(counts) != 1 or 0 in counts:
+        raise ValueError(f"experts={shown(experts)} must name the same number of experts at each of the layers.")
+    new = resized(config, counts.pop())
+    model.add_adapter(new_name, new)
+    model.set_adapter(new_name)
+    for name, layer in layers.items():
+        _take(layer, config, new, adapter_name, new_name, experts[name])
+    return layers
+
+
+def routed_by_name(model: Any, adapter_name: str) -> dict[str, RoutedLayer]:
+    """The layers that hold an adapter, by their full names.
+
+    Args:
+        model: A `PeftModel`.
+        adapter_name: Which adapter.
+
+    Raises:
+        ValueError: No layer holds it.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    layers = {
+        name: own for name, own in base.named_modules() if isinstance(own, RoutedLayer) and adapter_name in own.experts
+    }
+    if not layers:
+        known = shown(sorted(getattr(model, "peft_config", {})))
+        raise ValueError(f"No layer holds the adapter {shown(adapter_name)}; the model's adapters are {known}.")
+    return layers
+
+
+def resized(config: Any, num_experts: int) -> Any:
+    """A configuration for another number of experts; a token uses no more than there are.
+
+    Args:
+        config: Of an adapter.
+        num_experts: E.
+    """
+    fields: dict[str, Any] = {"num_experts": num_experts}
+    top_k = getattr(config, "top_k", None)
+    if top_k is not None:
+        fields["top_k"] = min(top_k, num_experts)
+    if num_experts == 1 and getattr(config, "norm_topk_prob", False):
+        fields["top_k"] = 1
+    return dataclasses.replace(config, **fields)
+
+
+@torch.no_grad()
+def _take(layer: RoutedLayer, old: Any, new: Any, old_name: str, new_name: str, experts: Sequence[int]) -> None:
+    """Copy what an adapter has of each expert; what counts no experts is copied whole."""
+    place = Place("any", layer.in_features, layer.out_features)
+    dimensions = _dimensions(new, place)
+    for attribute, bank in (("experts", layer.experts), ("router", layer.router)):
+        if new_name not in bank:
+            continue
+        before, after = (dict(bank[name].named_parameters()) for name in (old_name, new_name))
+        for name, parameter in after.items():
+            source = before[name]
+            for dimension in dimensions[attribute, name]:
+                rows = _rows(experts, old.num_experts, source.shape[dimension])
+                source = torch.where(
+                    _mask(rows, source.dim(), dimension, source.device),
+                    source.index_select(dimension, torch.tensor(rows, device=source.device).clamp(min=0)),
+                    parameter,
+                )
+            parameter.copy_(source)
+
+
+def _rows(experts: Sequence[int], count: int, size: int) -> list[int]:
+    """Rows of the old tensor, with those at its end that belong to no expert the router decides about."""
+    return [*experts, *range(count, size)]
+
+
+def _mask(rows: Sequence[int], dims: int, dimension: int, device: torch.device) -> torch.Tensor:
+    known = torch.tensor([row != NEW for row in rows], device=device)
+    return known.view([-1 if own == dimension else 1 for own in range(dims)])
+
+
+def _dimensions(config: Any, place: Place) -> dict[tuple[str, str], list[int]]:
+    """Which dimensions of each tensor grow with the number of experts."""
+    found: dict[tuple[str, str], list[int]] = {}
+    with torch.device("meta"):
+        one, more = (resized(config, count).build(place) for count in (config.num_experts, config.num_experts + 1))
+    pairs: list[tuple[str, nn.Module | None, nn.Module | None]] = [
+        ("experts", one.experts, more.experts),
+        ("router", one.router, more.router),
+    ]
+    for attribute, small, large in pairs:
+        if small is not None and large is not None:
+            sizes = dict(large.named_parameters())
+            for name, parameter in small.named_parameters():
+                both = zip(parameter.shape, sizes[name].shape, strict=True)
+                found[attribute, name] = [index for index, (a, b) in enumerate(both) if a != b]
+    return found

@@ -1,0 +1,67 @@
+"""A LoRA is read as pairs with its own scales, or refused by what makes it more than pairs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from moe_peft import MoloraConfig
+from moe_peft.tools.stock_lora import read_lora
+from tests.tiny import tiny_llama
+from tests.tools.exported import trained_lora
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"use_rslora": True, "lora_alpha": 3},
+        {"rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"up_proj": 5}},
+    ],
+)
+def test_pairs_are_the_matrices_that_stock_peft_adds(fields, tmp_path):
+    found = read_lora(str(trained_lora(tmp_path / "lora", **fields)))
+    stock = PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora").get_base_model()
+    assert len(found.pairs) == 4 and found.rank == 4
+    for place, pair in found.pairs.items():
+        torch.testing.assert_close(pair.B @ pair.A, stock.get_submodule(place).get_delta_weight("default"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"lora_bias": True}, "lora_bias=True"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
+    ],
+)
+def test_more_than_pairs_is_refused_by_name(fields, message, tmp_path):
+    get_peft_model(tiny_llama(), LoraConfig(**{"target_modules": ["q_proj"], **fields})).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        read_lora(str(tmp_path))
+
+
+def test_starts_that_change_the_base_other_types_and_broken_files_are_refused(tmp_path):
+    folder = trained_lora(tmp_path / "lora")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa"}))
+    with pytest.raises(ValueError, match="init_lora_weights='pissa'"):
+        read_lora(str(folder))
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    own = load_file(folder / "adapter_model.safetensors")
+    own.pop(sorted(own)[0])
+    save_file(own, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="no whole pair"):
+        read_lora(str(folder))
+    get_peft_model(tiny_llama(), MoloraConfig()).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="'MOLORA', and a stock LoRA is needed"):
+        read_lora(str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="no adapter of peft"):
+        read_lora(str(tmp_path))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import nn
 
 # What the rows of a layer's input are: tokens of the text, encoder states that cross-attention reads, or patches of
@@ -27,6 +29,7 @@ class Place:
         base: The module itself, for adapters that start from its weights.
         rows: What the rows of its input are.
         block: Name of the decision that it shares with other places; None where it decides alone.
+        weight: Gives the (O, D) weight of a linear layer, dequantized; None for other modules.
         inner_features: F, width between the matrices of an FFN; None for other modules.
         leader: Full name of the place that makes that decision; None where this one does.
     """
@@ -43,6 +46,7 @@ class Place:
     block: str | None = None
     leader: str | None = None
     inner_features: int | None = None
+    weight: Callable[[], torch.Tensor] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,8 @@ class CapacityConfig(TopKConfig):
     capacity_order: str = field(
         default="position",
         metadata={
-            "help": "Who is served first: 'position' (tokens in order) or 'choice' (first choices first; not causal)."
+            "help": "Who is served first: 'position' (tokens in order), or, not causal, 'choice' (first choices "
+            "first) or 'probability' (largest first)."
         },
     )
     allow_non_causal: bool = field(
@@ -195,11 +196,11 @@ class CapacityConfig(TopKConfig):
         super().validate()
         hint = f"a positive number or None, at most {LARGEST:g}"
         self._check(self.capacity_factor is None or 0 < self.capacity_factor <= LARGEST, "capacity_factor", hint)
-        self._check_choice("capacity_order", ("position", "choice"))
-        if self.capacity_order == "choice" and self.task_type == "CAUSAL_LM":
+        self._check_choice("capacity_order", ("position", "choice", "probability"))
+        if self.capacity_order != "position" and self.task_type == "CAUSAL_LM":
             self._check(
                 self.allow_non_causal,
                 "capacity_order",
-                "'position' for a causal language model: with 'choice' a later token takes an earlier token's place. "
+                "'position' for a causal language model: else a later token takes an earlier token's place. "
                 "To train with it all the same, set allow_non_causal=True",
             )

@@ -6,12 +6,15 @@ from .bottleneck import BottleneckExperts
 from .cp_diagonal import CpDiagonalExperts
 from .experts import Experts, PendingRouting
 from .ffn_lora import FfnLoraExperts
+from .film import FilmExperts
+from .goat import GoatExperts
 from .latent_core import LatentCoreExperts
 from .low_rank import LowRankExperts
 from .selection import Selection
 from .shared_down import SharedDownExperts
 from .slices import ExpertSlices
 from .vector import VectorExperts
+from .zero_computation import ZeroComputationExperts
 
 EXPERTS: dict[str, type[Experts]] = {
     "low_rank": LowRankExperts,
@@ -20,6 +23,9 @@ EXPERTS: dict[str, type[Experts]] = {
     "cp_diagonal": CpDiagonalExperts,
     "latent_core": LatentCoreExperts,
     "ffn_lora": FfnLoraExperts,
+    "film": FilmExperts,
+    "zero_computation": ZeroComputationExperts,
+    "goat": GoatExperts,
 }
 # The kind of configurations that name none.
 DEFAULT_EXPERTS = "low_rank"

@@ -1,16 +1,20 @@
 """Bottleneck experts: y = base + sum_e g_e B_e act(dropout(A_e x)), adapters with a nonlinearity (arXiv 1902.00751).
 
-Dropout acts in the bottleneck, and there is no scale, as in the parallel adapters of PERFT's code (arXiv 2508.02587).
+Experts may have activations of their own. Dropout acts in the
+bottleneck, and there is no scale, as in the parallel adapters of PERFT's code (arXiv 2508.02587).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch.nn import functional as F
 
+from ..messages import shown
 from ..ops import AUTO
+from ..part import Option
 from ..types import TokenContext
 from .low_rank import LowRankExperts
 
@@ -30,9 +34,23 @@ class BottleneckExperts(LowRankExperts):
         init_weights: See `LowRankExperts`.
         experts_implementation: See `LowRankExperts`.
         shared: See `LowRankExperts`.
+        activations: Names of nonlinearities that experts have in turn, in place of `activation`; None for one for
+            all. The sum is then computed by two products over all experts.
     """
 
     fields = ("activation", "lora_dropout", "init_weights", "experts_implementation")
+    options = (
+        *LowRankExperts.options,
+        Option(
+            "activations",
+            None,
+            f"None, or a list of names out of {', '.join(ACTIVATIONS)}",
+            lambda value: (
+                value is None or (isinstance(value, (list, tuple)) and len(value) > 0 and {*value} <= {*ACTIVATIONS})
+            ),
+            "Activations that experts have in turn, in place of one for all.",
+        ),
+    )
     mergeable = False
     act: Callable[[torch.Tensor], torch.Tensor]
 
@@ -48,7 +66,13 @@ class BottleneckExperts(LowRankExperts):
         init_weights: bool | str = True,
         experts_implementation: str = AUTO,
         shared: int = 0,
+        activations: Sequence[str] | None = None,
     ) -> None:
+        if activations is not None and experts_implementation not in ("dense", AUTO):
+            raise ValueError(
+                f"experts_implementation={shown(experts_implementation)} must be 'auto' or 'dense' with experts_args="
+                "{'activations': ...}: experts with activations of their own are computed together."
+            )
         super().__init__(
             in_features,
             out_features,
@@ -57,10 +81,10 @@ class BottleneckExperts(LowRankExperts):
             scaling=1.0,
             lora_dropout=lora_dropout,
             init_weights=init_weights,
-            experts_implementation=experts_implementation,
+            experts_implementation=experts_implementation if activations is None else "dense",
             shared=shared,
         )
-        self.act = ACTIVATIONS[activation]
+        self.act = ACTIVATIONS[activation] if activations is None else partial(_in_turn, tuple(activations), r)
 
     def drop(self, x_TD: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """Leave the input as it is: dropout acts in the bottleneck."""
@@ -77,3 +101,15 @@ class BottleneckExperts(LowRankExperts):
     def activation(self, context: TokenContext) -> Callable[[torch.Tensor], torch.Tensor]:
         """The nonlinearity, after dropout in training passes."""
         return (lambda h: self.act(self.lora_dropout(h))) if self.drops(context) else self.act
+
+
+def _in_turn(names: Sequence[str], r: int, h_TR: torch.Tensor) -> torch.Tensor:
+    """Give the r columns of expert e the activation e modulo their number.
+
+    Args:
+        names: Of activations.
+        r: Width of one expert.
+        h_TR: (T, E r) down projections.
+    """
+    experts = h_TR.unflatten(-1, (-1, r)).unbind(-2)
+    return torch.cat([ACTIVATIONS[names[e % len(names)]](h_Tr) for e, h_Tr in enumerate(experts)], -1)

@@ -40,12 +40,14 @@ class Experts(ModulePart, nn.Module):
     Attributes:
         num_choices: Columns of the decision that the bank expects.
         placement: Kind of place that the bank acts in, see `MoeConfig.placement`; None for any that adds to an output.
+        reads_weight: Whether the bank starts from the weight of the wrapped layer, so that it acts on linear layers.
         casts_input: Whether the bank brings its input to the compute dtype itself, so that it can keep what comes for
             the backward pass instead of a copy; others are given a copy where autocast asks for one.
     """
 
     num_choices: int
     placement: str | None = None
+    reads_weight: bool = False
     casts_input: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -76,6 +78,15 @@ class Experts(ModulePart, nn.Module):
             options: Value of each of the kind's options.
         """
         return cls.shapes(num_experts, r)
+
+    @classmethod
+    def further_choices(cls, options: Mapping[str, Any]) -> int:
+        """Columns of the decision beyond the configuration's experts, of a bank with some options.
+
+        Args:
+            options: Value of each of the kind's options.
+        """
+        return 0
 
     @classmethod
     def sizes_of(cls, place: Place) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..types import RouterLoss
 from .active_l1 import ActiveL1
+from .certainty_balance import CertaintyBalance
 from .entropy_balance import EntropyBalance
 from .expert_clusters import ExpertClusters
 from .importance import Importance, importance
@@ -25,6 +26,7 @@ LOSSES: dict[str, type[RouterLoss]] = {
     "token_entropy": TokenEntropy,
     "sparsity_bound": SparsityBound,
     "entropy_balance": EntropyBalance,
+    "certainty_balance": CertaintyBalance,
     "expert_clusters": ExpertClusters,
 }
 

@@ -84,6 +84,8 @@ def build_parts(
     if place.leader is not None:
         return RoutedParts(experts=bank, router=FollowingRouter(place.in_features, bank.num_choices))
     router = build_router(config, place.in_features, bank.num_choices, init_std=router_init_std)
+    if place.layer_index is not None and place.num_layers is not None:
+        router.stands_in(place.layer_index, place.num_layers)
     if router.reads == "activations":
         bank.even_out()
     return RoutedParts(

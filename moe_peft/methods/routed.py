@@ -137,6 +137,8 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
         within = self.wraps == "block" or self.kind.placement is None
         self._check(within, "wraps", f"'block' with the kind {shown(self.experts)}, which acts inside of an FFN")
         self._check_choice("activation", tuple(ACTIVATIONS))
+        hint = f"'linear' with the kind {shown(self.experts)}, which starts from a weight"
+        self._check(self.wraps == "linear" or not self.kind.reads_weight, "wraps", hint)
         if "activation" not in self.kind.fields:
             self._check_left_alone("activation", f"the kind {shown(self.experts)} has none")
         if "scaling" not in self.kind.fields:
@@ -173,6 +175,9 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
         ):
             check_options(own, options, f"{owner}: {field_name}")
             check_sizes(own, options, self._sizes(), f"{owner}: {field_name}")
+        further = self.kind.further_choices(option_values(self.kind, self.experts_args))
+        hint = f"None with the kind {shown(self.experts)}, which has {further} experts besides"
+        self._check(self.expert_groups is None or not further, "expert_groups", hint)
 
     def _sizes(self) -> dict[str, int]:
         """Sizes of a layer, as parts are asked about them."""

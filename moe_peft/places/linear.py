@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, cast
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -155,7 +157,18 @@ def linear_place(name: str, module: nn.Module, layers: list[MoeLayer], quantizat
             "(optionally quantized) and transformers' `Conv1D` can be adapted; remove it from target_modules."
             f"{_around(name, layers)}"
         )
-    return Place(name, *features, kind=type(base).__name__)
+    return Place(name, *features, kind=type(base).__name__, weight=partial(_weight_of, base, quantization))
+
+
+def _weight_of(base: nn.Module, quantization: dict[str, Any]) -> torch.Tensor:
+    """(O, D) weight of a linear layer, dequantized where it is quantized."""
+    if isinstance(base, Conv1D):
+        return base.weight.data.T
+    backend = resolve_quantization_backend(base, **quantization)
+    if backend is None:
+        return cast(torch.Tensor, base.weight.data)
+    base.state_dict()  # undoes the form of 4-bit weights that evaluation on some CPUs makes
+    return cast(torch.Tensor, backend.get_base_weight(base))
 
 
 def _around(name: str, layers: list[MoeLayer]) -> str:

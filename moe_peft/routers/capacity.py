@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
+from torch.nn import functional as F
 
 from ..types import Routing, TokenContext
 from .gates import Gate
@@ -27,8 +29,8 @@ class Capacity(TopK):
         top_k: K, experts a token uses.
         capacity_factor: Ratio of an expert's places to its even share of the requests; None means no capacity.
         capacity_order: Who is served first. "position": tokens in sequence order, which keeps the router causal.
-            "choice": all first choices before all second choices (GShard), with which a later token can take an
-            earlier token's place.
+            "choice": all first choices before all second choices (GShard); "probability": those with the largest
+            probability first (V-MoE, arXiv 2106.05974). With both a later token can take an earlier token's place.
         norm_topk_prob: See `TopK`; weights are rescaled before tokens are dropped.
         expert_dropout: See `TopK`.
     """
@@ -67,7 +69,10 @@ class Capacity(TopK):
                 "expert's places are those of whole rows. Set chunk_size_feed_forward=0 in the model's configuration "
                 "(or switch tiling off), or capacity_factor=None."
             )
-        dropped_TK = over_capacity(routing, self.capacity_factor, by_choice=self.capacity_order == "choice")
+        if self.capacity_order == "probability":
+            dropped_TK = over_capacity_by_score(routing, self.capacity_factor)
+        else:
+            dropped_TK = over_capacity(routing, self.capacity_factor, by_choice=self.capacity_order == "choice")
         return replace(routing, weights=routing.weights.masked_fill(dropped_TK, 0.0), dropped=dropped_TK)
 
 
@@ -145,8 +150,7 @@ def over_capacity(routing: Routing, capacity_factor: float, *, by_choice: bool =
         sequences_T = experts_TK.new_zeros(num_tokens)
     valid_T = torch.ones_like(sequences_T, dtype=torch.bool) if routing.valid is None else routing.valid
     lengths_S = sequences_T.new_zeros(context.num_sequences).index_add(0, sequences_T, valid_T.long())
-    capacity_S = _places(lengths_S, capacity_factor * top_k, num_experts)
-    assert isinstance(capacity_S, torch.Tensor)
+    capacity_S = places(lengths_S, capacity_factor * top_k, num_experts)
 
     # Requests in the order in which they are served, as one-hot rows; a column E takes slots without an expert.
     order = experts_TK.T.reshape(-1) if by_choice else experts_TK.reshape(-1)
@@ -179,14 +183,73 @@ def _over_capacity_of_rows(routing: Routing, capacity_factor: float, by_choice: 
         counted_BN = valid_BL.repeat(1, top_k) if by_choice else valid_BL.repeat_interleave(top_k, dim=1)
         requests.scatter_(2, order_BN[..., None], counted_BN.int()[..., None])
     rank_BN = requests.cumsum(1, dtype=torch.int32).gather(2, order_BN[..., None]).squeeze(2)
-    full_BN = (rank_BN > _places(lengths_B, capacity_factor * top_k, num_experts)) & (order_BN < num_experts)
+    full_BN = (rank_BN > places(lengths_B, capacity_factor * top_k, num_experts)) & (order_BN < num_experts)
     full_BLK = full_BN.view(num_rows, top_k, length).mT if by_choice else full_BN.view(num_rows, length, top_k)
     full_TK = full_BLK.reshape(num_tokens, top_k)
     return full_TK if routing.valid is None else full_TK & routing.valid[:, None]
 
 
-def _places(lengths: torch.Tensor | int, requests_per_token: float, num_experts: int) -> torch.Tensor | int:
-    """C of sequences with so many valid tokens."""
+def over_capacity_by_score(routing: Routing, capacity_factor: float) -> torch.Tensor:
+    """Which (token, slot) pairs find their expert full where those with the largest probability are served first.
+
+    Args:
+        routing: Top-k decision before any capacity.
+        capacity_factor: Ratio of an expert's places to its even share of the requests.
+
+    Returns:
+        (T, K) bool. Pairs of padding and slots without an expert are never dropped.
+    """
+    experts_TK, num_experts = routing.experts, routing.num_experts
+    assert experts_TK is not None
+    asked_TE = routing.request_matrix().bool()
+    scores_TE = routing.probs.detach().masked_fill(~asked_TE, -1.0)
+    rank_TE, lengths_S, owner_T = rank_by_score(scores_TE, routing.context)
+    capacity_T = places(lengths_S, capacity_factor * experts_TK.shape[1], num_experts)[owner_T]
+    full_TE = F.pad((rank_TE > capacity_T[:, None]) & asked_TE, (0, 1))
+    full_TK = full_TE.gather(1, experts_TK)
+    return full_TK if routing.valid is None else full_TK & routing.valid[:, None]
+
+
+def rank_by_score(scores_TE: torch.Tensor, context: TokenContext) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Place of each token of a sequence when they are sorted by their score, largest first, for each expert.
+
+    Args:
+        scores_TE: (T, E) scores; equal ones keep the order of the tokens.
+        context: Padding comes after all other tokens of its sequence.
+
+    Returns:
+        (T, E) int64 place, starting at one; (S,) number of valid tokens of each sequence; (T,) sequence of each token.
+    """
+    num_tokens = scores_TE.shape[0]
+    owner_T = context.sequences
+    if owner_T is None:
+        owner_T = torch.zeros(num_tokens, dtype=torch.long, device=scores_TE.device)
+    valid_T = torch.ones_like(owner_T, dtype=torch.bool) if context.valid is None else context.valid
+    scores_TE = scores_TE.masked_fill(~valid_T[:, None], -torch.inf)
+    by_score_TE = scores_TE.sort(dim=0, descending=True, stable=True).indices
+    by_owner_TE = owner_T[by_score_TE].sort(dim=0, stable=True).indices
+    order_TE = by_score_TE.gather(0, by_owner_TE)  # sequences stand together, as their index does not decrease
+    sizes_S = owner_T.new_zeros(context.num_sequences).index_add(0, owner_T, torch.ones_like(owner_T))
+    place_T = torch.arange(1, num_tokens + 1, device=owner_T.device) - (sizes_S.cumsum(0) - sizes_S)[owner_T]
+    rank_TE = torch.zeros_like(order_TE).scatter(0, order_TE, place_T[:, None].expand_as(order_TE))
+    lengths_S = torch.zeros_like(sizes_S).index_add(0, owner_T, valid_T.long())
+    return rank_TE, lengths_S, owner_T
+
+
+Lengths = TypeVar("Lengths", int, torch.Tensor)
+
+
+def places(lengths: Lengths, requests_per_token: float, num_experts: int) -> Lengths:
+    """C, the tokens that an expert takes of a sequence.
+
+    Args:
+        lengths: Valid tokens of sequences.
+        requests_per_token: Requests of a token, times the capacity factor.
+        num_experts: E.
+
+    Returns:
+        max(1, ceil(requests_per_token * lengths / num_experts)).
+    """
     # The small term keeps a product that is whole but for rounding from taking one place more.
     if isinstance(lengths, int):
         return max(1, math.ceil(requests_per_token * lengths / num_experts - 1e-9))

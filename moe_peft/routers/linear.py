@@ -67,10 +67,20 @@ class LinearRouter(Router):
     def scores(self, x: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """Score the experts for each token; arguments as in `Router.scores`."""
         dtype = x.dtype if x.dtype.itemsize >= 4 else torch.float32
-        if self.router_jitter_noise > 0 and self.jitters(context):
-            x = x.to(dtype)
-            x = x * torch.empty_like(x).uniform_(1 - self.router_jitter_noise, 1 + self.router_jitter_noise)
+        if self.router_jitter_noise > 0:
+            x = self.jittered(x.to(dtype), context)
         return project(x, self.weight, dtype=dtype)
+
+    def jittered(self, x: torch.Tensor, context: TokenContext) -> torch.Tensor:
+        """The input with the noise of this pass; as it is where none acts.
+
+        Args:
+            x: Input in the dtype of the scores.
+            context: What is known about the tokens.
+        """
+        if not self.jitters(context):
+            return x
+        return x * torch.empty_like(x).uniform_(1 - self.router_jitter_noise, 1 + self.router_jitter_noise)
 
     def jitters(self, context: TokenContext) -> bool:
         """Whether the scores of this pass are computed from a noisy input."""

@@ -16,10 +16,12 @@ from .cosine import Cosine
 from .dense import Dense, DenseRouter
 from .entmax import Entmax
 from .entropy_top_k import EntropyTopK
+from .expert_choice import ExpertChoice
 from .expert_prototyping import ExpertPrototyping
 from .fixed_random import FixedRandomRouter
 from .gates import Gate, Softmax
 from .gumbel import Gumbel
+from .hybrid import Hybrid
 from .layer_logits import LayerLogits
 from .linear import LinearRouter
 from .low_space import LowSpaceRouter
@@ -27,12 +29,14 @@ from .mean_activation import MeanActivation
 from .mixture import MixtureRouter
 from .null_top_k import NullTopK
 from .positive import Positive
+from .prompt_mean import PromptMean
 from .relaxed_bernoulli import RelaxedBernoulli
 from .relu import Relu
 from .router import Router
 from .selector import Selector
 from .sigmoid import Sigmoid
 from .sparsegen import Sparsegen
+from .sparsemixer import SparseMixer
 from .task_table import TaskTable
 from .threshold import Threshold
 from .token_hash import TokenHash
@@ -55,6 +59,8 @@ SCORERS: dict[str, type[Router]] = {
     "cosine": Cosine,
     "fixed_random": FixedRandomRouter,
     "mixture": MixtureRouter,
+    "prompt_mean": PromptMean,
+    "hybrid": Hybrid,
     "mean_activation": MeanActivation,
     "token_hash": TokenHash,
     "token_mask": TokenMask,
@@ -82,6 +88,8 @@ SELECTORS: dict[str, type[Selector]] = {
     "entropy_top_k": EntropyTopK,
     "threshold": Threshold,
     "sparsegen": Sparsegen,
+    "expert_choice": ExpertChoice,
+    "sparsemixer": SparseMixer,
     "expert_prototyping": ExpertPrototyping,
 }
 # Whole routers; those with the name of a selector are its router with linear scores and a softmax.

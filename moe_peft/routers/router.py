@@ -113,6 +113,14 @@ class Router(ModulePart, nn.Module):
         own = None if self.select is None else self.select.num_slots
         return self.num_experts if own is None else own
 
+    def stands_in(self, layer_index: int, num_layers: int) -> None:
+        """Start as fits a layer, of routers that differ between layers; called once, after construction.
+
+        Args:
+            layer_index: Index of the layer in its stack, from zero.
+            num_layers: Layers of the stack.
+        """
+
     def scale(self, weights: torch.Tensor) -> torch.Tensor:
         """Apply `routed_scaling_factor` to combine weights of any shape."""
         return weights if self.routed_scaling_factor == 1.0 else weights * self.routed_scaling_factor

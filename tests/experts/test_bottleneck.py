@@ -80,3 +80,20 @@ def test_dropout_acts_between_the_down_matrix_and_the_activation_in_training():
 
 def test_an_adapter_with_an_activation_is_no_matrix():
     assert not bank().mergeable
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_experts_may_have_activations_of_their_own_in_turn(top_k):
+    names = ["relu", "gelu", "silu"]
+    experts, (x, base) = bank(activations=names), inputs(13)
+    routing = random_routing(13, E, top_k)
+    gates = routing.gate_matrix()
+    rows = [gates[:, e : e + 1] * (FORMULAS[names[e % 3]](x @ experts.A[e].T) @ experts.B[e]) for e in range(E)]
+    leaves = [x, experts.A, experts.B, routing.logits]
+    assert_same(experts(x, base, routing), base + sum(rows), leaves, leaves)
+    assert experts.implementation(1, 1) == "dense"
+
+
+def test_activations_of_their_own_go_with_the_products_over_all_experts_alone():
+    with pytest.raises(ValueError, match="experts_implementation='eager' must be 'auto' or 'dense'"):
+        bank(activations=["relu"], experts_implementation="eager")

@@ -94,7 +94,7 @@ def test_a_decision_has_the_shapes_and_the_names_that_the_contract_says(choice):
     router = layer.router["default"]
     for routing in (decide(layer, x_TD, context()), *seen):
         num_choices = layer.experts["default"].num_choices
-        assert routing.num_experts == num_choices == NUM_EXPERTS
+        assert routing.num_experts == num_choices >= NUM_EXPERTS
         assert routing.probs.shape == (num_tokens, num_choices), "probs have a column for each expert, and no other"
         assert routing.logits.shape[0] == num_tokens
         columns = num_choices if routing.experts is None else routing.experts.shape[1]

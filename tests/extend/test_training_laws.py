@@ -45,6 +45,8 @@ def trainer_of(choice, folder):
     rows = token_rows()
     if "groups" in context_needs(choice):
         rows = rows.add_column("task_type", [row % 2 for row in range(NUM_ROWS)])
+    if "prompt" in context_needs(choice):
+        rows = rows.add_column("completion_mask", [[0] * 2 + [1] * (len(ids) - 2) for ids in rows["input_ids"]])
     torch.manual_seed(0)
     return SFTTrainer(
         model=tiny_llama(),

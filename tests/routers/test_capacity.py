@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from moe_peft.routers import CapacityRouter, TopKRouter
-from moe_peft.routers.capacity import over_capacity
+from moe_peft.routers.capacity import over_capacity, over_capacity_by_score
 from moe_peft.types import Routing, TokenContext
 from tests import reference
 from tests.compare import chosen_of, random_routing
@@ -166,7 +167,7 @@ def test_choice_order_lets_future_tokens_change_earlier_decisions():
     assert earlier_decision_changes("choice") > 20
 
 
-@pytest.mark.parametrize(("order", "causal"), [("position", True), ("choice", False)])
+@pytest.mark.parametrize(("order", "causal"), [("position", True), ("choice", False), ("probability", False)])
 def test_router_says_whether_it_is_causal(order, causal):
     assert CapacityRouter(6, 4, top_k=2, capacity_order=order).causal is causal
 
@@ -206,3 +207,25 @@ def test_slots_without_an_expert_take_no_place():
         valid=[True] * 63,
     )
     assert {(t, int(routing.experts[t, k])) for t, k in routing.dropped.nonzero().tolist()} == expected
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_by_probability_each_expert_keeps_the_requests_it_is_surest_of(top_k):
+    valid, owner = torch.arange(14) % 5 != 3, torch.arange(14) // 7
+    context = TokenContext(training=True, valid=valid, sequences=owner, num_sequences=2, num_rows=2)
+    routing = random_routing(14, 4, top_k, context=context)
+    expected = torch.zeros_like(routing.experts, dtype=torch.bool)
+    for s in range(2):
+        for e in range(4):
+            asked = [t for t in range(14) if owner[t] == s and valid[t] and e in routing.experts[t]]
+            places = max(1, math.ceil(0.5 * top_k * int((valid & (owner == s)).sum()) / 4))
+            for t in sorted(asked, key=lambda t: -routing.probs[t, e].item())[places:]:
+                expected[t] |= routing.experts[t] == e
+    assert torch.equal(over_capacity_by_score(routing, 0.5), expected) and (expected.any() or top_k == 1)
+
+
+def test_a_router_with_places_by_probability_keeps_them_and_drops_the_others():
+    router = CapacityRouter(5, 4, top_k=2, capacity_factor=0.5, capacity_order="probability").double()
+    routing = router(torch.randn(16, 5).double(), TokenContext(training=True))
+    assert torch.equal(routing.dropped, over_capacity_by_score(routing, 0.5)) and routing.dropped.any()
+    assert not routing.weights[routing.dropped].any()

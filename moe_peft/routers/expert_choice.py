@@ -1,0 +1,61 @@
+"""Expert choice: each expert takes the tokens of a sequence that score it highest, so that all are used alike.
+
+    expert e takes the c tokens of a sequence with the largest p_te,   w_te = p_te   c = ceil(capacity_factor * n / E)
+
+Zhou et al., arXiv 2202.09368. A token may have any number of experts, none included. Which tokens an expert takes
+depends on all of a sequence, later ones too, in evaluation as in training: for encoders, not for causal models.
+Padding is never taken, and documents of a packed row choose on their own. Loads are even by construction, so that no
+balance loss of selections goes with it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..types import Routing, TokenContext
+from .capacity import places, rank_by_score
+from .selector import Selector
+
+# Experts of a token in the mean, where the configuration says nothing (the paper's).
+CAPACITY_FACTOR = 2.0
+
+
+class ExpertChoice(Selector):
+    """Experts choose tokens.
+
+    Args:
+        capacity_factor: Experts of a token in the mean; None means 2.
+    """
+
+    fields = ("capacity_factor",)
+    causal = False
+    decode_stateless = False
+
+    def __init__(self, *, capacity_factor: float | None = None) -> None:
+        self.capacity_factor = CAPACITY_FACTOR if capacity_factor is None else capacity_factor
+
+    def __call__(
+        self,
+        logits_TE: torch.Tensor,
+        probs_TE: torch.Tensor,
+        context: TokenContext,
+        num_experts: int,
+        **own: torch.Tensor,
+    ) -> Routing:
+        """Let each expert take its tokens; arguments as in `Selector`.
+
+        Raises:
+            ValueError: The tokens are slices of their rows.
+        """
+        if context.part:
+            raise ValueError(
+                "router='expert_choice': the backbone runs the module in slices of the rows, and experts choose among "
+                "the tokens of whole rows. Set chunk_size_feed_forward=0 in the model's configuration (or switch "
+                "tiling off), or use another router."
+            )
+        rank_TE, lengths_S, owner_T = rank_by_score(probs_TE.detach(), context)
+        taken_TE = rank_TE <= places(lengths_S, self.capacity_factor, num_experts)[owner_T][:, None]
+        if context.valid is not None:
+            taken_TE = taken_TE & context.valid[:, None]
+        weights_TE = probs_TE.masked_fill(~taken_TE, 0.0)
+        return Routing(weights=weights_TE, experts=None, logits=logits_TE, probs=probs_TE, context=context)

@@ -52,7 +52,7 @@ class LowRankExperts(Experts):
     """
 
     fields: tuple[str, ...] = ("scaling", "lora_dropout", "init_weights", "experts_implementation")
-    options = (
+    options: tuple[Option, ...] = (
         Option(
             "shared",
             0,
@@ -62,7 +62,7 @@ class LowRankExperts(Experts):
         ),
     )
     gives = frozenset({"activations"})
-    up = ("B",)
+    up: tuple[str, ...] = ("B",)
     mergeable = True
     casts_input = True
     act: Callable[[torch.Tensor], torch.Tensor] | None = None

@@ -168,7 +168,7 @@ def _weight_of(base: nn.Module, quantization: dict[str, Any]) -> torch.Tensor:
     if backend is None:
         return cast(torch.Tensor, base.weight.data)
     base.state_dict()  # undoes the form of 4-bit weights that evaluation on some CPUs makes
-    return cast(torch.Tensor, backend.get_base_weight(base))
+    return backend.get_base_weight(base)
 
 
 def _around(name: str, layers: list[MoeLayer]) -> str:

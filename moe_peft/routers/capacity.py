@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TypeVar
+from typing import overload
 
 import torch
 from torch.nn import functional as F
@@ -236,10 +236,11 @@ def rank_by_score(scores_TE: torch.Tensor, context: TokenContext) -> tuple[torch
     return rank_TE, lengths_S, owner_T
 
 
-Lengths = TypeVar("Lengths", int, torch.Tensor)
-
-
-def places(lengths: Lengths, requests_per_token: float, num_experts: int) -> Lengths:
+@overload
+def places(lengths: torch.Tensor, requests_per_token: float, num_experts: int) -> torch.Tensor: ...
+@overload
+def places(lengths: int | torch.Tensor, requests_per_token: float, num_experts: int) -> int | torch.Tensor: ...
+def places(lengths: int | torch.Tensor, requests_per_token: float, num_experts: int) -> int | torch.Tensor:
     """C, the tokens that an expert takes of a sequence.
 
     Args:

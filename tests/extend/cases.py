@@ -27,6 +27,8 @@ NUM_EXPERTS, RANK, IN, OUT = 3, 2, 7, 5
 LENGTHS = (4, 2, 3)  # valid tokens of the rows of a context
 GROUPS = torch.tensor([0, 1, 0])
 PLACES = {"llama": {"target_modules": ["q_proj", "down_proj"]}, "olmoe": {"wraps": "block"}}
+# Kinds of experts that stand beside linear layers alone.
+OF_LINEAR = {name for name, kind in EXPERTS.items() if kind.reads_weight}
 # Kind of place that some experts ask for -> the model that has it, and the fields that name it.
 PLACED = {"ffn": ("llama", {"wraps": "block"})}
 
@@ -53,7 +55,7 @@ def on_models(turn: int):
     for choice in placed():
         params.append(pytest.param(PLACED[EXPERTS[choice[3]].placement][0], choice, id=name_of(choice)))
     for number, choice in enumerate(dict.fromkeys([*PARTS, *PAIRS])):
-        places = [place for place in PLACES if place == "llama" or not EXPERTS[choice[3]].reads_weight]
+        places = [place for place in PLACES if place == "llama" or choice[3] not in OF_LINEAR]
         for where, place in enumerate(places):
             kept = choice in PARTS and (number + turn + where) % len(places) == 0
             marks = [] if kept else [pytest.mark.slow]

@@ -30,11 +30,11 @@ class CertaintyBalance(RouterLoss):
     """
 
     options = (
-        Option("balance", 1.0, "a number from 0 to 1", _is_share, "Share of the largest entropy, of experts' use."),
+        Option("balance", 0.98, "a number from 0 to 1", _is_share, "Share of the largest entropy, of experts' use."),
         Option("certainty", 0.5, "a number from 0 to 1", _is_share, "Share of it that tokens are to fall to."),
     )
 
-    def __init__(self, *, balance: float = 1.0, certainty: float = 0.5) -> None:
+    def __init__(self, *, balance: float = 0.98, certainty: float = 0.5) -> None:
         self.balance, self.certainty = balance, certainty
 
     @classmethod

@@ -47,7 +47,7 @@ class Hybrid(PromptMean):
     gives = frozenset()  # further columns of selectors are no probabilities that could be mixed
     options = (
         Option("mu", 0.0, "a number from -100 to 100", _is_number, "Logit of the sample's share in the middle layer."),
-        Option("eps", 1.0, "a number from -100 to 100", _is_number, "How much more that logit is in the last layer."),
+        Option("eps", 2.0, "a number from -100 to 100", _is_number, "How much more that logit is in the last layer."),
     )
 
     def __init__(
@@ -56,7 +56,7 @@ class Hybrid(PromptMean):
         num_experts: int,
         *,
         mu: float = 0.0,
-        eps: float = 1.0,
+        eps: float = 2.0,
         select: Selector | None = None,
         gate: Gate | None = None,
         routed_scaling_factor: float = 1.0,

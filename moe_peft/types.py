@@ -61,8 +61,10 @@ class TokenContext:
         prompt: (T,) bool, True before the first label of a row; None where no part needs it, or without labels.
         cached: Tokens of each row that came before these ones, in the key-value cache; 0 where no part needs it.
         num_rows: B, the number of equal runs of tokens.
-        part: Number of positions of each row that these are, where a backbone runs a module in slices of the rows; 0
-            for whole rows.
+        part: Number of tokens that these are, where a backbone runs a module in slices of the rows; 0 for all.
+        assumed: Whether the mask, which has padding, is theirs only if the calls of the module are slices of the rows,
+            one after the other.
+        padding_known: Whether padding is told from tokens; False where rows have another length than their mask.
     """
 
     training: bool = False
@@ -76,6 +78,8 @@ class TokenContext:
     cached: int = 0
     num_rows: int = 1
     part: int = 0
+    assumed: bool = False
+    padding_known: bool = True
 
     def rows(self, numbers: Sequence[int]) -> TokenContext:
         """Describe the tokens of some rows of the batch, as batches that mix adapters split it.

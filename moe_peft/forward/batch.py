@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,38 +13,6 @@ from torch import nn
 from ..messages import shown
 
 IGNORED_LABEL = -100
-# Methods of encoders of sound that turn a number of samples into one of frames.
-FRAME_LENGTHS = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")
-
-
-def frame_mask_of(stack: nn.Module, mask: torch.Tensor | None) -> Callable[[int], torch.Tensor | None] | None:
-    """How a stack that reads sound makes the mask of its frames of that of the samples; None for any other.
-
-    Args:
-        stack: The stack.
-        mask: (B, samples) attention mask.
-
-    Returns:
-        Function of the number F of frames; gives (B, F) bool, or None where F is not what the stack makes of the
-        samples.
-    """
-    to_frames = next((getattr(stack, name) for name in FRAME_LENGTHS if hasattr(stack, name)), None)
-    if mask is None or to_frames is None:
-        return None
-    known = inspect.signature(to_frames).parameters
-    variants: list[dict[str, bool]] = [{"add_adapter": False}, {"add_adapter": True}]
-    variants = variants if "add_adapter" in known else [{}]
-    lengths_B = mask.long().sum(-1)
-
-    def of_frames(num_frames: int) -> torch.Tensor | None:
-        for variant in variants:
-            whole = int(to_frames(torch.tensor(mask.shape[1]), **variant))
-            if whole == num_frames:
-                frames_B = to_frames(lengths_B, **variant).to(mask.device)
-                return torch.arange(num_frames, device=mask.device) < frames_B[:, None]
-        return None
-
-    return of_frames
 
 
 def named_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

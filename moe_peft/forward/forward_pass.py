@@ -15,16 +15,17 @@ from .batch import (
     SampleGroups,
     batch_shape,
     first_mask,
-    frame_mask_of,
     further_inputs,
     groups_per_sequence,
     number_segments,
     segments_of,
     two_dimensional,
 )
+from .frames import frame_mask_of
 from .joined_losses import ForwardLosses
 from .layout import turned, turned_shape
 from .measurement import Measurement
+from .slices import Slice, is_columns, is_tile, position_in_storage
 from .thread_state import Call
 
 # What a pass knows of the tokens that its stack returns.
@@ -58,8 +59,10 @@ class ForwardPass:
         segments: (B, L) document index of each token of packed rows.
         modalities: (B, L) zero at text, where blocks are given the tokens of one modality alone.
         groups: (B,) or (S,) group per sequence, or (B, L) group per token.
-        frames: Makes the (B, F) mask of F frames of sound of a mask of samples, where the stack has such.
-        position: First position and length of the slice of the rows that ran last.
+        frames: Makes the (B, F) mask of hidden states of another length F, as of frames of sound.
+        position: The slice of the rows that ran last, where the input told which it is.
+        progress: Name of a place -> positions of the rows, or tokens, that it was given in slices which do not tell.
+        unknown: Name of a place that has read tokens of which nothing tells whether they are padding; "" for none.
         token_ids: (B, L) ids of the tokens, where a part needs them.
         prompt: (B, L) bool, True before the first label of a row, where a part needs it.
         cached: Tokens in the key-value cache before these, where a part needs it.
@@ -83,7 +86,9 @@ class ForwardPass:
     modalities: torch.Tensor | None = None
     groups: SampleGroups | None = None
     frames: Callable[[int], torch.Tensor | None] | None = None
-    position: tuple[int, int] | None = None
+    position: Slice | None = None
+    progress: dict[str, int] = field(default_factory=dict)
+    unknown: str = ""
     token_ids: torch.Tensor | None = None
     prompt: torch.Tensor | None = None
     cached: int = 0
@@ -132,45 +137,71 @@ class ForwardPass:
             setattr(self, name, getattr(stack, name))
         self.contexts = stack.contexts
 
-    def is_slice(self, leading: tuple[int, ...]) -> bool:
-        """Whether an input has some positions of every row alone."""
-        return (
-            self.shape is not None
-            and len(leading) == 2
-            and leading[0] == self.shape[0]
-            and 0 < leading[1] < self.shape[1]
-        )
-
-    def slice_tokens(self, leading: tuple[int, ...], device: torch.device, first: int | None) -> TokenContext:
-        """Describe some positions of every row.
+    def slice_of(self, x: torch.Tensor, place: str | None) -> Slice | None:
+        """Tell which of the rows' tokens an input has, where it has some of them alone; None where it has all.
 
         Args:
-            leading: (B, c).
+            x: (B, c, D) for c positions of every row, (n, D) or (1, n, D) for n tokens of all rows in order.
+            place: Name of the layer; None where it runs again.
+
+        Returns:
+            Of a view of the hidden states, where it lies in them; of another tensor, the slice before, whose output it
+            is, or what follows the slices that the layer has had.
+        """
+        leading, shape = tuple(x.shape[:-1]), self.shape
+        if shape is None or not (is_columns(leading, shape) or is_tile(leading, shape)):
+            return None
+        flat = not is_columns(leading, shape)
+        start = position_in_storage(x, shape, flat=flat)
+        if start is not None:
+            self.position = Slice(leading, start, flat)
+            return self.position
+        if self.position is not None and self.position.leading == leading:
+            return self.position
+        if not flat and self.frames is not None and self.frames(leading[1]) is not None:
+            return None
+        pooled = leading == shape[:1] and not self.progress.get(place or "")
+        if flat and (pooled or self._of_one_modality(leading) is not None):
+            return None
+        if place is None or self.attention_mask is None or torch.compiler.is_compiling():
+            return None if flat else Slice(leading, None)
+        return self._next_slice(leading, flat, place)
+
+    def _next_slice(self, leading: tuple[int, ...], flat: bool, place: str) -> Slice | None:
+        """The slice that follows those which a layer has had."""
+        assert self.shape is not None and self.attention_mask is not None
+        whole = self.shape[0] * self.shape[1] if flat else self.shape[1]
+        start = self.progress.get(place, 0)
+        self.progress[place] = (start + leading[-1]) % whole
+        if start + leading[-1] > whole or not self.training:
+            return None if flat else Slice(leading, None)
+        return Slice(leading, start, flat, assumed=not bool(self.attention_mask.all()))
+
+    def slice_tokens(self, part: Slice, device: torch.device) -> TokenContext:
+        """Describe some tokens of the rows.
+
+        Args:
+            part: Which they are.
             device: Device of the input.
-            first: The first position; None where the input does not tell, which then is that of the slice before,
-                whose output it is, or unknown.
         """
         shape = self.shape
         assert shape is not None
-        if first is not None:
-            self.position = (first, leading[1])
-        if self.position is None or self.position[1] != leading[1]:
-            return replace(self.tokens(leading, device), part=leading[1])
-        key = ("slice", self.position, device)
+        size = torch.Size(part.leading).numel()
+        if part.start is None:
+            return replace(self.tokens(part.leading, device), part=size)
+        key = ("slice", part, device)
         known = self._known(key)
         if known is None:
-            whole, (start, size) = self.tokens(shape, device), self.position
-
-            def cut(tensor: torch.Tensor | None) -> torch.Tensor | None:
-                return None if tensor is None else tensor.view(shape)[:, start : start + size].reshape(-1)
-
+            whole = self.tokens(shape, device)
             known = replace(
                 whole,
-                valid=cut(whole.valid),
-                sequences=cut(whole.sequences),
-                token_ids=cut(whole.token_ids),
-                prompt=cut(whole.prompt),
+                valid=part.cut(whole.valid, shape),
+                sequences=part.cut(whole.sequences, shape),
+                token_ids=part.cut(whole.token_ids, shape),
+                prompt=part.cut(whole.prompt, shape),
+                num_rows=1 if part.flat else whole.num_rows,
                 part=size,
+                assumed=part.assumed,
             )
             self.contexts.append((key, known))
         return known
@@ -206,9 +237,17 @@ class ForwardPass:
         """Describe tokens whose rows come one after the other, or whose positions do."""
         mask = self.encoder_attention_mask if from_encoder else None
         shape = self.shape if mask is None else (mask.shape[0], mask.shape[1])
-        if shape is None or not turned_shape(leading, shape, self.module):
+        if shape is not None and not from_encoder and self._turned_frames(leading, shape):
+            shape = (leading[1], leading[0])
+        elif shape is None or not turned_shape(leading, shape, self.module):
             return self._describe(leading, device, from_encoder)
         return turned(self._describe(shape, device, from_encoder), shape)
+
+    def _turned_frames(self, leading: tuple[int, ...], shape: tuple[int, int]) -> bool:
+        """Whether an input of another length than the rows has positions first."""
+        if len(leading) != 2 or leading[0] in shape or leading[1] != shape[0] or self.frames is None:
+            return False
+        return self.frames(leading[0]) is not None
 
     def _describe(self, leading: tuple[int, ...], device: torch.device, from_encoder: bool) -> TokenContext:
         mask = self.encoder_attention_mask if from_encoder else self.attention_mask
@@ -230,7 +269,7 @@ class ForwardPass:
                 prompt=prompt_T,
                 num_rows=1,
             )
-        valid_T = None
+        valid_T, padding_known = None, True
         # A longer mask is that of cached tokens; but other rows, as a vision tower's patches, have no mask at all.
         cached = mask is not None and rows == self.shape and mask.shape[0] == rows[0] and mask.shape[1] > rows[1]
         if mask is not None and len(rows) == 2 and (cached or tuple(mask.shape) == tuple(rows)):
@@ -238,6 +277,7 @@ class ForwardPass:
         elif mask is not None and len(rows) == 2 and rows[0] == mask.shape[0] and self.frames is not None:
             frames_BF = self.frames(rows[1])
             valid_T = None if frames_BF is None else frames_BF.reshape(-1).to(device)
+            padding_known = frames_BF is not None or not self._has_padding(rows)
         if self.segments is not None and not from_encoder and tuple(self.segments.shape) == rows:
             sequences_T, num_sequences = number_segments(self.segments.to(device))
         elif len(rows) >= 2:
@@ -260,7 +300,15 @@ class ForwardPass:
             token_ids=self._own(self.token_ids, rows, device, from_encoder),
             prompt=self._own(self.prompt, rows, device, from_encoder),
             cached=self.cached,
+            padding_known=padding_known,
         )
+
+    def _has_padding(self, rows: tuple[int, ...]) -> bool:
+        """Whether rows of another length than their mask may have padding, in a training pass."""
+        mask, shape = self.attention_mask, self.shape
+        if not self.training or mask is None or shape is None or torch.compiler.is_compiling():
+            return False
+        return rows[1] > shape[1] > 1 and tuple(mask.shape) == shape and not bool(mask.all())
 
     def _own(
         self, values_BL: torch.Tensor | None, rows: tuple[int, ...], device: torch.device, from_encoder: bool

@@ -35,7 +35,9 @@ class LayerLosses:
         joined: Name -> (N,) sums of everything the scope covers.
         count: m, the number of sums that were joined.
         gradients: Name -> (N,) derivative of coefficient * loss in its own sums; empty until the stack's forward ends.
-        part: Positions of each row that were measured, where they are a slice; else 0.
+        part: Tokens that were measured, where they are a slice of the rows; else 0.
+        assumed: See `TokenContext.assumed`.
+        flat: Whether a slice is of the flattened rows.
     """
 
     losses: Mapping[str, RouterLoss]
@@ -46,6 +48,8 @@ class LayerLosses:
     count: int = 1
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     part: int = 0
+    assumed: bool = False
+    flat: bool = False
 
 
 @dataclass

@@ -88,11 +88,20 @@ class RouterObjective:
                 "transforms (grad, vmap, jvp) do not run. Use loss.backward() or torch.autograd.grad, evaluate the "
                 "model (model.eval()), or set the coefficients of the router losses to 0."
             )
-        layer = LayerLosses(self.losses, dict(self.coefficients), self.scope, part=routing.context.part)
+        context = routing.context
+        if not context.padding_known:
+            raise ValueError(
+                f"{place}: its rows have another length than the attention mask, so that router losses would count "
+                "the padding. Leave the place out of target_modules, give batches without padding (no attention_mask, "
+                "or one of ones), or set the coefficients of the router losses to 0."
+            )
+        layer = LayerLosses(
+            self.losses, dict(self.coefficients), self.scope, part=context.part, assumed=context.assumed
+        )
         call = Measurement(layer, routing, tied=compiling)
         measured = tracker.enter(place, adapter, call)
         others = (routing.probs, routing.logits, *routing.extras.values())
-        scale = routing.context.loss_scale or LossScale()
+        scale = context.loss_scale or LossScale()
         # A training pass without gradients is the first one of reentrant checkpointing; the recomputation attaches.
         differentiable = routing.weights.requires_grad or any(own.requires_grad for own in others)
         scale.attached += int(differentiable or not torch.is_grad_enabled())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,7 +32,7 @@ def finish_pass(forward_pass: ForwardPass, window: WindowSums | None, output: An
     Raises:
         ValueError: A loss of slices has no meaning for the whole, or lacks something of the batch.
     """
-    _keep_weights(forward_pass)
+    _prepare(forward_pass)
     calls = _calls(forward_pass)
     compiled = [call for call in calls if call.tied]
     decisions = [tensors_of(call.routing) for call in compiled if call.routing is not None]
@@ -63,7 +64,7 @@ def finish_together(
     with own_graph():
         stacks = []
         for forward_pass in passes:
-            _keep_weights(forward_pass)
+            _prepare(forward_pass)
             stacks += measure(_calls(forward_pass))
         processes = None if shared is None else partial(_join_shared, shared, window, device)
         join(passes, window, processes=processes)
@@ -102,12 +103,29 @@ def _calls(forward_pass: ForwardPass) -> list[Measurement]:
     return [call for made in forward_pass.layers.values() for call in made]
 
 
-def _keep_weights(forward_pass: ForwardPass) -> None:
-    """Keep what tells the calls of one module in a pass apart."""
-    for made in forward_pass.layers.values():
+def _prepare(forward_pass: ForwardPass) -> None:
+    """Keep what tells the calls of one module in a pass apart, and drop masks that turn out not to be theirs."""
+    for (place, _), made in forward_pass.layers.items():
         for call in made if len(made) > 1 else ():
             assert call.routing is not None
             call.weights = call.routing.weights.detach()
+        if any(call.losses.assumed for call in made):
+            _drop_assumed(forward_pass, made, place)
+
+
+def _drop_assumed(forward_pass: ForwardPass, made: Sequence[Measurement], place: str) -> None:
+    """Take the mask from tokens, as those that an expert of the backbone is sent, that were no slices of the rows."""
+    assert forward_pass.shape is not None
+    for call in made:
+        assert call.routing is not None
+        call.losses.flat = call.routing.context.num_rows == 1
+    groups = join_slices([call.losses for call in made], forward_pass.shape[0] * forward_pass.shape[1], place)
+    alone = [group[0] for group in groups if len(group) == 1 and group[0].assumed]
+    for call in made:
+        if call.routing is not None and any(call.losses is own for own in alone):
+            context = replace(call.routing.context, valid=None, sequences=None, num_sequences=1, groups=None)
+            call.routing = replace(call.routing, context=context)
+            call.losses.assumed, forward_pass.unknown = False, place
 
 
 def join(
@@ -130,10 +148,10 @@ def join(
     sliced: list[tuple[ForwardPass, list[tuple[LayerLosses, list[LayerLosses]]]]] = []
     for forward_pass in passes:
         slices: list[tuple[LayerLosses, list[LayerLosses]]] = []
-        length = 0 if forward_pass.shape is None else forward_pass.shape[1]
+        tokens = 0 if forward_pass.shape is None else forward_pass.shape[0] * forward_pass.shape[1]
         for key, made in forward_pass.layers.items():
             own = [call.losses for call in made]
-            groups = join_slices(own, length, key[0]) if any(one.part for one in own) else [[one] for one in own]
+            groups = join_slices(own, tokens, key[0]) if any(one.part for one in own) else [[one] for one in own]
             for group in groups:
                 number = numbers[key] = numbers.get(key, -1) + 1
                 whole = whole_of[(*key, number)] = group[0] if len(group) == 1 else as_one(group)

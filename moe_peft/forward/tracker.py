@@ -29,7 +29,6 @@ from .measurement import Measurement
 from .pass_losses import finish_compiled, finish_pass, finish_together, repeated_call
 from .recomputation import NO_TASK, in_backward
 from .shared_sums import SharedSums
-from .slices import position_in_storage
 from .thread_state import Observer, RowNames
 from .tied_output import tensors_in
 
@@ -58,6 +57,11 @@ NO_WINDOW = (
     "tells. Without it the balance is measured as with 'global_batch'."
 )
 
+
+UNKNOWN = (
+    "{} reads some tokens of the batch alone, as an expert of the backbone does, and which ones is not known: its "
+    "router losses count padding as well. Give batches without padding, or leave it out of target_modules."
+)
 
 TRANSIENT = frozenset(
     ("in_reverse", "_thread", "_latest", "_reached", "_busy", "counted", "shared", "_last_parameter", "_watched")
@@ -132,13 +136,16 @@ class ForwardTracker(CallKeeper):
             entry.remove()
         model.__dict__.pop(TRACKER_ATTRIBUTE, None)
 
-    def tokens(self, x: torch.Tensor, rows: Rows = "tokens", in_training: bool = False) -> TokenContext:
+    def tokens(
+        self, x: torch.Tensor, rows: Rows = "tokens", in_training: bool = False, place: str | None = None
+    ) -> TokenContext:
         """Describe the tokens of a layer's input.
 
         Args:
             x: (..., D) input.
             rows: What the rows of x are.
             in_training: Whether the layer is in train mode, which outside a forward of the model is worth a warning.
+            place: Name of the layer; None for one that has asked about this input before.
         """
         thread = self._thread
         innermost = thread.calls[-1] if thread.calls else None
@@ -152,9 +159,10 @@ class ForwardTracker(CallKeeper):
         if forward_pass is None or not (forward_pass.training or self._thread.observers or self.needs):
             return INFERENCE
         leading = tuple(x.shape[:-1])
-        if rows == "tokens" and leading != forward_pass.shape and forward_pass.is_slice(leading):
-            assert forward_pass.shape is not None
-            return forward_pass.slice_tokens(leading, x.device, position_in_storage(x, forward_pass.shape))
+        if rows == "tokens" and leading != forward_pass.shape:
+            part = forward_pass.slice_of(x, None if recomputing else place)
+            if part is not None:
+                return forward_pass.slice_tokens(part, x.device)
         forward_pass.position = None
         return forward_pass.tokens(leading, x.device, rows)
 
@@ -302,7 +310,9 @@ class ForwardTracker(CallKeeper):
     @torch.compiler.disable
     def _finish(self, forward_pass: ForwardPass, output: Any) -> Any:
         self._warn_window([forward_pass])
-        return finish_pass(forward_pass, self.window, output)
+        output = finish_pass(forward_pass, self.window, output)
+        self._warn_unknown([forward_pass])
+        return output
 
     @torch.compiler.disable
     def finish_together(self, entry: ModuleEntry, passes: Sequence[ForwardPass], output: Any) -> None:
@@ -312,8 +322,15 @@ class ForwardTracker(CallKeeper):
         places = {} if shared.settled else self.joined_places(entry.module, self)
         device = next((tensor.device for tensor in tensors_in(output)), torch.device("cpu"))
         finish_together(passes, self.window, shared if shared.order or places else None, device)
+        self._warn_unknown(passes)
         if entry.is_model and not shared.settled:
             shared.settle(places)
+
+    def _warn_unknown(self, passes: Sequence[ForwardPass]) -> None:
+        for forward_pass in passes:
+            if forward_pass.unknown and "unknown" not in self._warned:
+                self._warned.add("unknown")
+                warn(UNKNOWN.format(shown(forward_pass.unknown)))
 
     def _warn_window(self, passes: Sequence[ForwardPass]) -> None:
         scopes = [call.losses.scope for one in passes for made in one.layers.values() for call in made]

@@ -44,7 +44,7 @@ class RoutedBlock(RoutedLayer):
         own_x = x.clone() if self.jitters and self.training else x
         result = self.base_layer(*args, **kwargs)
         out = result[0] if isinstance(result, tuple) else result
-        context = self.tracker.tokens(own_x, self.rows, self.training)
+        context = self.tracker.tokens(own_x, self.rows, self.training, self.place)
         if adapter_names is None:
             for name in names:
                 out = self._add_adapter(name, own_x, out, context, args, kwargs)

@@ -59,7 +59,7 @@ class RoutedFfn(RoutedBlock):
         x = first_floating(args, kwargs)
         u, t = self.ffn.read(base, x)
         v = self.ffn.activate(base, u) * t
-        context = self.tracker.tokens(x, self.rows, self.training)
+        context = self.tracker.tokens(x, self.rows, self.training, self.place)
         changed, additions = v, []
         for name in names:
             rows = None if adapter_names is None else [row for row, own in enumerate(adapter_names) if own == name]

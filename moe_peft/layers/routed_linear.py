@@ -19,7 +19,7 @@ class RoutedLinear(LinearLayer):
 
     def with_adapters(self, names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Add the routed sum of every adapter; see `LinearLayer.with_adapters`."""
-        context = self.tracker.tokens(x, self.rows, self.training)
+        context = self.tracker.tokens(x, self.rows, self.training, self.place)
         x_TD = x.reshape(-1, x.shape[-1])
         base_layer = self.base_layer
         out_TO = base_layer(x_TD, *args, **kwargs)

@@ -30,7 +30,7 @@ class ScaledLinear(LinearLayer):
 
         Scales of several adapters multiply; each router reads what is scaled as it is without any adapter.
         """
-        context = self.tracker.tokens(x, self.rows, self.training)
+        context = self.tracker.tokens(x, self.rows, self.training, self.place)
         at_input: list[str] = []
         at_output: list[str] = []
         for name in names:

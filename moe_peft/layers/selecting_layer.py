@@ -71,6 +71,6 @@ class SelectingLayer(RoutedLayer):
         """
         if not self.tracker.watched():
             return
-        context = self.tracker.tokens(call.hidden, self.rows, self.training)
+        context = self.tracker.tokens(call.hidden, self.rows, self.training, self.place)
         for name in names:
             self.note(name, backbone_routing(call.index, call.weights, self.num_backbone_experts, context))

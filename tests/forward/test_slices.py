@@ -16,6 +16,8 @@ SHARED = {"num_experts": 4, "r": 2, "init_weights": False, "lora_dropout": 0.0}
 PLACES = {
     "all": ["intermediate.dense", "output.dense"],
     "first": ["intermediate.dense"],
+    # What it reads is no view of the rows.
+    "second": ["output.dense"],
 }
 
 
@@ -79,6 +81,79 @@ class Tiled(nn.Module):
 
     def forward(self, inputs_embeds, attention_mask=None):
         return torch.cat([self.down(self.up(part).relu()) for part in inputs_embeds.split(self.sizes, dim=1)], dim=1)
+
+
+def test_a_part_of_the_rows_that_is_not_known_is_refused_where_there_is_padding():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down = nn.Linear(6, 6)
+
+        def forward(self, inputs_embeds, attention_mask=None):
+            return self.down(inputs_embeds.unflatten(1, (-1, 2)).mean(2))
+
+    model = get_peft_model(Pooled(), RoutedConfig(target_modules=["down"], router_aux_loss_coef=1.0, **SHARED)).train()
+    x, mask = torch.randn(2, 8, 6), torch.ones(2, 8)
+    model(inputs_embeds=x, attention_mask=mask)
+    mask[1, 5:] = 0
+    with pytest.raises(ValueError, match="down has read 8 tokens alone, and which ones of the rows is not known"):
+        model(inputs_embeds=x, attention_mask=mask)
+    model.eval()(inputs_embeds=x, attention_mask=mask)
+
+
+class Tiles(nn.Module):
+    """An MLP that is run for tiles of flattened rows, the first pass of which has no gradient."""
+
+    def __init__(self, size, recomputes):
+        super().__init__()
+        self.up, self.down, self.size, self.recomputes = nn.Linear(6, 8), nn.Linear(8, 6), size, recomputes
+
+    def mlp(self, x):
+        return self.down(self.up(x).relu())
+
+    def forward(self, inputs_embeds, attention_mask=None):
+        rows = (inputs_embeds + 0).view(-1, 6)
+        if self.recomputes:
+            return _Recomputed.apply(rows.requires_grad_(), self).view_as(inputs_embeds)
+        return torch.cat([self.mlp(tile) for tile in rows.split(self.size)]).view_as(inputs_embeds)
+
+
+class _Recomputed(torch.autograd.Function):
+    """Runs tiles without gradient, and again with gradient when the backward pass has come."""
+
+    @staticmethod
+    def forward(ctx, rows, module):
+        ctx.module = module
+        ctx.save_for_backward(rows)
+        with torch.no_grad():
+            return torch.cat([module.mlp(tile) for tile in rows.split(module.size)])
+
+    @staticmethod
+    def backward(ctx, grad):
+        (rows,) = ctx.saved_tensors
+        leaf = rows.detach().requires_grad_()
+        with torch.enable_grad():
+            for tile, own in zip(leaf.split(ctx.module.size), grad.split(ctx.module.size), strict=True):
+                torch.autograd.backward(ctx.module.mlp(tile), own)
+        return leaf.grad, None
+
+
+@pytest.mark.parametrize("targets", [["up", "down"], ["down"]])
+def test_tiles_of_flattened_rows_count_as_the_rows(targets):
+    found = []
+    for size, recomputes in ((14, False), (4, False), (7, True), (4, True)):
+        torch.manual_seed(1)
+        config = RoutedConfig(target_modules=targets, router_aux_loss_coef=1.0, losses={"z_loss": 0.5}, **SHARED)
+        model = get_peft_model(Tiles(size, recomputes), config).double().train()
+        torch.manual_seed(2)
+        mask = torch.tensor([[1] * 7, [1] * 3 + [0] * 4])
+        out = model(inputs_embeds=torch.randn(2, 7, 6).double(), attention_mask=mask)
+        value = router_loss(model).detach()
+        out.square().sum().backward()
+        found.append((value, [p.grad for p in model.parameters() if p.grad is not None]))
+    for value, gradients in found[1:]:
+        torch.testing.assert_close(value, found[0][0])
+        torch.testing.assert_close(gradients, found[0][1])
 
 
 def test_slices_of_any_length_join():

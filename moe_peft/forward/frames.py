@@ -1,0 +1,99 @@
+"""The padding of stacks whose hidden states have another length than their mask: frames, windows, pooled positions.
+
+Encoders of sound make frames of samples, sparse attention pads rows to whole windows, and some stacks pool positions
+on the way. What their mask becomes there is what the stack itself makes of it, found by the method that does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+
+# Methods that turn a number of samples into one of frames.
+FRAME_LENGTHS = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")
+# Methods that pad the end of the rows, to whole windows or blocks.
+PADDERS = ("_pad_to_window_size", "_pad_to_block_size", "_pad_to_mult_of_chunk_length")
+
+
+def frame_mask_of(stack: nn.Module, mask: torch.Tensor | None) -> Callable[[int], torch.Tensor | None] | None:
+    """How a stack makes the mask of hidden states of another length; None without a mask.
+
+    Args:
+        stack: The stack.
+        mask: (B, L) attention mask.
+
+    Returns:
+        Function of the length F of hidden states; gives (B, F) bool, or None where the stack makes no such length.
+    """
+    if mask is None:
+        return None
+    known: dict[int, torch.Tensor | None] = {}
+
+    def of_frames(num_frames: int) -> torch.Tensor | None:
+        if num_frames not in known:
+            known[num_frames] = _made(stack, mask, num_frames)
+        return known[num_frames]
+
+    return of_frames
+
+
+def _made(stack: nn.Module, mask: torch.Tensor, num_frames: int) -> torch.Tensor | None:
+    if num_frames > mask.shape[1] and _owner(stack, PADDERS) is not None:
+        return nn.functional.pad(mask, (0, num_frames - mask.shape[1])).bool()
+    for kind in (_sampled, _pooled, _downsampled, _latent):
+        found = next((made for made in kind(stack, mask) if made.shape[1] == num_frames), None)
+        if found is not None:
+            return found.bool()
+    return None
+
+
+def _owner(stack: nn.Module, names: tuple[str, ...]) -> tuple[nn.Module, str] | None:
+    """The first module of a stack that has one of some attributes, and its name."""
+    return next(((module, name) for module in stack.modules() for name in names if hasattr(module, name)), None)
+
+
+def _sampled(stack: nn.Module, mask: torch.Tensor) -> Iterator[torch.Tensor]:
+    found = _owner(stack, FRAME_LENGTHS)
+    if found is None:
+        return
+    to_frames: Any = getattr(*found)
+    known = signature(to_frames).parameters
+    variants = [{"add_adapter": False}, {"add_adapter": True}] if "add_adapter" in known else [{}]
+    lengths_B = mask.long().sum(-1)
+    for variant in variants:
+        num_frames = int(to_frames(torch.tensor(mask.shape[1]), **variant))
+        frames_B = to_frames(lengths_B, **variant).to(mask.device)
+        frames_BF = torch.arange(num_frames, device=mask.device) < frames_B[:, None]
+        yield frames_BF
+        squeeze = getattr(getattr(stack, "config", None), "squeeze_factor", 1)
+        if squeeze > 1:
+            yield nn.functional.max_pool1d(frames_BF.float(), squeeze, squeeze)
+
+
+def _pooled(stack: nn.Module, mask: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Funnel pools its mask with the minimum, again and again."""
+    found = _owner(stack, ("attention_structure",))
+    pool: Any = getattr(getattr(*found), "pool_tensor", None) if found is not None else None
+    pooled = mask.float()
+    while pool is not None and pooled.shape[1] > 2:
+        pooled = pool(pooled, mode="min")
+        yield pooled
+
+
+def _downsampled(stack: nn.Module, mask: torch.Tensor) -> Iterator[torch.Tensor]:
+    """CANINE makes molecules of characters."""
+    found = _owner(stack, ("_downsample_attention_mask",))
+    if found is not None:
+        module: Any = found[0]
+        yield module._downsample_attention_mask(mask, downsampling_rate=module.config.downsampling_rate)
+
+
+def _latent(stack: nn.Module, mask: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Perceiver's latents are no positions of the rows; all of them count."""
+    num_latents = getattr(getattr(stack, "config", None), "num_latents", None)
+    if isinstance(num_latents, int):
+        yield mask.new_ones(mask.shape[0], num_latents)

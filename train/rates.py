@@ -11,6 +11,8 @@ from typing import Any
 from baselines import Baseline
 
 from moe_peft.config.config import MoeConfig
+from moe_peft.config.fields import MixtureConfig
+from moe_peft.methods.scale import pace_alpha
 
 # Rate of a kind of training over that of supervised fine-tuning. Preferences and rewards are pursued more carefully,
 # as their losses can be lowered without end.
@@ -31,9 +33,31 @@ def choose_rate(training_args: Any, moe_args: Any, config: MoeConfig | Baseline,
     """
     given = getattr(moe_args, "given", None)
     if given is None or "learning_rate" in given:
-        return f"learning rate: {training_args.learning_rate:g}"
+        return f"learning rate: {training_args.learning_rate:g}{scale_of(config)}"
     training_args.learning_rate = default_rate(config, script)
-    return f"learning rate: {training_args.learning_rate:g}, the default of {config.method} for {script}"
+    rate = f"learning rate: {training_args.learning_rate:g}, the default of {config.method} for {script}"
+    return rate + scale_of(config)
+
+
+def scale_of(config: MoeConfig | Baseline) -> str:
+    """What to say of a mixture's scale beside the rate: how far it is from that which learns at LoRA's pace.
+
+    Args:
+        config: The adapter's configuration.
+
+    Returns:
+        A further line; nothing where the scale is that one, or where there is none.
+    """
+    if not isinstance(config, MixtureConfig) or "scaling" not in config.kind.fields:
+        return ""
+    alpha = pace_alpha(config)
+    factor = config.lora_alpha / alpha
+    if 0.8 <= factor <= 1.25:
+        return ""
+    return (
+        f"\nlora_alpha: {config.lora_alpha:g}, {factor:.2g} of the {alpha:g} at which this mixture learns at the pace "
+        "of LoRA with lora_alpha = 2 r (--moe_lora_alpha)"
+    )
 
 
 def default_rate(config: MoeConfig | Baseline, script: str) -> float:

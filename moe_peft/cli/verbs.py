@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str | None, str]] = {
     "upcycle": ("compose", None, "make several experts of one LoRA, to train them further"),
     "distil": ("distil", None, "make one LoRA that comes near a routed adapter, and say how near"),
     "report": ("report", None, "write a page on what an adapter's routers decide about texts"),
+    "compare": ("compare", None, "train several methods at equal size on the same data, and compare them"),
     "run": ("run", None, "run a module or script of any tool with our adapter types registered"),
 }
 

@@ -35,7 +35,8 @@ class LoraMoeConfig(LocalizedBalancingConfig, MixtureConfig):
     """Configuration of LoRAMoE; defaults are the paper's.
 
     The paper's constraint needs `expert_groups` and a batch column with the group of each sample; without groups the
-    same loss balances all experts evenly.
+    same loss balances all experts evenly, and experts of equal weight do what one LoRA of rank `num_experts * r`
+    does: without groups the loss works against what a router could learn.
     """
 
     method: ClassVar[str] = "LoRAMoE"

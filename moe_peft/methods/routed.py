@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Literal
 from ..config.absent import accepts_absent
 from ..config.config import BACKBONE
 from ..config.field_types import fits
-from ..config.fields import RoutedMoeConfig
 from ..config.meaning import NOT_MEANING
 from ..config.outside import YOUR_OWN
 from ..config.parts import RoutedParts
@@ -34,13 +33,14 @@ from ..tuner.tuner import RoutedTuner
 from ..types import RouterLoss
 from .build import build_parts
 from .localized import LocalizedBalancingConfig
+from .scale import WITHOUT_SCALE, PacedConfig
 
 PEFT_TYPE = extend_peft_type("ROUTED")
 
 
 @accepts_absent
 @dataclass
-class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
+class RoutedConfig(LocalizedBalancingConfig, PacedConfig):
     """Configuration of the general routed adapter."""
 
     method: ClassVar[str] = "Routed experts"
@@ -108,6 +108,7 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
         self.peft_type = PEFT_TYPE
 
     def _fill_in(self) -> None:
+        super()._fill_in()
         names = (SCORERS, self.scorer), (GATES, self.gate)
         known = self.router in router_names() and all(name in registry for registry, name in names)
         if self.top_k is None and known and "top_k" in self.router_fields():
@@ -142,8 +143,9 @@ class RoutedConfig(LocalizedBalancingConfig, RoutedMoeConfig):
         if "activation" not in self.kind.fields:
             self._check_left_alone("activation", f"the kind {shown(self.experts)} has none")
         if "scaling" not in self.kind.fields:
-            for name in ("lora_alpha", "use_rslora"):
-                self._check_left_alone(name, f"the kind {shown(self.experts)} has no scale")
+            hint = f"left at None: the kind {shown(self.experts)} has no scale"
+            self._check(self.lora_alpha == WITHOUT_SCALE, "lora_alpha", hint)
+            self._check_left_alone("use_rslora", f"the kind {shown(self.experts)} has no scale")
         self._check(
             self.expert_groups is None or "localized_balancing" in (self.losses or {}),
             "expert_groups",

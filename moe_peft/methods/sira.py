@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from ..config.absent import accepts_absent
-from ..config.fields import RoutedMoeConfig
 from ..config.parts import RoutedParts
 from ..forward.objective import Loss
 from ..losses import gshard_load_balancing, z_loss
@@ -22,13 +21,14 @@ from ..place import Place
 from ..tuner.registration import extend_peft_type, register
 from ..tuner.tuner import RoutedTuner
 from .build import build_parts
+from .scale import PacedConfig
 
 PEFT_TYPE = extend_peft_type("SIRA")
 
 
 @accepts_absent
 @dataclass
-class SiraConfig(RoutedMoeConfig):
+class SiraConfig(PacedConfig):
     """Configuration of SiRA. There is no public code to check against; the defaults are ours, in the paper's range."""
 
     method: ClassVar[str] = "SiRA"
@@ -43,7 +43,6 @@ class SiraConfig(RoutedMoeConfig):
     }
 
     r: int = field(default=4, metadata={"help": "Rank of one expert."})
-    lora_alpha: float = field(default=8, metadata={"help": "The routed sum is times lora_alpha / r."})
     num_experts: int = field(default=16, metadata={"help": "Experts at each layer."})
     top_k: int | None = field(default=4, metadata={"help": "Experts a token uses."})
     router: str = field(default="capacity", metadata={"help": "Name of the router; SiRA's is capacity."})

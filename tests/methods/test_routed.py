@@ -161,7 +161,7 @@ def test_around_a_block_it_is_perft(router):
         ({"activation": "relu"}, "activation='relu' must be left at 'silu': the kind 'low_rank' has none"),
         (
             {"experts": "bottleneck", "lora_alpha": 64},
-            "lora_alpha=64 must be left at 8: the kind 'bottleneck' has no sc",
+            "lora_alpha=64 must be left at None: the kind 'bottleneck' has no sc",
         ),
         (
             {"experts": "bottleneck", "use_rslora": True},

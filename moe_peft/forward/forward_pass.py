@@ -206,42 +206,57 @@ class ForwardPass:
             self.contexts.append((key, known))
         return known
 
-    def tokens(self, leading: tuple[int, ...], device: torch.device, rows: Rows = "tokens") -> TokenContext:
+    def tokens(
+        self, leading: tuple[int, ...], device: torch.device, rows: Rows = "tokens", turned_rows: bool | None = None
+    ) -> TokenContext:
         """Describe the tokens of an input with the given leading shape.
 
         Args:
             leading: Shape of the input without its last dimension: (B, L), (T,) for flattened rows, or any other.
             device: Device of the input.
             rows: What the rows of the input are. Those of images and sound are all valid and belong to no sample.
+            turned_rows: Whether the input has positions first; None asks `positions_first`.
 
         Returns:
             The context of the T = prod(leading) tokens, cached for the pass.
         """
-        key = (leading, device, rows)
+        key = (leading, device, rows, turned_rows)
         known = self._known(key)
         if known is None:
+            turned_here = self.positions_first(leading, rows) if turned_rows is None else turned_rows
             if rows == "media":
                 known = self._describe_media(leading, device)
+            elif turned_here:
+                shape = (leading[1], leading[0])
+                known = turned(self._describe(shape, device, rows == "encoder_states"), shape)
             else:
-                known = self._describe_in_order(leading, device, rows == "encoder_states")
+                known = self._describe(leading, device, rows == "encoder_states")
             self.contexts.append((key, known))
         return known
+
+    def positions_first(self, leading: tuple[int, ...], rows: Rows, turns: bool = False) -> bool:
+        """Whether an input has positions first and rows of the batch second.
+
+        Args:
+            leading: Shape of the input without its last dimension.
+            rows: What the rows of the input are.
+            turns: Whether the module around the layer turns around what it is given.
+        """
+        if rows == "media" or self.shape is None or len(leading) != 2:
+            return False
+        batch, shape = self.shape[0], self.shape
+        if turns and leading[1] == batch:
+            return True
+        if rows == "encoder_states":
+            mask = self.encoder_attention_mask
+            shape = (batch, leading[0]) if mask is None else (mask.shape[0], mask.shape[1])
+        return turned_shape(leading, shape, self.module) or self._turned_frames(leading, shape)
 
     def _known(self, key: tuple) -> TokenContext | None:
         for own, context in self.contexts:
             if own == key:
                 return context
         return None
-
-    def _describe_in_order(self, leading: tuple[int, ...], device: torch.device, from_encoder: bool) -> TokenContext:
-        """Describe tokens whose rows come one after the other, or whose positions do."""
-        mask = self.encoder_attention_mask if from_encoder else None
-        shape = self.shape if mask is None else (mask.shape[0], mask.shape[1])
-        if shape is not None and not from_encoder and self._turned_frames(leading, shape):
-            shape = (leading[1], leading[0])
-        elif shape is None or not turned_shape(leading, shape, self.module):
-            return self._describe(leading, device, from_encoder)
-        return turned(self._describe(shape, device, from_encoder), shape)
 
     def _turned_frames(self, leading: tuple[int, ...], shape: tuple[int, int]) -> bool:
         """Whether an input of another length than the rows has positions first."""

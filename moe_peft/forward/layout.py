@@ -34,6 +34,23 @@ def turned_shape(leading: tuple[int, ...], shape: tuple[int, ...] | None, stack:
     return leading != shape or (stack is not None and bool(_turns(cls)))
 
 
+def turns_before(cls: Any, child: str) -> bool:
+    """Whether a module turns what it is given around before it calls one of its children, as Longformer's attention.
+
+    Args:
+        cls: Class of the module.
+        child: Name of the child.
+    """
+    try:
+        source = inspect.getsource(inspect.unwrap(cls.forward))
+        given = next(name for name in inspect.signature(cls.forward).parameters if name != "self")
+    except (AttributeError, OSError, TypeError, StopIteration):
+        return False
+    match = TURNS.search(source)
+    call = source.find(f"self.{child}(")
+    return match is not None and match.group(1) == given and match.start() < call
+
+
 @torch.compiler.assume_constant_result
 def _turns(cls: Any) -> bool:
     """Whether the forward of a class turns its input around."""

@@ -82,6 +82,7 @@ class ForwardTracker(CallKeeper):
         training_observers: Called with (place, adapter, routing) for every routing of a training pass of any thread.
         adapters: Names of the model's routed adapters in the order in which they came, the keys of a dict.
         shared: Joins the router losses of several processes.
+        turning: Names of the places whose parent turns its input around, so that positions come first.
 
     Args:
         joined_places: Tells the places that a call of a module may reach.
@@ -90,6 +91,7 @@ class ForwardTracker(CallKeeper):
     def __init__(self, joined_places: JoinedPlaces) -> None:
         super().__init__()
         self.joined_places = joined_places
+        self.turning: set[str] = set()
         self.adapters: dict[str, None] = {}
         self.window: WindowSums | None = None
         self.managed = False
@@ -137,7 +139,12 @@ class ForwardTracker(CallKeeper):
         model.__dict__.pop(TRACKER_ATTRIBUTE, None)
 
     def tokens(
-        self, x: torch.Tensor, rows: Rows = "tokens", in_training: bool = False, place: str | None = None
+        self,
+        x: torch.Tensor,
+        rows: Rows = "tokens",
+        in_training: bool = False,
+        place: str | None = None,
+        turned: bool | None = None,
     ) -> TokenContext:
         """Describe the tokens of a layer's input.
 
@@ -146,6 +153,7 @@ class ForwardTracker(CallKeeper):
             rows: What the rows of x are.
             in_training: Whether the layer is in train mode, which outside a forward of the model is worth a warning.
             place: Name of the layer; None for one that has asked about this input before.
+            turned: Whether x has positions first; None for what the stack tells.
         """
         thread = self._thread
         innermost = thread.calls[-1] if thread.calls else None
@@ -164,7 +172,9 @@ class ForwardTracker(CallKeeper):
             if part is not None:
                 return forward_pass.slice_tokens(part, x.device)
         forward_pass.position = None
-        return forward_pass.tokens(leading, x.device, rows)
+        if turned is None and place in self.turning and forward_pass.positions_first(leading, rows, turns=True):
+            turned = True
+        return forward_pass.tokens(leading, x.device, rows, turned)
 
     def enter(self, place: str, adapter: str, call: Measurement) -> Measurement:
         """Keep what a layer decided in a training pass, for its router losses.
@@ -242,6 +252,21 @@ class ForwardTracker(CallKeeper):
         """
         names = self._thread.row_names
         return None if names is None else names.of_rows(x.shape[0])
+
+    def positions_first(self, x: torch.Tensor, rows: Rows, place: str) -> bool:
+        """Whether a layer's input has positions first and the rows of the batch second.
+
+        Args:
+            x: (..., D) input.
+            rows: What its rows are.
+            place: Name of the layer.
+        """
+        forward_pass, leading = self.asked()[0], tuple(x.shape[:-1])
+        if forward_pass is None or forward_pass.shape is None or rows == "media":
+            return False
+        # A single position in front of several rows; masks need not tell it apart.
+        single = forward_pass.shape[0] > 1 and leading == (1, forward_pass.shape[0])
+        return single or forward_pass.positions_first(leading, rows, turns=place in self.turning)
 
     def mixes_rows(self) -> bool:
         """Whether this thread's call names the adapter of each row."""

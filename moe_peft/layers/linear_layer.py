@@ -33,11 +33,14 @@ class LinearLayer(RoutedLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        if adapter_names is None:
-            adapter_names = self.tracker.row_names(x)
-        if adapter_names is not None:
-            self.check_rows(adapter_names, x)
-            return self.with_adapters_of_rows(adapter_names, x, *args, **kwargs)
+        if adapter_names is not None or self.tracker.mixes_rows():
+            turned = self.tracker.positions_first(x, self.rows, self.place)
+            rows_first = x.transpose(0, 1) if turned else x
+            names = self.tracker.row_names(rows_first) if adapter_names is None else adapter_names
+            assert names is not None
+            self.check_rows(names, rows_first)
+            out = self.with_adapters_of_rows(names, rows_first, *args, **kwargs)
+            return out.transpose(0, 1) if turned else out
         names = self.active_names()
         if not names:
             return self.base_layer(x, *args, **kwargs)

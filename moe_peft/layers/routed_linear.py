@@ -37,7 +37,7 @@ class RoutedLinear(LinearLayer):
         """Add to each row the routed sum of its adapter; see `LinearLayer.with_adapters_of_rows`."""
         out = self.base_layer(x, *args, **kwargs)
         result = out.clone()
-        context = self.tracker.tokens(x, self.rows)
+        context = self.tracker.tokens(x, self.rows, turned=False)
         for name in sorted(set(adapter_names)):
             if name == "__base__" or name not in self.experts:
                 continue

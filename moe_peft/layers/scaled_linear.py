@@ -83,7 +83,7 @@ class ScaledLinear(LinearLayer):
     def _scale_rows(
         self, names: Sequence[str], u: torch.Tensor, hidden: torch.Tensor, adapter_names: list[str]
     ) -> torch.Tensor:
-        result, context = u.clone() if names else u, self.tracker.tokens(hidden, self.rows)
+        result, context = u.clone() if names else u, self.tracker.tokens(hidden, self.rows, turned=False)
         for name in names:
             rows = [row for row, own in enumerate(adapter_names) if own == name]
             result[rows] = self._scale([name], u[rows], hidden[rows], context.rows(rows))

@@ -15,6 +15,7 @@ from torch import nn
 from ..config.config import MoeConfig
 from ..config.patterns import check_patterns
 from ..forward.find import find_trackers
+from ..forward.layout import turns_before
 from ..forward.tracker import ForwardTracker
 from ..layers import LAYERS, RoutedLayer, joined_places
 from ..messages import warn
@@ -132,6 +133,8 @@ class RoutedTuner(BaseTuner):
         )
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
+        if turns_before(type(parent), target_name):
+            self._tracker.turning.add(place.name)
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

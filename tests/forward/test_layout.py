@@ -106,6 +106,41 @@ def test_each_row_is_a_sample_whose_longer_neighbours_change_nothing(config):
     torch.testing.assert_close(values[1], values[0])
 
 
+@pytest.mark.parametrize("build", [xlnet, fsmt, longformer])
+@pytest.mark.parametrize(("rows", "width"), [(2, 8), (4, 4), (4, 8), (4, 1)])
+def test_each_row_has_the_adapter_that_it_names(build, rows, width):
+    torch.manual_seed(0)
+    base, targets = build()
+    model = get_peft_model(base, RoutedConfig(target_modules=targets, **SHARED))
+    model.add_adapter("other", RoutedConfig(target_modules=targets, **SHARED))
+    model, batch = model.eval(), batch_of((width,) * rows, width)
+    expected = {}
+    with torch.no_grad():
+        for name in ("default", "other"):
+            model.set_adapter(name)
+            expected[name] = model(**batch).logits
+        with model.disable_adapter():
+            expected["__base__"] = model(**batch).logits
+        names = ["other", "__base__", "default", "other"][:rows]
+        found = model(**batch, adapter_names=names).logits
+    for row, name in enumerate(names):
+        torch.testing.assert_close(found[row], expected[name][row], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected["other"], expected["default"])
+
+
+def test_attention_that_turns_its_input_is_told_from_the_stack_where_rows_are_as_many_as_positions():
+    torch.manual_seed(0)
+    base, targets = longformer()
+    model = get_peft_model(base, RoutedConfig(target_modules=targets, **SHARED)).train()
+    batch = batch_of((4, 1, 2, 3), 4)
+    with record(model) as routings:
+        model(**batch)
+    mask = batch["attention_mask"].bool()
+    (query,) = routings["longformer.encoder.layer.0.attention.self.query"]
+    (inner,) = routings["longformer.encoder.layer.0.intermediate.dense"]
+    assert torch.equal(query.valid, mask.T.reshape(-1)) and torch.equal(inner.valid, mask.reshape(-1))
+
+
 @pytest.mark.parametrize(
     ("leading", "shape", "expected"),
     [

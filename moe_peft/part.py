@@ -53,6 +53,7 @@ class Part:
             experts), or names in `Routing.extras`.
         needs: What it asks of the other parts of a layer, in the same words.
         context_needs: Names of what `TokenContext` must hold beyond mask and sequences, in evaluation too.
+        varies: Names of its numbers that may change while it lives, as schedules do; bases add theirs.
         causal: No later token changes what an earlier one gets.
         batch_invariant: No other row of the batch changes it.
         decode_stateless: Decoding token by token gives what the full forward gives.
@@ -63,6 +64,7 @@ class Part:
     gives: frozenset[str] = frozenset()
     needs: frozenset[str] = frozenset()
     context_needs: frozenset[str] = frozenset()
+    varies: frozenset[str] = frozenset()
     causal: bool = True
     batch_invariant: bool = True
     decode_stateless: bool = True

@@ -49,6 +49,7 @@ class FfnLoraExperts(Experts):
 
     fields: tuple[str, ...] = ("scaling", "lora_dropout", "init_weights")
     placement = "ffn"
+    varies = frozenset({"lora_dropout"})
     up = ("gate_B", "up_B", "down_B")
 
     def __init__(

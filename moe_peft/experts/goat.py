@@ -62,6 +62,7 @@ class GoatExperts(Experts):
     up = ("dB",)
     mergeable = True
     reads_weight = True
+    varies = frozenset({"lora_dropout"})
 
     def __init__(
         self,

@@ -62,6 +62,7 @@ class LowRankExperts(Experts):
         ),
     )
     gives = frozenset({"activations"})
+    varies = frozenset({"lora_dropout"})
     up: tuple[str, ...] = ("B",)
     mergeable = True
     casts_input = True

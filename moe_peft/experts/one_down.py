@@ -29,6 +29,7 @@ class OneDownExperts(Experts):
 
     fields: tuple[str, ...] = ("scaling", "lora_dropout", "init_weights")
     gives = frozenset({"shared_activations"})
+    varies = frozenset({"lora_dropout"})
     up = ("B",)
     A: nn.Parameter
 

@@ -35,6 +35,7 @@ class SharedDownExperts(OneDownExperts):
     """
 
     mergeable = True
+    varies = frozenset({"down_dropout"})
     options = (
         Option(
             "down_dropout",

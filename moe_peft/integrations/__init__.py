@@ -5,7 +5,19 @@ from __future__ import annotations
 from .attach import attach
 from .callback import MoeCallback
 from .collator import GroupCollator
+from .ewc import EwcCallback, Fisher, fisher_information
 from .freezing import FreezeCallback
+from .scheduled_value import ScheduledValue
 from .schedules import CoefficientSchedule
 
-__all__ = ["CoefficientSchedule", "FreezeCallback", "GroupCollator", "MoeCallback", "attach"]
+__all__ = [
+    "CoefficientSchedule",
+    "EwcCallback",
+    "Fisher",
+    "FreezeCallback",
+    "GroupCollator",
+    "MoeCallback",
+    "ScheduledValue",
+    "attach",
+    "fisher_information",
+]

@@ -22,6 +22,7 @@ def attach(
     telemetry_steps: int = 1,
     layer_groups: int = 4,
     router_lr: float | None = None,
+    expert_lr: float | None = None,
     lora_plus_ratio: float | None = None,
 ) -> Any:
     """Prepare a transformers or TRL trainer whose model has routed adapters. Call it before `trainer.train()`.
@@ -40,8 +41,10 @@ def attach(
         telemetry_steps: Measure the routing in every n-th optimizer step; 0 switches telemetry off.
         layer_groups: Groups of consecutive layers that get log entries of their own; 0 for none.
         router_lr: Learning rate of the routers; None for the trainer's.
-        lora_plus_ratio: Learning rate of the experts' up matrices over the trainer's (LoRA+, arXiv 2402.12354); None
-            for one.
+        expert_lr: Learning rate of the experts; None for the trainer's. An expert of a sparse router sees K / E of the
+            tokens: sqrt(K / E) times the rate of a dense adapter is a start (Hunyuan-Large, arXiv 2411.02265).
+        lora_plus_ratio: Learning rate of the experts' up matrices over that of the experts (LoRA+, arXiv 2402.12354);
+            None for one.
 
     Returns:
         The trainer.
@@ -60,7 +63,7 @@ def attach(
     check_adapter(trainer.model)
     check_training(trainer.args, trainer.model)
     check_groups(trainer)
-    rates = Rates(router_lr, lora_plus_ratio)
+    rates = Rates(router_lr, expert_lr, lora_plus_ratio)
     check_rates(trainer, rates)
 
     set_learning_rates(trainer, rates)

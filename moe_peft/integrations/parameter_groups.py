@@ -24,15 +24,18 @@ class Rates:
 
     Attributes:
         router_lr: Learning rate of the routers; None for the trainer's.
-        lora_plus_ratio: Learning rate of the experts' up matrices over the trainer's; None for one.
+        expert_lr: Learning rate of the experts; None for the trainer's.
+        lora_plus_ratio: Learning rate of the experts' up matrices over that of the experts; None for one.
     """
 
     router_lr: float | None = None
+    expert_lr: float | None = None
     lora_plus_ratio: float | None = None
 
     def given(self) -> dict[str, float]:
         """Those that are set, by name."""
-        values = {"router_lr": self.router_lr, "lora_plus_ratio": self.lora_plus_ratio}
+        names = ("router_lr", "expert_lr", "lora_plus_ratio")
+        values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 
     def over(self, before: Rates) -> Rates:
@@ -85,8 +88,12 @@ class OptimizerFactory:
         rates: dict[int, float] = {}
         if self.rates.router_lr is not None:
             rates.update({id(parameter): self.rates.router_lr for parameter in routers_of(model)})
+        expert_lr = lr if self.rates.expert_lr is None else self.rates.expert_lr
+        if self.rates.expert_lr is not None:
+            rates.update({id(parameter): expert_lr for parameter in experts_of(model)})
         if self.rates.lora_plus_ratio is not None:
-            rates.update({id(parameter): lr * self.rates.lora_plus_ratio for parameter in up_matrices_of(model)})
+            ratio = self.rates.lora_plus_ratio
+            rates.update({id(parameter): expert_lr * ratio for parameter in up_matrices_of(model)})
         return rates
 
     def __repr__(self) -> str:
@@ -101,6 +108,13 @@ def routers_of(model: nn.Module) -> Iterator[nn.Parameter]:
             yield from module.parameters()
 
 
+def experts_of(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters of all banks of experts that train."""
+    for module in model.modules():
+        if isinstance(module, ModulePart) and not isinstance(module, Router):
+            yield from (p for name, p in module.named_parameters() if name not in module.frozen)
+
+
 def up_matrices_of(model: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters of all experts that carry their result out."""
     for module in model.modules():
@@ -110,6 +124,7 @@ def up_matrices_of(model: nn.Module) -> Iterator[nn.Parameter]:
 
 PARTS = {
     "router_lr": (routers_of, "router that learns"),
+    "expert_lr": (experts_of, "experts that train"),
     "lora_plus_ratio": (up_matrices_of, "low-rank experts, with matrices A and B"),
 }
 

@@ -36,6 +36,7 @@ class Capacity(TopK):
     """
 
     fields = ("capacity_factor", "capacity_order", *TopK.fields)
+    varies = frozenset({"capacity_factor"})
 
     def __init__(
         self,

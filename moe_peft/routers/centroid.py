@@ -39,6 +39,7 @@ class Centroid(Router):
     """
 
     frozen = ("weight",)
+    varies = frozenset({"tau"})
     takes_prototypes = True
     options = (
         Option(

@@ -29,6 +29,7 @@ class ExpertChoice(Selector):
 
     fields = ("capacity_factor",)
     causal = False
+    varies = frozenset({"capacity_factor"})
     decode_stateless = False
 
     def __init__(self, *, capacity_factor: float | None = None) -> None:

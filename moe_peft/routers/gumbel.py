@@ -26,6 +26,7 @@ class Gumbel(Gate):
     """
 
     sums_to_one = True
+    varies = frozenset({"tau"})
     options = (
         Option(
             "tau",

@@ -34,6 +34,7 @@ class LinearRouter(Router):
 
     fields: tuple[str, ...] = (*Router.fields, "router_jitter_noise")
     learns = True
+    varies = frozenset({"router_jitter_noise"})
 
     def __init__(
         self,

@@ -51,6 +51,7 @@ class Router(ModulePart, nn.Module):
     learns: bool = False
     takes_prototypes: bool = False
     keeps_float32 = True
+    varies = frozenset({"expert_dropout"})
     perturbs_training: bool = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

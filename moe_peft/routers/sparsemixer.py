@@ -33,6 +33,7 @@ class SparseMixer(Selector):
     fields = ("top_k", "expert_dropout")
     gives = frozenset({"selection"})
     constant_for_one = True
+    varies = frozenset({"top_k", "expert_dropout", "jitter_eps"})
     options = (
         Option(
             "jitter_eps",
@@ -44,8 +45,13 @@ class SparseMixer(Selector):
     )
 
     def __init__(self, *, top_k: int, expert_dropout: float = 0.0, jitter_eps: float = 0.01) -> None:
-        self.top_k = self.num_slots = top_k
+        self.top_k = top_k
         self.expert_dropout, self.jitter_eps = expert_dropout, jitter_eps
+
+    @property
+    def num_slots(self) -> int | None:  # type: ignore[override]
+        """K, which is `top_k` at any time."""
+        return self.top_k
 
     def __call__(
         self,

@@ -22,6 +22,7 @@ class TopK(Selector):
 
     fields: tuple[str, ...] = ("top_k", "norm_topk_prob", "expert_dropout")
     gives = frozenset({"selection"})
+    varies = frozenset({"top_k", "expert_dropout"})
     constant_for_one = True
 
     def __init__(self, *, top_k: int, norm_topk_prob: bool = False, expert_dropout: float = 0.0) -> None:

@@ -47,6 +47,7 @@ class TopP(Selector):
 
     gives = frozenset({"selection"})
     constant_for_one = True
+    varies = frozenset({"p"})
     options = (
         Option(
             "p",

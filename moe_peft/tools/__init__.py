@@ -14,6 +14,7 @@ from .prototypes import fit_centroids, fit_directions
 from .prune_experts import SmallerAdapter, prune_experts
 from .report import RoutingReport, make_batches, read_texts, routing_report
 from .similarity import delta_similarity
+from .slim import slim
 from .upcycle import upcycle
 from .without_base import load_without_base
 
@@ -40,6 +41,7 @@ __all__ = [
     "prune_experts",
     "read_texts",
     "routing_report",
+    "slim",
     "train_router_alone",
     "upcycle",
 ]

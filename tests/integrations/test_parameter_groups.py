@@ -132,3 +132,13 @@ def test_an_optimizer_that_exists_or_groups_by_itself_is_refused(tmp_path):
     trainer.optimizer_cls_and_kwargs = (SGD, {"lr": LR, "params": [{"params": list(trainer.model.parameters())}]})
     with pytest.raises(ValueError, match="which groups the parameters itself"):
         attach(trainer, router_lr=ROUTER_LR)
+
+
+def test_experts_have_a_rate_of_their_own_and_the_ratio_is_over_it(tmp_path):
+    trainer = attach(trainer_of(tmp_path), expert_lr=2e-4, lora_plus_ratio=RATIO)
+    trainer.create_optimizer()
+    rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    for name, p in trainer.model.named_parameters():
+        if p.requires_grad:
+            expected = LR if "router" in name else 2e-4 * RATIO if name.endswith(".B") else 2e-4
+            assert rates[id(p)] == pytest.approx(expected), name

@@ -16,6 +16,7 @@ VERBS: dict[str, tuple[str, str | None, str]] = {
     "inspect": ("inspect", None, "say what a saved adapter is, and whether it is healthy"),
     "route": ("route", None, "show which experts each token of a text uses"),
     "export": ("export", None, "write an adapter as a stock LoRA, a merged checkpoint, or tensors of each expert"),
+    "import": ("importing", None, "make an adapter here of the files of ESFT's authors, stock peft, or MixLoRA"),
     "compose": ("compose", None, "make the experts of one routed adapter of existing LoRAs"),
     "upcycle": ("compose", None, "make several experts of one LoRA, to train them further"),
     "distil": ("distil", None, "make one LoRA that comes near a routed adapter, and say how near"),

@@ -10,6 +10,7 @@ from .expert_lora_files import export_expert_lora, export_per_expert, import_exp
 from .export_lora import export_lora
 from .export_merged import export_merged
 from .merge_for_task import merge_for_task
+from .mixture_files import import_mixture
 from .prototypes import fit_centroids, fit_directions
 from .prune_experts import SmallerAdapter, prune_experts
 from .report import RoutingReport, make_batches, read_texts, routing_report
@@ -35,6 +36,7 @@ __all__ = [
     "fit_directions",
     "import_esft",
     "import_expert_lora",
+    "import_mixture",
     "load_without_base",
     "make_batches",
     "merge_for_task",

@@ -84,10 +84,8 @@ print(f"two of four experts: {tools.prune_experts(four, 'two', 2, [batch_of(NEW,
 one = tools.upcycle(copy.deepcopy(base), loras["letters by 3"], num_experts=1)
 one.save_pretrained(folder / "one")
 tools.export_merged(tools.load_without_base(folder / "one", folder / "base"), folder / "base", folder / "merged")
-merged, stock = (
-    LlamaForCausalLM.from_pretrained(folder / "merged"),
-    PeftModel.from_pretrained(base, loras["letters by 3"]),
-)
+merged = LlamaForCausalLM.from_pretrained(folder / "merged")
+stock = PeftModel.from_pretrained(base, loras["letters by 3"])
 with torch.no_grad():
     rows = batch_of(NEW, 7)
     error = (merged.eval()(**rows).logits - stock.eval()(**rows).logits).abs().max()

@@ -64,6 +64,6 @@ def reader_of(folder: Path) -> Any:
     if settings.get("target_parameters"):
         return import_expert_lora
     raise ValueError(
-        f"{folder} holds a LoRA of linear layers, which needs no import: peft loads it, `moe-peft compose` makes experts "
-        "of several, and `moe-peft upcycle` of one."
+        f"{folder} holds a LoRA of linear layers, which needs no import: peft loads it, `moe-peft compose` makes "
+        "experts of several, and `moe-peft upcycle` of one."
     )

@@ -123,7 +123,7 @@ def filled(config: RoutedConfig, places: Sequence[str], num_experts: int, rank: 
     """
     if not isinstance(config, RoutedConfig):
         raise ValueError(f"config={shown(config)} must be a RoutedConfig, which has routers by name.")
-    follows = {
+    follows: dict[str, Any] = {
         "num_experts": num_experts,
         "r": rank,
         "lora_alpha": rank,

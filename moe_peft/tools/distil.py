@@ -9,7 +9,6 @@ which is no identity: the error is a part of the file's card.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,7 +205,7 @@ def _train(model: nn.Module, student: nn.Module, batches: list[Batch], steps: in
 
 def _card(own: Any, result: Distilled) -> str:
     rows = [f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in result.difference.metrics().items()]
-    source = own.summary() if dataclasses.is_dataclass(own) else ""
+    source = own.summary()
     return "\n".join(
         [
             "---\nlibrary_name: peft\ntags: [moe-peft, distilled]\n---\n",

@@ -72,7 +72,7 @@ def labels_of(batch: Batch) -> torch.Tensor:
         batch: Keyword arguments of the model.
     """
     if "labels" in batch:
-        return batch["labels"]  # type: ignore[no-any-return]
+        return batch["labels"]
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     return ids if mask is None else ids.masked_fill(mask == 0, -100)
 

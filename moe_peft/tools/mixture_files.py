@@ -97,7 +97,7 @@ def import_mixture(base: nn.Module, folder: str | Path, adapter_name: str = "def
     routing: dict[str, Any] = {"router": "dense"}
     if kind == "mola":
         routing = {"router": "top_k", "top_k": settings.get("top_k", 2), "norm_topk_prob": True}
-    config = RoutedConfig(target_modules=set(names.values()), **shared, **routing)
+    config = RoutedConfig(target_modules=sorted(names.values()), **shared, **routing)
     model = get_peft_model(base, config, adapter_name=adapter_name)
     assert isinstance(model, PeftModel)
     _fill_linears(model, adapter_name, found, names)
@@ -203,7 +203,7 @@ def _ffns(
         router="top_k",
         top_k=settings.get("top_k", 2),
         norm_topk_prob=True,
-        target_modules=set(blocks),
+        target_modules=sorted(blocks),
         **shared,
     )
     model = get_peft_model(base, config, adapter_name=own)
@@ -225,10 +225,11 @@ def _ffns(
         attention = f"{own}_attention"
         beside = RoutedConfig(
             router="dense",
-            target_modules={names[place] for place in found.plain},
+            target_modules=sorted(names[place] for place in found.plain),
             **{**shared, "num_experts": 1},
         )
         model.add_adapter(attention, beside)
         _fill_linears(model, attention, Mixture(plain=found.plain), {p: names[p] for p in found.plain})
-        model.base_model.set_adapter([own, attention])
+        tuner: Any = model.base_model
+        tuner.set_adapter([own, attention])
     return model

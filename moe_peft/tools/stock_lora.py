@@ -121,7 +121,7 @@ def _pairs(name: str, config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -
 
 def _pair(place: str, own: Mapping[str, torch.Tensor], config: LoraConfig) -> Pair:
     patterns = config.alpha_pattern or {}
-    alpha, r = patterns.get(get_pattern_key(patterns, place), config.lora_alpha), len(own["A"])
+    alpha, r = patterns.get(get_pattern_key(list(patterns), place), config.lora_alpha), len(own["A"])
     scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
     dtype = torch.promote_types(own["A"].dtype, torch.float32)
     return Pair(own["A"].to(dtype), scaling * own["B"].to(dtype))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
+import re
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +93,44 @@ NAMES = [
         "tuner/entries.py frames it",
     ),
     ("torch.distributed.tensor", "DTensor", [], "sharded tensors are recognised by it"),
+    ("peft.tuners.tuners_utils", "BaseTunerLayer._get_available_adapters", [], "tuner/merging.py plans with it"),
+    (
+        "peft.tuners.trainable_tokens",
+        "TrainableTokensLayer._check_overlapping_tokens",
+        [],
+        "tuner/merging.py asks it whether tokens of several adapters can be merged",
+    ),
+    ("peft.tuners.lora.layer", "ParamWrapper.get_delta_weight", ["adapter_name"], "layers/accelerated_lora.py"),
+    ("transformers", "Trainer._finalize_training", [], "training_run.py ends a run that has no step left with it"),
+    (
+        "transformers.quantizers.quantizer_bnb_4bit",
+        "Bnb4BitHfQuantizer._process_model_before_weight_loading",
+        ["model", "device_map"],
+        "quantization/loading.py packs experts around it",
+    ),
+    (
+        "transformers.quantizers.quantizer_bnb_4bit",
+        "Bnb4BitHfQuantizer._process_model_after_weight_loading",
+        ["model"],
+        "quantization/loading.py packs experts around it",
+    ),
+    (
+        "transformers.hf_argparser",
+        "HfArgumentParser._add_dataclass_arguments",
+        ["dtype"],
+        "train/arguments.py groups the help by it",
+    ),
+    ("accelerate.commands.launch", "_validate_launch_command", ["args"], "cli/launch.py fills in the defaults by it"),
+    ("accelerate.utils.launch", "prepare_simple_launcher_cmd_env", ["args"], "cli/launch.py starts one process by it"),
+    ("torch.autograd.graph", "_engine_run_backward", [], "forward/recomputation.py knows a backward's frame by it"),
+    ("torch.autograd", "_get_sequence_nr", None, "forward/recomputation.py orders what a forward has recorded by it"),
+    ("torch._C._functorch", "peek_interpreter_stack", None, "forward/objective.py and ops/project.py know vmap by it"),
+    (
+        "torch.autograd",
+        "Variable._execution_engine.queue_callback",
+        None,
+        "forward/calls.py and objective.py hear the end of a backward by it",
+    ),
     ("torch._C", "_current_graph_task_id", None, "forward/recomputation.py knows a backward by it"),
     ("torch._C", "_current_autograd_node", None, "forward/recomputation.py knows what a backward repeats by it"),
 ]
@@ -162,8 +203,121 @@ def test_modules_keep_their_parts_under_the_names_that_are_read():
         assert name in vars(module), (
             f"torch.nn.Module keeps {name} elsewhere: mend backbone/expert_tensors.py and layers."
         )
+    assert hasattr(module, "_compiled_call_impl") and hasattr(module, "_backward_pre_hooks"), (
+        "compiled calls or hooks of modules are kept elsewhere: mend layers/shared_rows.py and layers/expert_pass.py."
+    )
     everywhere = importlib.import_module("torch.nn.modules.module")
-    assert hasattr(everywhere, "_global_forward_hooks"), "global hooks have moved: mend layers/shared_rows.py."
+    for name in (
+        "_global_forward_hooks",
+        "_global_forward_pre_hooks",
+        "_global_backward_hooks",
+        "_global_backward_pre_hooks",
+    ):
+        assert hasattr(everywhere, name), f"{name}: global hooks have moved: mend layers/expert_pass.py."
+
+
+def test_tensors_say_what_is_read_of_them():
+    weight = nn.Parameter(torch.ones(2, 2))
+    before = weight._version
+    with torch.no_grad():
+        weight.add_(1)
+    assert weight._version > before, "changes of a parameter are counted elsewhere: mend forward/tracker.py."
+    assert weight[0]._is_view() and not (weight * 1)._is_view(), "views are told in another way: mend ops/dense.py."
+    assert weight.untyped_storage()._cdata == weight[0].untyped_storage()._cdata, (
+        "storages have no number that is their own: mend tools/memory.py."
+    )
+    node = (weight * 2).grad_fn
+    assert node._sequence_nr() < torch.autograd._get_sequence_nr(), (
+        "nodes of the graph are not numbered in the order of the forward: mend forward/recomputation.py."
+    )
+
+
+def test_a_hooked_module_keeps_its_forward_where_it_is_looked_for():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    hooked = add_hook_to_module(nn.Linear(1, 1), ModelHook())
+    assert "_old_forward" in vars(hooked), "accelerate keeps the forward elsewhere: mend layers/expert_pass.py."
+
+
+def test_distributed_wrappers_leave_out_what_a_module_names():
+    assert "_ddp_params_and_buffers_to_ignore" in inspect.getsource(nn.parallel.DistributedDataParallel.__init__), (
+        "DDP takes the names of what it leaves out elsewhere: mend train/training.py."
+    )
+
+
+def test_parsers_of_other_packages_list_their_flags():
+    from accelerate.commands.launch import launch_command_parser
+
+    actions = launch_command_parser()._actions
+    assert any("--num_processes" in action.option_strings for action in actions), "mend cli/launch.py: split."
+
+
+def test_modules_that_are_trained_in_full_list_their_adapters():
+    from peft.utils.other import ModulesToSaveWrapper
+
+    assert "default" in ModulesToSaveWrapper(nn.Linear(1, 1), "default")._adapters, "mend tuner/checks.py."
+
+
+def test_wrapped_parameters_say_whether_they_are_transposed():
+    from peft.tuners.lora.layer import ParamWrapper
+
+    assert "_did_swap_in_out_features" in inspect.getsource(ParamWrapper), (
+        "stock LoRA on experts tells the layout of its matrices elsewhere: mend layers/accelerated_lora.py."
+    )
+
+
+def test_transformers_keeps_what_is_asked_of_experts_models_and_recorded_outputs():
+    capturing = importlib.import_module("transformers.utils.output_capturing")
+    assert "_output_capturing_hooks_installed" in inspect.getsource(capturing), "mend tuner/router_outputs.py."
+    moe = importlib.import_module("transformers.integrations.moe")
+    assert "_apply_gate" in inspect.getsource(moe), "gates of fused experts are elsewhere: mend fused_experts.py."
+    loading = importlib.import_module("transformers.core_model_loading")
+    reading = importlib.import_module("transformers.modeling_utils")
+    assert "_weight_conversions" in inspect.getsource(loading) + inspect.getsource(reading), (
+        "names of checkpoints are converted elsewhere: mend tools/checkpoint_layout.py."
+    )
+
+
+# Names of Python itself, and those that a module of another package may or may not have, for which there is a default.
+OF_PYTHON = {"_", "_fields", "_getframe", "_parser", "_constants", "_hashable_values_", "_per_second"}
+MAY_LACK = {
+    "_checkpoint_conversion_mapping",
+    "_get_feat_extract_output_lengths",
+    "_get_subsampling_output_length",
+    "_is_expert_parallel",
+}
+
+
+ENDINGS = {"_bias", "_dropout"}  # of public names
+
+
+def private_names(tree: ast.AST) -> tuple[set[str], set[str]]:
+    """Private names that a file reads or imports, and those that it defines itself."""
+    read, own = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            own.add(node.name)
+        elif isinstance(node, ast.Attribute):
+            (own if isinstance(node.ctx, ast.Store) else read).add(node.attr)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            own.add(node.id)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            read |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            read.add(node.value)
+    return {name for name in read if re.match(r"_(?!_)", name)}, own
+
+
+def test_every_private_name_of_another_library_that_is_relied_on_is_looked_at_here():
+    root = Path(__file__).parents[1]
+    trees = [ast.parse(path.read_text()) for room in ("moe_peft", "train") for path in (root / room).rglob("*.py")]
+    found = [private_names(tree) for tree in trees]
+    own = set().union(*(names for _, names in found))
+    foreign = set().union(*(names for names, _ in found)) - own - OF_PYTHON - MAY_LACK - ENDINGS
+    foreign = {name for name in foreign if not name.startswith("_moe_peft") and len(name) > 2}
+    text = Path(__file__).read_text()
+    missing = sorted(name for name in foreign if not re.search(rf"\b{name}\b", text))
+    assert not missing, f"{missing}: private names of other libraries need a canary here, or a public way."
 
 
 def test_wrappers_put_the_names_that_saving_strips():

@@ -21,6 +21,14 @@ REGISTRIES = (extend.SCORERS, extend.GATES, extend.SELECTORS, extend.ROUTERS, ex
 # Files that hold the registries, and those of the parts themselves.
 # Where types are written, shown to users, or made into files of other packages.
 ABOVE_METHODS = ("methods", "__init__.py", "tools", "cli")
+# Forms of files that are called after the method that they hold.
+FORMS = (
+    "tools/__init__.py",
+    "tools/esft_files.py",
+    "tools/expert_lora_files.py",
+    "tools/export_lora.py",
+    "cli/export.py",
+)
 ROOMS_OF_PARTS = ("routers", "experts", "losses", "methods")
 
 
@@ -105,6 +113,22 @@ def test_no_part_is_named_outside_of_its_room():
         found = [text for text in texts_of(tree) if text in parts or quoted.search(text)]
         found += [name for name in names_of(tree) if name in classes and path != "extend.py"]
         assert not found, f"{path} names a part: {found}. Ask the part's class what it gives, needs or promises."
+
+
+def test_scripts_commands_and_tools_ask_the_registries_for_methods_and_parts():
+    configs = {config.__name__ for config in METHODS.values()}
+    keys = {*METHODS, *(config.adapter_type for config in METHODS.values())}
+    words = {key.lower() for key in keys} - {"routed", "expert_lora"}
+    parts, classes = part_names() - like_parts(), {part.__name__ for own in REGISTRIES for part in own.values()}
+    trees = {f"train/{path.name}": ast.parse(path.read_text()) for path in (PACKAGE.parent / "train").glob("*.py")}
+    trees |= {path: tree for path, tree in files().items() if path.startswith(("cli/", "tools/"))}
+    for path, tree in trees.items():
+        if path not in FORMS:
+            found = [name for name in names_of(tree) if name in configs | classes or words_of(name) & words]
+            found += [text for text in texts_of(tree) if text in keys | parts]
+            if path.startswith("train/"):
+                found += [text for text in texts_of(tree) if words_of(text) & words]
+            assert not found, f"{path} names a method or a part: {found}. Ask the registries."
 
 
 def test_no_part_is_named_in_the_file_of_another():

@@ -111,6 +111,11 @@ def takes_mapping(name: str, method: str) -> bool:
     return all(get_origin(kind) in MAPPINGS or kind is dict for kind in kinds_of(name, method))
 
 
+def methods_of_selections() -> list[str]:
+    """The adapter types that train experts which a selection names, the first one first."""
+    return [method for method in METHODS if takes_mapping("experts", method)]
+
+
 def flag_type(name: str, methods: list[str]) -> Any:
     """Type of a field's flag: what a command line can say of it.
 

@@ -54,7 +54,8 @@ def refuse_vllm(training_args: Any, config: MoeConfig) -> None:
         raise ValueError(
             f"use_vllm: true merges the adapter into the base weights for vLLM, but {config.method} with num_experts="
             f"{config.num_experts} depends on its input and cannot be merged. Write use_vllm: false to generate with "
-            "transformers, or take an adapter that merges exactly: linear layers with --moe_num_experts 1, or esft."
+            "transformers, or take an adapter that merges exactly: linear layers with --moe_num_experts 1, or trained "
+            "copies of experts."
         )
 
 

@@ -22,10 +22,12 @@ from arguments import ScriptParser
 from common import model_init_kwargs, refuse_plain_lora
 from data import DataArguments, check_columns, check_template, load_data, names_of, splits
 from dry_run import can_quantize_experts, model_without_weights
+from flags import methods_of_selections
 from running import run
 from trl import SFTConfig
 
 import moe_peft
+from moe_peft.methods import METHODS
 from moe_peft.selection.scores import AGGREGATES, CRITERIA
 from moe_peft.selection.scoring import sparse_layers
 from moe_peft.selection.tally import MASKS
@@ -117,10 +119,9 @@ def check_rule(arguments: SelectionArguments) -> None:
     """
     p, shares = arguments.p, arguments.criterion == "token" or arguments.normalize_scores
     if p is not None and not (0 < p <= 1 if shares else 0 < p < float("inf")):
-        what = (
-            "the scores of a layer add up to one, so that it must be above 0 and at most 1" if shares else "positive"
-        )
-        raise ValueError(f"--p {p:g}: {what}. ESFT's own are 0.2 by tokens and 0.1 by gates.")
+        above = "a number above 0"
+        what = f"the scores of a layer add up to one, so that it must be {above}, at most 1" if shares else above
+        raise ValueError(f"--p {p:g}: {what}. The authors' own are 0.2 by tokens and 0.1 by gates.")
     for name in ("min_experts", "max_tokens"):
         value, least = getattr(arguments, name), int(name == "max_tokens")
         if value < least:
@@ -175,7 +176,7 @@ def make_trainer(model_args: Any, training_args: Any, rows: Any, layer: int) -> 
 
     training_args.max_steps = 1  # the length of the data is not known
     # A quantized model is taken with an adapter only; the copy of one expert is the smallest there is.
-    adapter = moe_peft.EsftConfig(task_type="CAUSAL_LM", experts={str(layer): [0]})
+    adapter = METHODS[methods_of_selections()[0]](task_type="CAUSAL_LM", experts={str(layer): [0]})
     return SFTTrainer(model=model_args.model_name_or_path, args=training_args, train_dataset=rows, peft_config=adapter)
 
 
@@ -219,7 +220,8 @@ def report(selection: moe_peft.ExpertSelection, scores: moe_peft.ExpertScores, f
         moe_peft.plot_selection({folder.name: selection}, folder / "selection.png")
     except ImportError as error:
         print(f"No plot: {error}")
-    print(f"Train them: train/sft.py --moe_method esft --moe_experts {folder / 'expert_config.json'}", flush=True)
+    method = methods_of_selections()[0]
+    print(f"Train them: train/sft.py --moe_method {method} --moe_experts {folder / 'expert_config.json'}", flush=True)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from .combinations import Choice, covering, losses_for, placed
 NUM_EXPERTS, RANK, IN, OUT = 3, 2, 7, 5
 LENGTHS = (4, 2, 3)  # valid tokens of the rows of a context
 GROUPS = torch.tensor([0, 1, 0])
+NUM_LAWS = 7  # laws of whole models
 PLACES = {"llama": {"target_modules": ["q_proj", "down_proj"]}, "olmoe": {"wraps": "block"}}
 # Kinds of experts that stand beside linear layers alone.
 OF_LINEAR = {name for name, kind in EXPERTS.items() if kind.reads_weight}
@@ -48,10 +49,17 @@ def on_layers(first: list[Choice], rest: Sequence[Choice] = ()):
 def on_models(turn: int):
     """A test on whole models: every part on one place in `make test`, every pair on every place in `make slow`.
 
+    Triples of parts are dealt out to the laws and places, so that each meets on a whole model once in `make slow`.
+
     Args:
         turn: Number of the law; a part that one law sees on a linear layer the next one sees on a block.
     """
     params = []
+    seen = {*PARTS, *PAIRS}
+    for number, choice in enumerate(choice for choice in TRIPLES if choice not in seen):
+        if number % NUM_LAWS == turn:
+            place = list(PLACES)[(number // NUM_LAWS) % len(PLACES)]
+            params.append(pytest.param(place, choice, marks=pytest.mark.slow, id=f"{place}-{name_of(choice)}"))
     for choice in placed():
         params.append(pytest.param(PLACED[EXPERTS[choice[3]].placement][0], choice, id=name_of(choice)))
     for number, choice in enumerate(dict.fromkeys([*PARTS, *PAIRS])):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +13,11 @@ from torch import nn
 
 import moe_peft
 from moe_peft import telemetry
+from moe_peft.tools import routing_report
+from moe_peft.tools.report.texts import padded
 from moe_peft.types import Routing
+
+ROWS = 256  # held-out rows whose routing is reported on
 
 RELOAD = """import moe_peft
 from peft import PeftModel
@@ -60,6 +66,7 @@ class Report:
         routed = moe_peft.routed_layers(self.trainer.model)
         table = load_table(self.trainer, self.num_batches) if routed else "no experts"
         difference = self.reload_difference(folder, base)
+        made = self.routing()
         if not self.trainer.is_world_process_zero():
             return
         print(f"\nheld-out loss   {self.loss_before:.4f} -> {loss_after:.4f}")
@@ -69,6 +76,35 @@ class Report:
         print(f"answer after    {answer_after!r}")
         print(f"\n{table}\n\nadapter         {folder}\n\n{RELOAD.format(base=base, folder=folder)}\n")
         print(f"reloaded: largest logit difference {difference:.1e}")
+        if made is not None:
+            print(f"routing         {made.save(Path(folder) / 'routing_report')}")
+
+    def routing(self) -> Any:
+        """The report on what the routers decide about held-out rows; call it in every process.
+
+        Returns:
+            See `moe_peft.tools.routing_report`; None where the rows have no token ids.
+        """
+        trainer, groups = self.trainer, defaultdict(list)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        column = getattr(model.peft_config[model.active_adapter], "group_column", None)
+        for row in islice(trainer.eval_dataset, ROWS):
+            if row.get("input_ids"):
+                group = "held-out rows" if row.get(column) is None else f"{column} {row[column]}"
+                groups[group].append(list(row["input_ids"]))
+        size = trainer.args.per_device_eval_batch_size
+        batches = {
+            group: [
+                padded(rows[start : start + size], trainer.processing_class) for start in range(0, len(rows), size)
+            ]
+            for group, rows in groups.items()
+        }
+        if not batches:
+            return None
+        folder = trainer.args.output_dir
+        return routing_report(
+            trainer.model, batches, tokenizer=trainer.processing_class, history=folder, title=Path(folder).name
+        )
 
     @torch.no_grad()
     def answer(self, model: nn.Module) -> str:

@@ -167,13 +167,15 @@ def train(trainer: Any, script_args: Any, moe_args: MoeArguments, report: Any = 
         raise
     save_model(trainer)
     if trainer.is_world_process_zero():
-        write_baseline_card(trainer, baseline) if baseline else complete_card(trainer)
+        write_baseline_card(trainer, baseline) if baseline else complete_card(trainer, script_args, moe_args)
     if report:
         report.after(training_args.output_dir, trainer.model.get_base_model().name_or_path)
+        if trainer.is_world_process_zero():
+            complete_card(trainer, script_args, moe_args)  # with what it has measured
     elif trainer.is_world_process_zero():
         print(finished(trainer, ours=baseline is None), flush=True)
     if training_args.push_to_hub:
-        trainer.push_to_hub() if baseline else push_to_hub(trainer, script_args)
+        trainer.push_to_hub() if baseline else push_to_hub(trainer, script_args, moe_args=moe_args)
     end_training(trainer)
     return trainer
 

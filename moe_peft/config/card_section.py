@@ -16,6 +16,7 @@ SECTION = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
 SETTINGS = ["num_experts", "top_k", "router", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules"]
 SETTINGS += ["layers_to_transform", "modules_to_save", "router_aux_loss_coef", "router_z_loss_coef"]
 SETTINGS += ["per_layer", "scorer", "gate", "router_args", "experts_args", "losses"]
+SETTINGS += ["expert_groups", "group_column"]
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -41,6 +42,8 @@ class AdapterFacts:
         num_parameters: Number of saved weights, if known.
         metrics: Results of the run by name.
         imports: Modules from outside of the package that must be imported first, with what they register.
+        training: Settings of the run by name, such as its learning rates.
+        plot: Image beside the card that shows the routing, if there is one.
     """
 
     method: str
@@ -54,6 +57,8 @@ class AdapterFacts:
     num_parameters: int | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     imports: Mapping[str, list[str]] = field(default_factory=dict)
+    training: Mapping[str, object] = field(default_factory=dict)
+    plot: str | None = None
 
 
 def section(facts: AdapterFacts) -> str:
@@ -89,7 +94,12 @@ Source: {source}."""
     ]
     size = {} if facts.num_parameters is None else {"parameters of the adapter": f"{facts.num_parameters:,}"}
     parts += _table("Parameters", "setting", {**facts.settings, **size})
+    parts += _table("Training", "setting", facts.training)
     parts += _table("Results", "metric", {name: f"{value:.6g}" for name, value in facts.metrics.items()})
+    if facts.plot is not None:
+        parts.append(
+            f"### Routing\n\n![Share of the gate mass of each expert by layer, at the end of training]({facts.plot})"
+        )
     return "\n\n".join([*parts, END])
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
-from huggingface_hub import CardData, ModelCard, ModelCardData
+from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -79,6 +81,44 @@ def hub_card(card: ModelCard, facts: AdapterFacts) -> str:
     text = card.text.replace("\r\n", "\n").replace(NO_BASE, base_text)
     card.text = _complete_body(text, facts)
     return str(card)
+
+
+def add_results(
+    card: ModelCard, name: str, metrics: Mapping[str, float], dataset: str, split: str, task: str | None = None
+) -> None:
+    """Write the results of an evaluation into a card's metadata, where the Hub reads them (`EvalResult`).
+
+    Args:
+        card: It is changed; results of other data stay.
+        name: What the results call the model.
+        metrics: Results by name; those that begin with "eval_" are of an evaluation, the others are left out.
+        dataset: Name of the data.
+        split: Which part of it.
+        task: The Hub's name of the task; None takes the card's `pipeline_tag`.
+    """
+    task = task or card.data.get("pipeline_tag") or "other"
+    # A name without its owner may be a file's.
+    kind = dataset if "/" in dataset and is_hub_name(dataset) else "custom"
+    made = [
+        EvalResult(
+            task_type=task,
+            dataset_type=kind,
+            dataset_name=dataset,
+            dataset_split=split,
+            metric_type=metric.removeprefix("eval_"),
+            metric_value=float(value),
+        )
+        for metric, value in metrics.items()
+        if metric.startswith("eval_") and math.isfinite(value)
+    ]
+    own = {(result.dataset_name, result.dataset_split, result.metric_type) for result in made}
+    others = [
+        result
+        for result in card.data.get("eval_results") or []
+        if (result.dataset_name, result.dataset_split, result.metric_type) not in own
+    ]
+    if made or others:
+        card.data["model_name"], card.data["eval_results"] = name, [*others, *made]
 
 
 def _complete_metadata(data: CardData, facts: AdapterFacts) -> None:

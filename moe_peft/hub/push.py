@@ -26,6 +26,7 @@ CONFIG, CARD = "adapter_config.json", "README.md"
 # A tokenizer's and a processor's files; everything else in a training folder stays there unless it is asked for.
 BESIDE = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"]
 BESIDE += ["chat_template*", "additional_chat_templates/*", "*processor_config.json"]
+BESIDE += ["routing.png"]  # to which the card of a training script links
 
 NETWORK_ERRORS = (HTTPError, ConnectionError, TimeoutError)
 

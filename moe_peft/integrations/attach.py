@@ -9,6 +9,7 @@ from torch import nn
 
 from .callback import MoeCallback
 from .checks import check_adapter, check_count, check_training
+from .console import print_tables
 from .groups import carry_groups, check_groups
 from .noise import say_what_is_off
 from .parameter_groups import Rates, check_rates, set_learning_rates
@@ -21,6 +22,7 @@ def attach(
     *,
     telemetry_steps: int = 1,
     layer_groups: int = 4,
+    console_steps: int = 100,
     router_lr: float | None = None,
     expert_lr: float | None = None,
     lora_plus_ratio: float | None = None,
@@ -40,6 +42,8 @@ def attach(
         trainer: A trainer that has been built.
         telemetry_steps: Measure the routing in every n-th optimizer step; 0 switches telemetry off.
         layer_groups: Groups of consecutive layers that get log entries of their own; 0 for none.
+        console_steps: Optimizer steps between two tables of the routing that the trainer prints in place of these
+            entries; 0 prints none. Trackers get every entry all the same.
         router_lr: Learning rate of the routers; None for the trainer's.
         expert_lr: Learning rate of the experts; None for the trainer's. An expert of a sparse router sees K / E of the
             tokens: sqrt(K / E) times the rate of a dense adapter is a start (Hunyuan-Large, arXiv 2411.02265).
@@ -60,6 +64,7 @@ def attach(
         )
     check_count("attach", "telemetry_steps", telemetry_steps)
     check_count("attach", "layer_groups", layer_groups)
+    check_count("attach", "console_steps", console_steps)
     check_adapter(trainer.model)
     check_training(trainer.args, trainer.model)
     check_groups(trainer)
@@ -75,6 +80,7 @@ def attach(
         trainer.add_callback(MoeCallback(telemetry_steps, layer_groups))
     if not isinstance(trainer.log, RoutingLog):
         trainer.log = RoutingLog(trainer)
+    print_tables(trainer, console_steps)
     carry_groups(trainer)
     say_what_is_off(trainer)
     return trainer

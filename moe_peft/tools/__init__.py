@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from .add_expert import add_expert
 from .compose import compose, train_router_alone
+from .data_mixing import DynamicMixing, MixedData
 from .distil import Distilled, distil_to_lora
 from .esft_files import export_esft, import_esft
 from .expert_lora_files import export_expert_lora, export_per_expert, import_expert_lora
+from .expert_mask import expert_mask
 from .export_lora import export_lora
 from .export_merged import export_merged
 from .merge_for_task import merge_for_task
@@ -14,19 +16,26 @@ from .mixture_files import import_mixture
 from .prototypes import fit_centroids, fit_directions
 from .prune_experts import SmallerAdapter, prune_experts
 from .report import RoutingReport, make_batches, read_texts, routing_report
+from .saturation import routing_saturation
+from .self_contrast import SelfContrast
 from .similarity import delta_similarity
 from .slim import slim
+from .super_experts import super_experts
 from .upcycle import upcycle
 from .without_base import load_without_base
 
 __all__ = [
     "Distilled",
+    "DynamicMixing",
+    "MixedData",
     "RoutingReport",
+    "SelfContrast",
     "SmallerAdapter",
     "add_expert",
     "compose",
     "delta_similarity",
     "distil_to_lora",
+    "expert_mask",
     "export_esft",
     "export_expert_lora",
     "export_lora",
@@ -43,7 +52,9 @@ __all__ = [
     "prune_experts",
     "read_texts",
     "routing_report",
+    "routing_saturation",
     "slim",
+    "super_experts",
     "train_router_alone",
     "upcycle",
 ]

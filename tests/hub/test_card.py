@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from trl.trainer.utils import generate_model_card
 
 from moe_peft.config.card_section import AdapterFacts, section
-from moe_peft.hub.card import hub_card, is_hub_name, read_card
+from moe_peft.hub.card import add_results, hub_card, is_hub_name, read_card
 
 FACTS = AdapterFacts("SiRA", "SIRA", "y = ...", "arXiv 2311.09179", "CAUSAL_LM", base_model="org/base", name="me/a")
 
@@ -107,3 +107,30 @@ def test_a_missing_card_and_one_without_metadata_are_empty_and_kept(tmp_path):
 def test_names_and_paths_are_told_apart(tmp_path):
     assert is_hub_name("gpt2") and is_hub_name("org/name")
     assert not any(map(is_hub_name, (None, "", str(tmp_path), "/no/such/folder", "a/b/c", "../base", "~/base")))
+
+
+def test_results_of_an_evaluation_stand_in_the_metadata_with_task_data_and_split():
+    card = ModelCard(hub_card(ModelCard("---\n{}\n---\n"), FACTS))
+    metrics = {"eval_loss": 1.25, "eval_accuracy": 0.5, "train_loss": 2.0, "eval_broken": float("nan")}
+    add_results(card, "a", metrics, "chats.jsonl", "test")
+    add_results(card, "a", {"eval_loss": 1.0}, "chats.jsonl", "test")  # of a longer run
+    add_results(card, "a", {"eval_loss": 3.0}, "org/data", "validation")
+    read = ModelCard(str(card))
+    found = {(r.dataset_name, r.dataset_split, r.metric_type): r for r in read.data.eval_results}
+    assert {key: own.metric_value for key, own in found.items()} == {
+        ("chats.jsonl", "test", "loss"): 1.0,
+        ("chats.jsonl", "test", "accuracy"): 0.5,
+        ("org/data", "validation", "loss"): 3.0,
+    }
+    assert {own.task_type for own in found.values()} == {"text-generation"}
+    assert found["org/data", "validation", "loss"].dataset_type == "org/data"
+    assert found["chats.jsonl", "test", "loss"].dataset_type == "custom" and read.data.model_name == "a"
+    again = ModelCard(hub_card(read, FACTS))
+    assert len(again.data.eval_results) == 3  # a push keeps them
+
+
+def test_rates_groups_and_the_plot_stand_in_the_section():
+    facts = dataclasses.replace(FACTS, training={"learning_rate": "0.0002", "router_lr": "0.001"}, plot="routing.png")
+    text = section(dataclasses.replace(facts, settings={"expert_groups": [0, 1], "group_column": "task"}))
+    for part in ("| router_lr | 0.001 |", "| expert_groups | 0, 1 |", "| group_column | task |", "](routing.png)"):
+        assert part in text

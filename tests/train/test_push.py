@@ -22,6 +22,7 @@ from tests.hub.server import LocalHub
 
 pytestmark = pytest.mark.hub
 BASE = "user/base"
+PLOT = {"routing.png"}  # of runs that were long enough for an entry of the log
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 TWO_PROCESSES = ["--multi_gpu", "--num_processes", "2"]
 
@@ -99,7 +100,7 @@ def test_one_commit_with_our_card_that_another_process_loads(hub, inputs, tmp_pa
     result = launch(hub, inputs, output, hub_model_id="user/trained", hub_strategy="end")
     assert result.returncode == 0, result.stderr[-3000:]
     assert f"pushed to {hub.url}/user/trained" in result.stdout
-    assert hub.messages("user/trained") == ["End of training"] and hub.files("user/trained").keys() == FILES
+    assert hub.messages("user/trained") == ["End of training"] and hub.files("user/trained").keys() - PLOT == FILES
     check_card(hub.files("user/trained")["README.md"].decode())
     assert "import moe_peft" in (output / "README.md").read_text()
     with Client(hub, tmp_path / "another home") as client:
@@ -127,7 +128,7 @@ def test_a_reward_model_is_pushed_with_its_score_head_and_the_right_class_in_the
     result = launch(hub, inputs, tmp_path / "run", script="reward", **fields)
     assert result.returncode == 0, result.stderr[-3000:]
     files = hub.files("user/reward")
-    assert files.keys() == FILES and "score.weight" in str(load(files["adapter_model.safetensors"]).keys())
+    assert files.keys() - PLOT == FILES and "score.weight" in str(load(files["adapter_model.safetensors"]).keys())
     card = ModelCard(files["README.md"].decode())
     assert card.data.pipeline_tag == "text-classification" and "AutoModelForSequenceClassification" in card.text
     assert {"reward-trainer", "moe-peft"} <= set(card.data.tags)
@@ -157,4 +158,4 @@ def test_an_upload_that_fails_after_training_leaves_the_adapter_and_says_where(h
     assert f"unchanged in {tmp_path / 'run'}" in result.stderr
     with Client(hub, tmp_path / "another home") as client:
         client.call("push_folder", folder=str(tmp_path / "run"), name="user/cut", token=hub.token)
-    assert hub.files("user/cut").keys() == FILES
+    assert hub.files("user/cut").keys() - PLOT == FILES

@@ -10,6 +10,7 @@ from pathlib import Path
 import make_backbone
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from tests.train.tiny_run import run_here
@@ -65,7 +66,13 @@ def test_quickstart_run_reports_saves_and_reloads(inputs, tmp_path):
     assert "reloaded: largest logit difference 0.0e+00" in rest
     keys = load_file(tmp_path / "adapter/adapter_model.safetensors").keys()
     assert len(keys) == 2 * 3 * 3 and all("loramoe_" in key for key in keys)
-    assert "import moe_peft" in (tmp_path / "adapter/README.md").read_text()
+    card = ModelCard.load(tmp_path / "adapter/README.md")
+    assert "import moe_peft" in card.text and "| learning_rate |" in card.text and "| expert_groups |" in card.text
+    assert {result.metric_type for result in card.data.eval_results} >= {"loss"}
+    assert "](routing.png)" in card.text and (tmp_path / "adapter/routing.png").is_file()
+    assert "[More Information Needed]" not in card.text
+    page = (tmp_path / "adapter/routing_report/index.html").read_text()
+    assert f"routing         {tmp_path / 'adapter/routing_report/index.html'}" in rest and "Over training" in page
 
 
 @pytest.mark.parametrize("method", ["sira", "routed"])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ...telemetry.history import FILE_NAME, RoutingHistory
 from .figures import of_kinds
 from .measure import PlaceRouting
 from .measures import relative_entropy
@@ -17,6 +18,7 @@ from .report import RoutingReport
 from .style import LIGHT
 
 MOST_PANELS = 12
+ROUTING = "routing.png"
 
 
 def has_matplotlib() -> bool:
@@ -53,6 +55,34 @@ def draw(report: RoutingReport, folder: str | Path) -> list[Path]:
             paths.append(Path(folder) / f"{name}.png")
             figure.savefig(paths[-1], dpi=150)
     return paths
+
+
+def draw_history(folder: str | Path) -> Path | None:
+    """Draw the importance at the end of a training run, from the history that it has left.
+
+    Args:
+        folder: Folder of an adapter; routing.png is written into it.
+
+    Returns:
+        The file; None where there is no history, or no matplotlib.
+    """
+    folder = Path(folder)
+    if not (folder / FILE_NAME).is_file() or not has_matplotlib():
+        return None
+    places = []
+    for name, rows in RoutingHistory.load(folder).rows.items():
+        kind, _, place = name.partition("/")
+        if kind == "importance" and rows:
+            share_E, one = rows[max(rows)].double(), torch.ones(())
+            module, _, adapter = place.rpartition("/")
+            own = PlaceRouting(module, adapter, len(share_E))
+            own.sums["", 0] = [share_E, share_E, one, one]
+            places.append(own)
+    figure = draw_shares(places, "importance")
+    if figure is None:
+        return None
+    figure.savefig(folder / ROUTING, dpi=120)
+    return folder / ROUTING
 
 
 def draw_shares(places: Sequence[PlaceRouting], what: str) -> Any:

@@ -64,8 +64,8 @@ UNKNOWN = (
 )
 
 TRANSIENT = frozenset(
-    ("in_reverse", "_thread", "_latest", "_reached", "_busy", "counted", "shared", "_last_parameter", "_watched")
-)
+    ("in_reverse", "_thread", "_latest", "_reached", "_busy", "counted", "shared", "in_charge", "_last_parameter")
+) | {"_watched"}
 
 # (place, adapter) of the router losses that a call of a module may join with other processes -> whether the number of
 # calls depends on the batch.
@@ -79,6 +79,7 @@ class ForwardTracker(CallKeeper):
         window: Sums of the accumulation window so far, set by the trainer's callback; None in a plain loop.
         managed: Whether a trainer's callback keeps `loss_scale` and `window`.
         counted: (place, adapter) -> sums of the training decisions since the last `after_step`, of layers that ask.
+        in_charge: Called before a forward while `managed`; ends that where training has ended without telling.
         training_observers: Called with (place, adapter, routing) for every routing of a training pass of any thread.
         adapters: Names of the model's routed adapters in the order in which they came, the keys of a dict.
         shared: Joins the router losses of several processes.
@@ -102,6 +103,7 @@ class ForwardTracker(CallKeeper):
         super()._forget()
         self.counted: dict[tuple[str, str], list[torch.Tensor]] = {}
         self.shared = SharedSums()
+        self.in_charge: Callable[[], None] | None = None
         self._last_parameter: tuple[int, int] | None = None
         self._watched: weakref.ref[nn.Parameter] | None = None
 
@@ -322,6 +324,8 @@ class ForwardTracker(CallKeeper):
         self, entry: ModuleEntry, args: tuple, kwargs: dict[str, Any], *, hooked: bool
     ) -> tuple[tuple, dict[str, Any]]:
         """Begin a call of the model or of a stack; returns its arguments without the sample groups."""
+        if entry.is_model and self.in_charge is not None and not torch.compiler.is_compiling():
+            self.in_charge()
         if entry.is_model and entry.module.training and torch.is_grad_enabled():
             self._warn_accumulation(entry.module)
         return super().open(entry, args, kwargs, hooked=hooked)

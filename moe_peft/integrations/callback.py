@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from .adaptive import AdaptiveCoefficients
 from .checks import check_count, check_training
 from .precision import restore_precision, uses_deepspeed
 from .resuming import checkpoint_folder
-from .training_run import RestoringCallback, load_best
+from .training_run import RestoringCallback, load_best, running_trainer
 
 
 class MoeCallback(RestoringCallback, ExportableState):
@@ -85,6 +87,7 @@ class MoeCallback(RestoringCallback, ExportableState):
         self._trackers = self._trackers or find_trackers(kwargs["model"])
         for tracker in self._trackers:
             tracker.loss_scale, tracker.window, tracker.managed = scale, WindowSums(), True
+            tracker.in_charge = self._while_training()
         self._measure(self.telemetry_steps > 0 and state.global_step % self.telemetry_steps == 0)
 
     def on_substep_end(
@@ -168,7 +171,25 @@ class MoeCallback(RestoringCallback, ExportableState):
         """Weigh the router losses of forwards to come with one, as a plain loop expects, and measure none of them."""
         self._measure(False)
         for tracker in self._trackers:
-            tracker.loss_scale, tracker.window, tracker.managed = 1.0, None, False
+            tracker.loss_scale, tracker.window, tracker.managed, tracker.in_charge = 1.0, None, False, None
+
+    def _while_training(self) -> Callable[[], None] | None:
+        """What ends the window before a forward that is no part of training; None in a loop of one's own.
+
+        Nobody tells a callback that an exception has ended training.
+        """
+        trainer, thread = running_trainer(), threading.get_ident()
+        if trainer is None:
+            return None
+        known = weakref.ref(trainer)
+        changing = [own for own in trainer.callback_handler.callbacks if isinstance(own, RestoringCallback)]
+
+        def check() -> None:
+            if threading.get_ident() == thread and running_trainer() is not known():
+                for callback in changing:
+                    callback.restore()
+
+        return check
 
     def read_metrics(self, step: int) -> dict[str, float]:
         """Read the meter into log entries and the history; every process must call it.

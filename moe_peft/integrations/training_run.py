@@ -6,22 +6,34 @@ of router losses and scheduled coefficients would otherwise stay as the last ste
 
 from __future__ import annotations
 
+import inspect
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any
 
 from accelerate import DistributedType
 from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from .noise import compares_passes, keeps_dropout, without_noise
 from .resuming import check_finite_weights, check_resumed, checkpoint_folder, write_missing_configs
 
+TRAIN: CodeType = inspect.unwrap(Trainer.train).__code__
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def running_trainer() -> Any:
+    """The trainer whose `train` method the caller runs inside of; None in a loop of one's own."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not TRAIN:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get("self")
 
 
 class RestoringCallback(TrainerCallback):

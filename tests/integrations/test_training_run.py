@@ -96,6 +96,36 @@ def test_an_error_between_steps_leaves_nothing_where_the_callback_is_used_alone(
         torch.testing.assert_close(found, expected[name])
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("event", ["on_substep_end", "on_pre_optimizer_step"])
+def test_an_error_inside_a_window_leaves_nothing_where_the_callback_is_used_alone(event, count, tmp_path):
+    trainer = trainer_of(tmp_path, learning_rate=0.0, callbacks=[MoeCallback() for _ in range(count)])
+    trainer.add_callback(Raise(event, KeyboardInterrupt()))
+    model = trainer.model
+    expected = gradient(model)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    for name, found in gradient(model).items():
+        torch.testing.assert_close(found, expected[name])
+    tracker = find_tracker(model)
+    assert (tracker.loss_scale, tracker.window, tracker.managed, tracker.training_observers) == (1.0, None, False, [])
+    second = attach(trainer_of(tmp_path, model, learning_rate=0.0))
+    second.train()
+    assert second.state.global_step == 4
+    for name, found in gradient(model).items():
+        torch.testing.assert_close(found, expected[name])
+
+
+def test_a_callback_that_is_given_twice_weighs_and_measures_as_one(tmp_path):
+    seen = []
+    for count in (1, 2):
+        torch.manual_seed(0)
+        trainer = trainer_of(tmp_path / str(count), callbacks=[MoeCallback() for _ in range(count)])
+        trainer.train()
+        seen.append([p.detach().clone() for p in trainer.model.parameters() if p.requires_grad])
+    torch.testing.assert_close(seen[1], seen[0])
+
+
 def test_a_run_after_an_interrupted_one_measures_its_own_alone(tmp_path):
     first = trainer_of(tmp_path, callbacks=[MoeCallback()])
     first.add_callback(Raise("on_substep_end", KeyboardInterrupt()))

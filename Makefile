@@ -64,8 +64,13 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/moe_block.py --output benchmarks/results/moe_block.json
 	$(BIN)/python benchmarks/decode.py --output benchmarks/results/decode.json
 	$(BIN)/python benchmarks/expert_lora.py --output benchmarks/results/expert_lora.json
-	for tokens in 1 256 2048; do $(BIN)/python benchmarks/routed_sum.py --tokens $$tokens \
-		--output benchmarks/results/routed_sum_$$tokens.json || exit 1; done
+	$(BIN)/python benchmarks/routed_sum.py --tokens 1 --output benchmarks/results/routed_sum_1.json
+	$(BIN)/python benchmarks/routed_sum.py --tokens 256 --output benchmarks/results/routed_sum_256.json
+	$(BIN)/python benchmarks/routed_sum.py --tokens 2048 --output benchmarks/results/routed_sum_2048.json
+	$(BIN)/python benchmarks/routed_sum.py --dtype bfloat16 --tokens 1 \
+		--output benchmarks/results/routed_sum_1_bfloat16.json
+	$(BIN)/python benchmarks/routed_sum.py --dtype bfloat16 --tokens 256 \
+		--output benchmarks/results/routed_sum_256_bfloat16.json
 	$(BIN)/python benchmarks/growth.py --output benchmarks/results/growth.json --plot docs/growth.svg
 	$(BIN)/python benchmarks/table.py
 

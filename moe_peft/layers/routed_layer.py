@@ -80,8 +80,9 @@ class RoutedLayer(MergingLayer):
         if router.reads == "activations":
             decide = partial(self.route, adapter_name, context=context)
             return bank(read_TD, out_TO, PendingRouting(context, decide), in_place=in_place)
-        if router.constant_weight is not None and self._undecided(adapter_name, router, bank):
-            out = bank.add_all(read_TD, out_TO, router.constant_weight, context, in_place=in_place)
+        weight = router.constant_weight
+        if weight is not None and self._undecided(adapter_name, router, bank):
+            out = bank.add_all(read_TD, out_TO, weight, context, in_place=in_place)
             if out is not None:
                 return out
         rows = shared_rows(router, bank, read_TD, context) if joins(x_TD.shape[0]) else None

@@ -39,7 +39,8 @@ def is_plain(module: nn.Module) -> bool:
         return False
     if "forward" in own or own.get("_compiled_call_impl") is not None or any(hooks_of_all_modules()):
         return False
-    return not any(parameter is not None and parameter.is_meta for parameter in own["_parameters"].values())
+    absent = [name for name, parameter in own["_parameters"].items() if parameter is not None and parameter.is_meta]
+    return not absent
 
 
 def products(x_TD: torch.Tensor, rows_RD: torch.Tensor, weight_ED: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

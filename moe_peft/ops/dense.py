@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..types import Routing
-from .dtypes import autocast_is_on, outside_autocast
+from .dtypes import autocast_is_on, outside_autocast, product_dtype
 from .project import keeps_a_graph, project, worth_a_function
 
 
@@ -89,8 +89,8 @@ def _combined(
     scaling: float,
     in_place: bool,
 ) -> torch.Tensor:
-    dtype = h_TR.dtype
-    gated_TR, B_RO = _gated(h_TR, gates_TE), B.reshape(-1, B.shape[-1]).to(dtype)
+    dtype = product_dtype(h_TR)
+    gated_TR, B_RO = _gated(h_TR, gates_TE).to(dtype), B.reshape(-1, B.shape[-1]).to(dtype)
     if base_out_TO.dtype == dtype and in_place:
         return base_out_TO.addmm_(gated_TR, B_RO, alpha=scaling)  # in place, autocast has no say
     if base_out_TO.dtype == dtype and not autocast_is_on(h_TR.device.type):
@@ -98,7 +98,8 @@ def _combined(
     with outside_autocast(h_TR.device.type):
         if base_out_TO.dtype == dtype:
             return torch.addmm(base_out_TO, gated_TR, B_RO, alpha=scaling)
-        return base_out_TO + (scaling * (gated_TR @ B_RO)).to(base_out_TO.dtype)
+        y_TO = (scaling * (gated_TR @ B_RO)).to(base_out_TO.dtype)
+        return base_out_TO.add_(y_TO) if in_place else base_out_TO + y_TO
 
 
 class _Combine(torch.autograd.Function):

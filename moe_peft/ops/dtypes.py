@@ -7,6 +7,29 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 
+def _fast_on_cpu(name: str) -> bool:
+    """Whether this machine's CPU multiplies matrices of a 16-bit dtype as a library does."""
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+    return torch.backends.mkldnn.is_available() and supported is not None and bool(supported())
+
+
+# 16-bit dtypes whose products of rows with matrices stored row by row take some fifty times the time of float32 here.
+SLOW_ON_CPU = tuple(
+    dtype for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")) if not _fast_on_cpu(name)
+)
+
+
+def product_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """What a product of rows with a matrix stored row by row is best computed in: the rows' dtype, or a wider one.
+
+    Args:
+        tensor: The rows.
+    """
+    if tensor.dtype in SLOW_ON_CPU and tensor.device.type == "cpu":
+        return torch.float32
+    return tensor.dtype
+
+
 def cast_to_compute_dtype(x: torch.Tensor) -> torch.Tensor:
     """Bring an input to the dtype of the adapter's GEMMs.
 

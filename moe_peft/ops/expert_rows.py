@@ -112,7 +112,7 @@ class SlotRows(Rows):
     def products(self, x_NI: torch.Tensor, stack: Stack) -> torch.Tensor:
         """The (N, O) products with the frozen matrices."""
         rows = zip(self.experts_N.tolist(), x_NI, strict=True)
-        return torch.stack([torch.mv(stack.matrix(expert).T, row_I) for expert, row_I in rows])
+        return torch.stack([stack.product(expert, row_I) for expert, row_I in rows])
 
     def sum_slots(self, y_NO: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """See `Rows.sum_slots`."""

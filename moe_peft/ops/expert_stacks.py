@@ -40,6 +40,10 @@ class Stack(Protocol):
         """One expert's matrix, (I, O), outside of any autograd graph."""
         ...
 
+    def product(self, expert: int, row_I: torch.Tensor) -> torch.Tensor:
+        """One row times one expert's matrix, (O,), without gradients."""
+        ...
+
 
 class PlainStack:
     """A floating tensor that holds the matrices as they are.
@@ -56,6 +60,7 @@ class PlainStack:
         self.num_experts = weight.shape[0] if num_experts is None else num_experts
         self.dtype, self.device = weight.dtype, weight.device
         own = weight if weight.shape[0] == self.num_experts else weight[: self.num_experts]
+        self._stored, self._is_transposed = own, is_transposed
         self._matrices = own if is_transposed else own.transpose(1, 2)
 
     def matrices(self) -> torch.Tensor:
@@ -69,6 +74,11 @@ class PlainStack:
     def matrix(self, expert: int) -> torch.Tensor:
         """See `Stack.matrix`."""
         return self._matrices[expert].detach()
+
+    def product(self, expert: int, row_I: torch.Tensor) -> torch.Tensor:
+        """See `Stack.product`."""
+        stored = self._stored[expert]
+        return torch.mv(stored.T if self._is_transposed else stored, row_I)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from .choice import FEW_ROWS
-from .dtypes import autocast_is_on, outside_autocast
+from .dtypes import autocast_is_on, outside_autocast, product_dtype
 
 
 def project(x_TD: torch.Tensor, *weights: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -43,12 +43,15 @@ def project(x_TD: torch.Tensor, *weights: torch.Tensor, dtype: torch.dtype | Non
 
 
 def worth_a_function(x: torch.Tensor) -> bool:
-    """Whether what is kept of an input is worth making again; and under autocast, which may round a backward pass too.
+    """Whether what is kept of an input is worth making again.
+
+    Few rows are not; but under autocast, which may round a backward pass too, and where products widen what they read.
 
     Args:
         x: (..., D) of any leading shape. A compiled graph is not to ask, as it is to hold for any number of rows.
     """
-    return x.numel() > FEW_ROWS * x.shape[-1] or autocast_is_on(x.device.type)
+    many = x.numel() > FEW_ROWS * x.shape[-1]
+    return many or autocast_is_on(x.device.type) or product_dtype(x) != x.dtype
 
 
 def keeps_a_graph(*tensors: torch.Tensor) -> bool:

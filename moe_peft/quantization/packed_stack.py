@@ -64,6 +64,10 @@ class PackedStack:
         own = weight[start - begin :][:size].view(self.shape[1:])
         return own if self.is_transposed else own.T
 
+    def product(self, expert: int, row_I: torch.Tensor) -> torch.Tensor:
+        """One row times one expert's matrix, (O,)."""
+        return torch.mv(self.matrix(expert).T, row_I)
+
     def _all_scales(self) -> torch.Tensor:
         """A float32 scale for each block, also where the scales are quantized themselves."""
         if self._scales is None:

@@ -81,8 +81,9 @@ def test_up_matrices_packed_rank_by_rank_give_the_same(path, ids, grad):
 def test_few_slots_read_the_factors_and_matrices_of_their_experts_alone(monkeypatch):
     experts, _ = experts_with_pairs(dtype=torch.bfloat16)
     read = []
-    own = type(experts.first.stack).matrix
-    monkeypatch.setattr(type(experts.first.stack), "matrix", lambda self, e: (read.append(e), own(self, e))[1])
+    own = type(experts.first.stack).product
+    monkeypatch.setattr(type(experts.first.stack), "product", lambda self, e, x: (read.append(e), own(self, e, x))[1])
+    monkeypatch.setattr(type(experts.first.stack), "unbind", lambda *_: pytest.fail("all matrices were read"))
     monkeypatch.setattr(LowRankPairs, "read", lambda *_: pytest.fail("all factors were cast"))
     x, index, weights = slots(1, 2, 4)
     with torch.no_grad():

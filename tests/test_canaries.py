@@ -92,6 +92,15 @@ NAMES = [
         ["adapter_name"],
         "tuner/entries.py frames it",
     ),
+    *(
+        (f"transformers.models.{name}.modeling_{name}", f"{cls}Model.{padder}", [], "forward/frames.py masks by it")
+        for name, cls, padder in (
+            ("longformer", "Longformer", "_pad_to_window_size"),
+            ("big_bird", "BigBird", "_pad_to_block_size"),
+            ("reformer", "Reformer", "_pad_to_mult_of_chunk_length"),
+            ("canine", "Canine", "_downsample_attention_mask"),
+        )
+    ),
     ("torch.distributed.tensor", "DTensor", [], "sharded tensors are recognised by it"),
     ("peft.tuners.tuners_utils", "BaseTunerLayer._get_available_adapters", [], "tuner/merging.py plans with it"),
     (
@@ -288,7 +297,7 @@ MAY_LACK = {
 }
 
 
-ENDINGS = {"_bias", "_dropout"}  # of public names
+ENDINGS = {"_attention", "_bias", "_dropout"}  # of public names
 
 
 def private_names(tree: ast.AST) -> tuple[set[str], set[str]]:

@@ -130,7 +130,7 @@ def test_examples_run_and_stay_short(example, capsys):
         "04_esft": "nothing but the selected experts changed: True",
         "05_mov_t5": "reloaded logits equal: True",
         "06_expert_lora": "losses and gradients equal: True",
-        "07_compose_and_export": "exact: True",
+        "08_compose_and_export": "exact: True",
         "07_routing_report": "page written: True",
     }
     assert expected[example.stem] in capsys.readouterr().out

@@ -23,8 +23,8 @@ from ..options import option_values
 from .stock_lora import Pair, StockLora, read_lora
 
 TRAINED = ("all", "router")
-# Fields that follow from the LoRAs.
-FOLLOWING = ("num_experts", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "per_layer")
+# Fields that follow from the LoRAs, beside the scale, which a configuration fills in by itself.
+FOLLOWING = ("num_experts", "r", "use_rslora", "target_modules", "exclude_modules", "per_layer")
 
 
 def compose(
@@ -43,8 +43,9 @@ def compose(
     Args:
         base: The base model, without adapters.
         adapters: Name of an expert -> folder of a LoRA of stock peft, or its name on the Hub.
-        config: Router, losses and task type; what follows from the LoRAs (number of experts, rank, scale, places) is
-            left at its default. None takes the two best experts of each token, with weights that sum to one.
+        config: Router, losses and task type; what follows from the LoRAs (number of experts, rank, places) is left at
+            its default, and each LoRA's own scale takes the place of lora_alpha. None takes the two best experts of
+            each token, with weights that sum to one.
         adapter_name: Name of the new adapter.
         trained: "all", or "router", which freezes the experts; `train_router_alone` does so after loading.
 

@@ -1,6 +1,6 @@
-"""Two LoRAs of stock peft become one routed adapter, which is trained, made smaller, distilled and exported.
+"""Two LoRAs of stock peft become one routed adapter, which is trained, distilled and exported; one LoRA four experts.
 
-python examples/07_compose_and_export.py
+python examples/08_compose_and_export.py
 """
 
 import copy
@@ -48,11 +48,9 @@ set_seed(0)
 sizes = {"vocab_size": 48, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
 base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, pad_token_id=None, bos_token_id=None))
 train(base, OLD, steps=150, lr=3e-3)
-folder = Path(tempfile.mkdtemp())
+folder, loras = Path(tempfile.mkdtemp()), {}
 base.save_pretrained(folder / "base")
 print(f"base: {losses(base)}")
-
-loras = {}
 for name, rank in zip(NEW, (4, 6), strict=True):
     model = get_peft_model(copy.deepcopy(base), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
     train(model, {name: NEW[name]}, steps=100, lr=5e-3)
@@ -63,30 +61,19 @@ for name, rank in zip(NEW, (4, 6), strict=True):
 both = tools.compose(copy.deepcopy(base), loras, moe_peft.RoutedConfig(router="dense"), trained="router")
 train(both, NEW, steps=60, lr=1e-2)
 print(f"both, router trained: {losses(both)}")
-
-found = tools.distil_to_lora(
-    both,
-    folder / "lora",
-    [batch_of(NEW, seed) for seed in range(4)],
-    fresh_base=lambda: copy.deepcopy(base),
-    rank=8,
-    steps=100,
-    learning_rate=3e-3,
-    held_out=[batch_of(NEW, 10**6)],
-)
-print(f"distilled, {found}")
+texts, settings = [batch_of(NEW, seed) for seed in range(4)], {"rank": 8, "steps": 100, "learning_rate": 3e-3}
+own = {**settings, "fresh_base": lambda: copy.deepcopy(base), "held_out": [batch_of(NEW, 10**6)]}
+print(f"distilled, {tools.distil_to_lora(both, folder / 'lora', texts, **own)}")
 
 four = tools.upcycle(copy.deepcopy(base), loras["letters by 3"], num_experts=4, rho=0.5)
 train(four, NEW, steps=100, lr=5e-3)
 print(f"upcycled and trained: {losses(four)}")
 print(f"two of four experts: {tools.prune_experts(four, 'two', 2, [batch_of(NEW, 5)], merge=True).difference}")
 
-one = tools.upcycle(copy.deepcopy(base), loras["letters by 3"], num_experts=1)
-one.save_pretrained(folder / "one")
+tools.upcycle(copy.deepcopy(base), loras["letters by 3"], num_experts=1).save_pretrained(folder / "one")
 tools.export_merged(tools.load_without_base(folder / "one", folder / "base"), folder / "base", folder / "merged")
 merged = LlamaForCausalLM.from_pretrained(folder / "merged")
 stock = PeftModel.from_pretrained(base, loras["letters by 3"])
 with torch.no_grad():
-    rows = batch_of(NEW, 7)
-    error = (merged.eval()(**rows).logits - stock.eval()(**rows).logits).abs().max()
+    error = (merged.eval()(**batch_of(NEW, 7)).logits - stock.eval()(**batch_of(NEW, 7)).logits).abs().max()
 print(f"the merged checkpoint differs from its LoRA by {error:.1e}: exact: {bool(error < 1e-4)}")

@@ -52,3 +52,12 @@ def takes_routing(cls: type[nn.Module]) -> bool:
     parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(parameter.kind in positional for parameter in parameters) >= 3
+
+
+def has_local_indices(experts: nn.Module) -> bool:
+    """Whether an experts module holds the experts of one process, and is called with indices into these alone.
+
+    From transformers 5.23 on, expert parallelism replaces the module's forward with one that takes the indices of all
+    experts, and exchanges the tokens itself.
+    """
+    return bool(getattr(experts, "_is_expert_parallel", False)) and "forward" not in vars(experts)

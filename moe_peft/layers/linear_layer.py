@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from ..backbone.split_linear import WholeLinear, is_split
 from .routed_layer import RoutedLayer
 
 
 class LinearLayer(RoutedLayer):
-    """Wraps a linear layer, plain or quantized; a kind of layer says how adapters act, alone and in mixed rows."""
+    """Wraps a linear layer, plain or quantized; a kind of layer says how adapters act, alone and in mixed rows.
+
+    Attributes:
+        splits: Whether tensor parallelism gives each process a slice of the layer.
+    """
 
     merges = True
+
+    def make_storage(self) -> None:
+        """See `AdapterLayer.make_storage`; tensor parallelism splits a model when it is loaded, before any adapter."""
+        super().make_storage()
+        self.splits = is_split(self.get_base_layer())
 
     def forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
@@ -33,24 +43,44 @@ class LinearLayer(RoutedLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None or self.tracker.mixes_rows():
-            turned = self.tracker.positions_first(x, self.rows, self.place)
-            rows_first = x.transpose(0, 1) if turned else x
-            names = self.tracker.row_names(rows_first) if adapter_names is None else adapter_names
-            assert names is not None
-            self.check_rows(names, rows_first)
-            out = self.with_adapters_of_rows(names, rows_first, *args, **kwargs)
-            return out.transpose(0, 1) if turned else out
-        names = self.active_names()
-        if not names:
+        mixes = adapter_names is not None or self.tracker.mixes_rows()
+        names = () if mixes else self.active_names()
+        if not mixes and not names:
             return self.base_layer(x, *args, **kwargs)
-        return self.with_adapters(names, x, *args, **kwargs)
+        if not self.splits:
+            return self._adapted(mixes, adapter_names, names, self.base_layer, x, *args, **kwargs)
+        base = WholeLinear(self.base_layer, self.get_base_layer(), self.in_features, self.out_features)
+        out = self._adapted(mixes, adapter_names, names, base, base.whole_input(x), *args, **kwargs)
+        return base.own_part(out)
 
-    def with_adapters(self, names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _adapted(
+        self,
+        mixes: bool,
+        row_names: list[str] | None,
+        names: Sequence[str],
+        base: Callable[..., Any],
+        x: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if not mixes:
+            return self.with_adapters(names, base, x, *args, **kwargs)
+        turned = self.tracker.positions_first(x, self.rows, self.place)
+        rows_first = x.transpose(0, 1) if turned else x
+        row_names = self.tracker.row_names(rows_first) if row_names is None else row_names
+        assert row_names is not None
+        self.check_rows(row_names, rows_first)
+        out = self.with_adapters_of_rows(row_names, base, rows_first, *args, **kwargs)
+        return out.transpose(0, 1) if turned else out
+
+    def with_adapters(
+        self, names: Sequence[str], base: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         """Apply the base layer and adapters to all rows; arguments as in `forward`.
 
         Args:
             names: The adapters, of which there is one at least.
+            base: Computes the base layer.
             x: (..., D) input.
             *args: Passed to the base layer.
             **kwargs: Passed to the base layer.
@@ -58,12 +88,13 @@ class LinearLayer(RoutedLayer):
         raise NotImplementedError(f"{type(self).__name__} does not say how its adapters act.")
 
     def with_adapters_of_rows(
-        self, adapter_names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any
+        self, adapter_names: list[str], base: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """Apply the base layer, and to each row its adapter; arguments as in `forward`.
 
         Args:
             adapter_names: Adapter of each row of the batch, "__base__" for none.
+            base: Computes the base layer.
             x: (B, ..., D) input.
             *args: Passed to the base layer.
             **kwargs: Passed to the base layer.

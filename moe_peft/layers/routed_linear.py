@@ -17,25 +17,26 @@ from .linear_layer import LinearLayer
 class RoutedLinear(LinearLayer):
     """Adds a routed sum to what the linear layer gives."""
 
-    def with_adapters(self, names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def with_adapters(
+        self, names: Sequence[str], base: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         """Add the routed sum of every adapter; see `LinearLayer.with_adapters`."""
         context = self.tracker.tokens(x, self.rows, self.training, self.place)
         x_TD = x.reshape(-1, x.shape[-1])
-        base_layer = self.base_layer
-        out_TO = base_layer(x_TD, *args, **kwargs)
+        out_TO = base(x_TD, *args, **kwargs)
         if self.quantization_backend is not None:
             out_TO = self.quantization_backend.maybe_clone_base_result(out_TO)
         # A plain layer's fresh output may be added to in place; anything else may keep or share its output.
-        in_place = type(base_layer) in (nn.Linear, Conv1D) and not base_layer._forward_hooks
+        in_place = type(base) in (nn.Linear, Conv1D) and not base._forward_hooks  # type: ignore[attr-defined]
         for name in names:
             out_TO = self.add(name, x_TD, out_TO, context, in_place=in_place)
         return out_TO.view(*x.shape[:-1], out_TO.shape[-1])
 
     def with_adapters_of_rows(
-        self, adapter_names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any
+        self, adapter_names: list[str], base: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """Add to each row the routed sum of its adapter; see `LinearLayer.with_adapters_of_rows`."""
-        out = self.base_layer(x, *args, **kwargs)
+        out = base(x, *args, **kwargs)
         result = out.clone()
         context = self.tracker.tokens(x, self.rows, turned=False)
         for name in sorted(set(adapter_names)):

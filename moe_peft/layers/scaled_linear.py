@@ -25,7 +25,9 @@ class ScaledLinear(LinearLayer):
     adds_to_output = False
     originals: tuple[torch.Tensor, ...] = ()
 
-    def with_adapters(self, names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def with_adapters(
+        self, names: Sequence[str], base: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         """Scale by the adapters; see `LinearLayer.with_adapters`.
 
         Scales of several adapters multiply; each router reads what is scaled as it is without any adapter.
@@ -37,7 +39,7 @@ class ScaledLinear(LinearLayer):
             _, bank = self.parts_of(name)
             (at_input if bank.scales_input else at_output).append(name)
         scaled_x = self._scale(at_input, x, x, context) if at_input else x
-        out = self.base_layer(scaled_x, *args, **kwargs)
+        out = base(scaled_x, *args, **kwargs)
         read = self._unscaled(out, scaled_x) if at_output and self.merged_adapters else None
         return self._scale(at_output, out, x, context, read) if at_output else out
 
@@ -72,12 +74,12 @@ class ScaledLinear(LinearLayer):
         return scaled
 
     def with_adapters_of_rows(
-        self, adapter_names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any
+        self, adapter_names: list[str], base: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """Scale each row by its adapter; see `LinearLayer.with_adapters_of_rows`."""
         names = sorted(set(adapter_names) & set(self.experts))
         at_input = [name for name in names if self.experts[name].scales_input]
-        out = self.base_layer(self._scale_rows(at_input, x, x, adapter_names), *args, **kwargs)
+        out = base(self._scale_rows(at_input, x, x, adapter_names), *args, **kwargs)
         return self._scale_rows([name for name in names if name not in at_input], out, x, adapter_names)
 
     def _scale_rows(

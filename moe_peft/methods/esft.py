@@ -112,7 +112,8 @@ class EsftConfig(SelectedExpertsConfig, LowRankConfig):
         self._check_targets(layers, chosen)
         for own in chosen:
             experts = base_of(model.get_submodule(own.experts))
-            _refuse_split(own.experts, experts)
+            if self.expert_adapter == "full":
+                _refuse_split(own.experts, experts)
             self._check(
                 self.expert_adapter == "lora" or keeps_slices(experts, own.num_experts),
                 "expert_adapter",
@@ -203,8 +204,9 @@ def _refuse_split(name: str, experts: nn.Module) -> None:
     if expert_parallel or any(isinstance(parameter, DTensor) for parameter in experts.parameters()):
         kind = "expert parallelism" if expert_parallel else "distributed tensors"
         raise ValueError(
-            f"The experts of {name} are split over processes ({kind}), so their slices cannot be copied here. Load "
-            "the model without tp_plan or ep_plan, and add the adapter before sharding with FSDP2."
+            f"The experts of {name} are split over processes ({kind}), so their slices cannot be copied here. Set "
+            "expert_adapter='lora', whose experts are whole on every process, or load the model without tp_plan or "
+            "ep_plan, and add the adapter before sharding with FSDP2."
         )
 
 

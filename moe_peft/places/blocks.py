@@ -10,6 +10,7 @@ from torch import nn
 
 from ..backbone.attention import attention_names
 from ..backbone.encoders import encoder_names
+from ..backbone.experts_call import has_local_indices
 from ..backbone.gated_ffn import gated_ffn
 from ..backbone.structure import base_of, block_width, is_below, opaque_blocks, unsupported_reason
 from ..place import MoeLayer, Place
@@ -146,11 +147,11 @@ def experts_place(name: str, module: nn.Module, layers: list[MoeLayer], quantiza
         ValueError: It holds the experts of one process only, whose indices are its own.
     """
     base = base_of(module)
-    if getattr(base, "_is_expert_parallel", False):
+    if has_local_indices(base):
         raise ValueError(
-            f"The experts of {name} are split over processes (expert parallelism), where their indices are local, so "
-            "an adapter cannot follow them. Load the model without expert parallelism, or use an adapter with a "
-            "router of its own, around blocks or linear layers."
+            f"The experts of {name} are split over processes (expert parallelism) by a release of transformers that "
+            "calls them with local indices, so an adapter cannot follow them. Update transformers, load the model "
+            "without expert parallelism, or use an adapter with a router of its own, around blocks or linear layers."
         )
     for layer in layers:
         if name == layer.experts:

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ..backbone.attention import attention_names
 from ..backbone.encoders import encoder_names
 from ..backbone.read_weights import read_weights
+from ..backbone.split_linear import is_split, why_not_whole
 from ..backbone.structure import base_of, find_moe_layers, is_below, router_names
 from ..messages import shown
 from ..place import MoeLayer, Place
@@ -148,6 +149,7 @@ def linear_place(name: str, module: nn.Module, layers: list[MoeLayer], quantizat
 
     Raises:
         TypeError: It is no linear layer.
+        ValueError: Tensor parallelism splits it in a way that adapters cannot follow.
     """
     features = linear_features(module, **quantization)
     base = base_of(module)
@@ -156,6 +158,11 @@ def linear_place(name: str, module: nn.Module, layers: list[MoeLayer], quantizat
             f"Target module {name} ({type(base).__name__}) is not supported. Currently, only `torch.nn.Linear` "
             "(optionally quantized) and transformers' `Conv1D` can be adapted; remove it from target_modules."
             f"{_around(name, layers)}"
+        )
+    if is_split(base) and (reason := why_not_whole(base)) is not None:
+        raise ValueError(
+            f"{name} ({type(base).__name__}) {reason}, which adapters cannot follow. Leave it out of "
+            "target_modules, or give it another style in DistributedConfig(tp_plan=...)."
         )
     return Place(name, *features, kind=type(base).__name__, weight=partial(_weight_of, base, quantization))
 

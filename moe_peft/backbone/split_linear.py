@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 # The dimension of transformers' device meshes over which tensor parallelism splits.
 DIMENSION = "tp"
@@ -137,9 +137,10 @@ def why_not_whole(base: nn.Module) -> str | None:
         The end of a sentence that begins with the layer.
     """
     weight: Any = base.weight
-    if weight.device_mesh.ndim > 1 and DIMENSION not in (weight.device_mesh.mesh_dim_names or ()):
+    names = weight.device_mesh.mesh_dim_names or ()
+    if weight.device_mesh.ndim > 1 and DIMENSION not in names:
         return f"is split over a mesh without a dimension called {DIMENSION!r}"
-    # A subclass, as of packed projections, interleaves the pieces.
-    if any(isinstance(own, Shard) and type(own) is not Shard for own in weight.placements):
+    placement = weight.placements[names.index(DIMENSION) if weight.device_mesh.ndim > 1 else 0]
+    if not isinstance(placement, (Shard, Replicate)):
         return "is split so that several matrices in one are cut each on its own (a packed style)"
     return None

@@ -7,6 +7,7 @@ import torch
 from accelerate import cpu_offload
 from torch import distributed as dist
 from torch import nn
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
 from moe_peft.backbone.split_linear import Slices, WholeLinear, is_split, why_not_whole
 
@@ -52,9 +53,7 @@ def test_a_layer_split_over_one_process_computes_as_it_does(mesh):
 
 
 def test_pieces_of_several_matrices_in_one_are_refused(mesh):
-    from torch.distributed.tensor.placement_types import _StridedShard
-
-    layer = split(mesh, dist.tensor.Shard(0))
-    spec = layer.weight.data._spec
-    spec.placements = (_StridedShard(0, split_factor=2),)
-    assert "packed style" in why_not_whole(layer)
+    layer = nn.Linear(6, 4, bias=False)
+    ALL_PARALLEL_STYLES["packed_colwise"].shard_param(layer, "weight", mesh)
+    layer.forward = lambda x: x
+    assert is_split(layer) and "packed style" in why_not_whole(layer)

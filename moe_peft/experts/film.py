@@ -53,6 +53,12 @@ class FilmExperts(Experts):
         """The input as it is, of which these experts make nothing; arguments as in `Experts.prepare`."""
         return x_TD
 
+    @torch.no_grad()
+    def delta_products(self) -> torch.Tensor:
+        """Inner products of scales less one and shifts, as one vector each; see `Experts.delta_products`."""
+        both = torch.cat([self.c, self.b], -1).double()
+        return both @ both.T
+
     def combine(
         self, h: torch.Tensor, base_out_TO: torch.Tensor, routing: Routing, *, in_place: bool = False
     ) -> torch.Tensor:

@@ -22,6 +22,7 @@ from ..place import Place
 from ..types import Routing, TokenContext
 from .experts import Experts
 from .low_rank import LowRankExperts
+from .products import pair_products
 
 
 class GoatExperts(Experts):
@@ -146,6 +147,11 @@ class GoatExperts(Experts):
         weights_E = weights_E.to(dA.device, dtype)
         matrices_EOD = dB.mT @ (A0 + dA) + B0.mT @ dA
         return self.scaling * torch.einsum("e,eod->od", weights_E, matrices_EOD)
+
+    def delta_products(self) -> torch.Tensor:
+        """Inner products of the matrices s (B_e A_e - B0_e A0_e); see `Experts.delta_products`."""
+        A, B = torch.cat([self.A0 + self.dA, self.dA], 1), torch.cat([self.dB, self.B0], 1)
+        return self.scaling**2 * pair_products(A, B)
 
     def even_out(self) -> None:
         """Leave the sizes of the weight's own vectors; see `Experts.even_out`."""

@@ -22,7 +22,9 @@ def one_hot(e: int, count: int) -> torch.Tensor:
 def test_cosines_are_those_of_the_matrices_that_single_experts_add(kind):
     model = adapted_linear(moe_peft.RoutedConfig(num_experts=4, r=2, experts=kind))
     bank = routed_layer_of(model).experts["default"]
-    if bank.mergeable:
+    if bank.placement is None and not hasattr(bank, "scaling"):
+        deltas = torch.cat([bank.c, bank.b], -1)
+    elif bank.mergeable:
         deltas = torch.stack([bank.delta_weight(one_hot(e, 4)).flatten() for e in range(4)])
     else:
         deltas = torch.stack([(B.T @ A).flatten() for A, B in zip(bank.A, bank.B, strict=True)])

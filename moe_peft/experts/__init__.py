@@ -13,6 +13,7 @@ from .low_rank import LowRankExperts
 from .selection import Selection
 from .shared_down import SharedDownExperts
 from .slices import ExpertSlices
+from .sparse_down import SparseDownExperts
 from .vector import VectorExperts
 from .zero_computation import ZeroComputationExperts
 
@@ -26,6 +27,7 @@ EXPERTS: dict[str, type[Experts]] = {
     "film": FilmExperts,
     "zero_computation": ZeroComputationExperts,
     "goat": GoatExperts,
+    "sparse_down": SparseDownExperts,
 }
 # The kind of configurations that name none.
 DEFAULT_EXPERTS = "low_rank"

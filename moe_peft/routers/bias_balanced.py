@@ -24,6 +24,8 @@ class BiasBalanced(TopK):
         norm_topk_prob: See `TopK`.
         expert_dropout: See `TopK`.
         bias_rate: What a bias changes by in a step, in units of probability.
+        binary: Whether a chosen expert has the weight one, before any rescaling, whatever its probability (FlyLoRA,
+            arXiv 2510.08396); the task then trains no scores.
     """
 
     counts = True
@@ -35,13 +37,26 @@ class BiasBalanced(TopK):
             lambda value: not isinstance(value, bool) and 0 < value <= 1,
             "What the balancing bias changes by after an optimizer step, in units of probability.",
         ),
+        Option(
+            "binary",
+            False,
+            "True or False",
+            lambda value: isinstance(value, bool),
+            "Whether a chosen expert has the weight one, whatever its probability.",
+        ),
     )
 
     def __init__(
-        self, *, top_k: int, norm_topk_prob: bool = False, expert_dropout: float = 0.0, bias_rate: float = 1e-3
+        self,
+        *,
+        top_k: int,
+        norm_topk_prob: bool = False,
+        expert_dropout: float = 0.0,
+        bias_rate: float = 1e-3,
+        binary: bool = False,
     ) -> None:
         super().__init__(top_k=top_k, norm_topk_prob=norm_topk_prob, expert_dropout=expert_dropout)
-        self.bias_rate = bias_rate
+        self.bias_rate, self.binary = bias_rate, binary
 
     def tensors(self, num_experts: int) -> dict[str, torch.Tensor]:
         """(E,) bias of each expert, zero at the start; see `Selector.tensors`."""
@@ -53,7 +68,8 @@ class BiasBalanced(TopK):
         if self.expert_dropout > 0:
             shifted_TE = shifted_TE.masked_fill(probs_TE == 0, -torch.inf)
         experts_TK = shifted_TE.topk(self.top_k, dim=-1).indices
-        return probs_TE.gather(-1, experts_TK), experts_TK
+        weights_TK = probs_TE.gather(-1, experts_TK)
+        return (weights_TK != 0).to(weights_TK) if self.binary else weights_TK, experts_TK
 
     def after_step(self, statistics: StepStatistics, **own: torch.Tensor) -> None:
         """Raise the bias of experts with less than the mean load, and lower that of the others."""

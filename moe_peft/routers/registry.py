@@ -7,6 +7,7 @@ from typing import Any
 
 from ..options import option_values
 from ..part import Part
+from .activation_abs import ActivationAbs
 from .activation_norm import ActivationNorm
 from .bias_balanced import BiasBalanced
 from .capacity import Capacity, CapacityRouter
@@ -30,6 +31,7 @@ from .mixture import MixtureRouter
 from .null_top_k import NullTopK
 from .positive import Positive
 from .prompt_mean import PromptMean
+from .random import RandomRouter
 from .relaxed_bernoulli import RelaxedBernoulli
 from .relu import Relu
 from .router import Router
@@ -52,6 +54,7 @@ DEFAULT_ROUTER, DEFAULT_SCORER, DEFAULT_GATE = "dense", "linear", "softmax"
 SCORERS: dict[str, type[Router]] = {
     "linear": LinearRouter,
     "activation_norm": ActivationNorm,
+    "activation_abs": ActivationAbs,
     "low_space": LowSpaceRouter,
     "task_table": TaskTable,
     "layer_logits": LayerLogits,
@@ -98,6 +101,7 @@ ROUTERS: dict[str, type[Router]] = {
     "top_k": TopKRouter,
     "capacity": CapacityRouter,
     "constant": ConstantRouter,
+    "random": RandomRouter,
 }
 
 

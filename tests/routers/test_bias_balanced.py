@@ -75,3 +75,10 @@ def test_a_models_biases_move_with_after_step_and_are_part_of_the_adapter(tmp_pa
     biases = [layer.router["default"].bias for layer in routed_layers(model)]
     assert all(bias.grad is None for bias in biases) and any((bias != 0).any() for bias in biases)
     assert sum(name.endswith("default.bias") for name in model.state_dict()) == len(biases)
+
+
+def test_binary_weights_are_one_for_what_is_chosen():
+    plain, x = linear(BiasBalanced(top_k=2))
+    binary, _ = linear(BiasBalanced(top_k=2, binary=True))
+    found, chosen = binary(x, TokenContext()), plain(x, TokenContext()).experts
+    assert torch.equal(found.experts, chosen) and torch.equal(found.weights, torch.ones_like(found.weights))

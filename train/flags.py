@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from types import NoneType, UnionType
@@ -185,7 +186,26 @@ def help_of(name: str, fields: dict[str, dataclasses.Field]) -> str:
         said = f" Default: {next(iter(defaults))}."
     else:
         said = "".join(f" Default of {', '.join(names)}: {value}." for value, names in defaults.items())
-    return (text + methods + said).replace("%", "%%")
+    return (text + methods + range_of(name, fields) + said).replace("%", "%%")
+
+
+def range_of(name: str, fields: dict[str, dataclasses.Field]) -> str:
+    """What a number must be, in the words with which a configuration refuses another one; nothing for other fields.
+
+    Args:
+        name: The field.
+        fields: Method -> the field.
+    """
+    for method in fields:
+        if not set(kinds_of(name, method)) <= {int, float}:
+            continue
+        try:
+            CONFIGS[method](**{name: -1})
+        except ValueError as error:
+            said = re.search(rf": {name}=-1 must be (.*)\.$", str(error))
+            if said and "left at" not in said[1]:
+                return f" Must be {re.sub(r'(num_experts|r)=[0-9]+', lambda found: found[1], said[1])}."
+    return ""
 
 
 def group_of(flag: str) -> str:

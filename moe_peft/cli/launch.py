@@ -44,6 +44,7 @@ def run(verb: str, script: str, argv: list[str]) -> int:
     from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
     launcher, own = split(argv, launch_command_parser())
+    launcher = on_cpus(launcher, own)
     words = [*launcher, str(path), *own]
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
     several = arguments.use_deepspeed or arguments.use_fsdp or arguments.use_megatron_lm
@@ -100,6 +101,25 @@ def split(argv: list[str], parser: argparse.ArgumentParser) -> tuple[list[str], 
             values = [str(find_config(one, name, ("accelerate",))) for one in values]
         launcher += [name, *values]
     return launcher, own
+
+
+def on_cpus(launcher: list[str], own: list[str]) -> list[str]:
+    """The launcher's words, with the configuration that starts several processes without GPUs where they are wanted.
+
+    accelerate starts a single one for `--num_processes 2` on a CPU, without a word.
+
+    Args:
+        launcher: Its words.
+        own: Those of the script.
+    """
+    count = launcher[launcher.index("--num_processes") + 1] if "--num_processes" in launcher[:-1] else "1"
+    on_cpu = any(
+        word in ("--use_cpu=true", "--use_cpu=True") or (word == "--use_cpu" and following.lower() != "false")
+        for word, following in zip(own, [*own[1:], ""], strict=False)
+    )
+    if not on_cpu or "--config_file" in launcher or not count.isdecimal() or int(count) < 2:
+        return launcher
+    return ["--config_file", str(find_config("two_cpu_processes", "--config_file", ("accelerate",))), *launcher]
 
 
 def run_here(path: Path, program: str, argv: list[str]) -> int:

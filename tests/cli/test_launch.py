@@ -34,6 +34,20 @@ def test_a_configuration_of_the_launcher_has_a_name():
         launch.split(["--config_file", "fdsp2"], launch_command_parser())
 
 
+def test_several_processes_without_gpus_have_a_configuration_of_the_launcher():
+    file = ["--config_file", str(names_of("accelerate")["two_cpu_processes"])]
+    for flag in (["--use_cpu"], ["--use_cpu", "true"], ["--use_cpu=true"], ["--use_cpu", "--seed", "1"]):
+        assert launch.on_cpus(["--num_processes", "3"], flag) == [*file, "--num_processes", "3"]
+    for launcher, own in (
+        (["--num_processes", "1"], ["--use_cpu"]),
+        (["--num_processes", "2"], ["--use_cpu", "false"]),
+        (["--num_processes", "2"], []),
+        (["--config_file", "own.yaml", "--num_processes", "2"], ["--use_cpu"]),
+        ([], ["--use_cpu"]),
+    ):
+        assert launch.on_cpus(launcher, own) == launcher
+
+
 @pytest.mark.parametrize("verb", ["sft", "select-experts"])
 def test_one_process_takes_the_place_of_the_command(verb, monkeypatch):
     started = []
@@ -69,3 +83,23 @@ def test_a_run_by_the_module_trains_and_a_mistake_is_one_line(tmp_path):
     assert wrong.returncode == 1 and "Traceback" not in wrong.stderr + wrong.stdout
     last = wrong.stderr.strip().splitlines()[-1]
     assert last.startswith("moe-peft sft: RoutedConfig: top_k=9 must be between 1 and num_experts=4")
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+def test_several_processes_train_one_adapter_on_a_cpu(tmp_path):
+    base = make_base(tmp_path / "base")
+    data = make_data(tmp_path / "data", [{"text": words(i, 5)} for i in range(10)])
+    values = {"bf16": None, "use_cpu": None, "max_steps": 1, "ddp_find_unused_parameters": False}
+    run = write_run(tmp_path, model_name_or_path=base, dataset_name=data, **values)
+    command = [sys.executable, "-m", "moe_peft", "sft", "--config", str(run), "--num_processes", "2", "--use_cpu"]
+    options = {"capture_output": True, "text": True, "cwd": tmp_path, "env": environment(tmp_path), "timeout": 280}
+    done = subprocess.run(command, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("The adapter is in") == 1
+    assert (tmp_path / "out/adapter_model.safetensors").is_file()
+    states = {path.name for path in (tmp_path / "out/checkpoint-1").glob("rng_state*")}
+    assert states == {"rng_state_0.pth", "rng_state_1.pth"}
+    wrong = subprocess.run([*command, "--moe_top_k", "9"], **options)
+    assert wrong.returncode == 1 and "Traceback" not in wrong.stderr + wrong.stdout
+    assert wrong.stderr.count("top_k=9 must be between") == 1

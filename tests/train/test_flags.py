@@ -59,6 +59,24 @@ def test_help_says_whose_a_flag_is_and_each_methods_default():
     assert all(texts.values())
 
 
+def test_help_says_the_range_of_numbers_in_the_words_of_their_refusals():
+    texts = {own.name: own.metadata["help"] for own in dataclasses.fields(flags.MoeArguments)}
+    for name, words in {
+        "moe_r": "Must be a rank of at least 1 and at most 65536.",
+        "moe_num_experts": "Must be at least 1 and at most 1048576.",
+        "moe_top_k": "Must be between 1 and num_experts.",
+        "moe_lora_dropout": "Must be a number from 0 up to, but not including, 1.",
+        "moe_router_aux_loss_coef": "Must be zero or a positive number",
+        "moe_capacity_factor": "Must be a positive number or None",
+    }.items():
+        assert words in texts[name], texts[name]
+    fields = [own.name for own in dataclasses.fields(METHODS["routed"]) if own.name not in flags.WITHOUT_FLAG]
+    numbers = [name for name in fields if set(flags.kinds_of(name, "routed")) <= {int, float}]
+    assert len(numbers) > 10
+    assert [name for name in numbers if "Must be" not in texts[f"moe_{name}"]] == []
+    assert "Must be" not in texts["moe_target_modules"]
+
+
 def test_the_parser_shows_its_help(capsys):
     with pytest.raises(SystemExit):
         parse("--help")

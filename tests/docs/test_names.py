@@ -8,7 +8,7 @@ import re
 import shlex
 
 import pytest
-from flags import ScriptFlags
+from flags import SCRIPT_FIELDS
 
 from moe_peft.cli.verbs import VERBS
 from moe_peft.methods import METHODS
@@ -42,7 +42,7 @@ def test_names_of_the_package_exist(page):
 
 @pytest.mark.parametrize("page", DOCUMENTS, ids=name_of)
 def test_flags_of_adapters_are_fields_and_verbs_and_configurations_exist(page):
-    own = {"moe_config", "moe_preset"} | {field.name for field in dataclasses.fields(ScriptFlags)}
+    own = {"moe_config", "moe_preset", *SCRIPT_FIELDS}
     for flag in re.findall(r"--(moe_\w+)", page.read_text()):
         assert flag in own or flag.removeprefix("moe_") in FIELDS, flag
     for block in programs(page, "bash"):

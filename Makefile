@@ -72,6 +72,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/routed_sum.py --dtype bfloat16 --tokens 256 \
 		--output benchmarks/results/routed_sum_256_bfloat16.json
 	$(BIN)/python benchmarks/growth.py --output benchmarks/results/growth.json --plot docs/growth.svg
+	$(BIN)/python benchmarks/catalogue.py --output benchmarks/results/catalogue.json
+	$(BIN)/python benchmarks/promises.py --output benchmarks/results/promises.json
 	$(BIN)/python benchmarks/table.py
 
 clean:

@@ -41,7 +41,8 @@ HEAD = """# Catalogue
 Every part that `RoutedConfig` takes by name, with its equation and source, its options, and what it says of itself;
 the tests of the parts hold them to it. Options go into `router_args`, `experts_args`, and
 `losses={"name": {"weight": 0.1, ...}}`. `python docs/write_catalogue.py` writes this page from the classes;
-[extending](extending.md) adds to it.
+[extending](extending.md) adds to it, and [the measurements](performance.md#every-part) say what each part costs and
+whether it does what its paper promises.
 
     z = scorer(x),   p = gate(z),   w = selector(z, p),   y = W0 x + experts(x, w)
 

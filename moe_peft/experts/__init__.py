@@ -10,6 +10,7 @@ from .film import FilmExperts
 from .goat import GoatExperts
 from .latent_core import LatentCoreExperts
 from .low_rank import LowRankExperts
+from .normalized import NormalizedExperts
 from .selection import Selection
 from .shared_down import SharedDownExperts
 from .slices import ExpertSlices
@@ -23,6 +24,7 @@ EXPERTS: dict[str, type[Experts]] = {
     "shared_down": SharedDownExperts,
     "cp_diagonal": CpDiagonalExperts,
     "latent_core": LatentCoreExperts,
+    "normed": NormalizedExperts,
     "ffn_lora": FfnLoraExperts,
     "film": FilmExperts,
     "zero_computation": ZeroComputationExperts,

@@ -16,6 +16,8 @@ SMALL = {
     "expert_lora": "--hidden 32 --layers 1 --experts 4 --tokens 8 --rounds 2 --dtypes bfloat16 --no-memory",
     "moe_block": "--hidden 32 --experts 4 --top-k 2 --tokens 8 --rounds 2",
     "routed_sum": "--tokens 3 --experts 8 --width 16 --out 16 --rounds 2",
+    "catalogue": "--hidden 32 --tokens 8 --rounds 1 --only tree entmax null_top_k ffn_lora task_table expert_clusters",
+    "promises": "--seeds 0 --steps 2",
     "growth": "--width 64 --tokens 4 --rounds 2",
 }
 
@@ -53,6 +55,19 @@ def test_a_benchmark_writes_rows_that_a_table_shows(name, scripts, monkeypatch, 
     text = table.table(name, tmp_path)
     assert text.count("\n| ") > len(record["rows"])
     assert not plot or (tmp_path / "growth.svg").read_text().count("<svg") == 1
+
+
+def test_every_registered_part_is_timed_with_parts_that_it_fits(scripts):
+    import catalogue
+
+    from moe_peft import RoutedConfig
+
+    timed = {(axis, name) for axis, name, _ in catalogue.choices()}
+    assert timed == {
+        (axis, name) for axis, own in {**catalogue.AXES, "loss": catalogue.LOSSES}.items() for name in own
+    }
+    for _, _, fields in catalogue.choices():
+        RoutedConfig(router_aux_loss_coef=0.0, **fields)
 
 
 def test_a_ratio_is_that_of_the_same_round(scripts):

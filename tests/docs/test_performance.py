@@ -31,6 +31,11 @@ def test_a_record_names_machine_versions_and_command_and_has_enough_rounds(path)
     assert record["command"].replace("python ", "", 1) in _bench()
 
 
+def test_parts_that_cost_more_than_lora_say_why():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "catalogue.json").read_text())["rows"]
+    assert len(rows) > 40 and all(bool(row["why"]) == (row["ratio"] > 1.3) for row in rows)
+
+
 def _bench() -> str:
     """The commands of `make bench`, continued lines joined."""
     return " ".join((ROOT / "Makefile").read_text().replace("\\\n", " ").split())

@@ -27,6 +27,10 @@ def adapted(**fields):
         {"router": "dense", "router_args": {"num_tasks": 3, "width": 2}},
         {"router_scope": "block", "experts": "shared_down"},
         {"experts_args": {"shared": 1}},
+        {"router": "dense", "gate": "relaxed_bernoulli"},
+        {"router": "dense", "gate": "gumbel", "router_args": {"num_tasks": 3, "width": 2, "hard": True}},
+        {"router": "dense", "router_args": {"num_tasks": 3, "task_mask": [[1, 1, 0], [0, 1, 1], [0, 0, 1]]}},
+        {"router": "expert_prototyping", "gate": "entmax"},
     ],
 )
 def test_the_merged_model_equals_the_adapted_one_on_the_task(fields):

@@ -70,7 +70,7 @@ class _Whole(torch.autograd.Function):
         return slices.gather(piece)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad[..., ctx.slices.own].contiguous(), None
 
 
@@ -81,7 +81,7 @@ class _Part(torch.autograd.Function):
         return whole[..., slices.own].contiguous()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return ctx.slices.gather(grad), None
 
 

@@ -11,16 +11,8 @@ from torch import nn
 
 from ..place import Rows
 from ..types import Routing, TokenContext
-from .batch import (
-    SampleGroups,
-    batch_shape,
-    first_mask,
-    further_inputs,
-    groups_per_sequence,
-    number_segments,
-    segments_of,
-    two_dimensional,
-)
+from .batch import SampleGroups, batch_shape, first_mask, further_inputs, segments_of, two_dimensional
+from .description import describe, describe_media, of_one_modality
 from .frames import frame_mask_of
 from .joined_losses import ForwardLosses
 from .layout import turned, turned_shape
@@ -161,7 +153,7 @@ class ForwardPass:
         if not flat and self.frames is not None and self.frames(leading[1]) is not None:
             return None
         pooled = leading == shape[:1] and not self.progress.get(place or "")
-        if flat and (pooled or self._of_one_modality(leading) is not None):
+        if flat and (pooled or of_one_modality(self, leading) is not None):
             return None
         if place is None or self.attention_mask is None or torch.compiler.is_compiling():
             return None if flat else Slice(leading, None)
@@ -225,12 +217,12 @@ class ForwardPass:
         if known is None:
             turned_here = self.positions_first(leading, rows) if turned_rows is None else turned_rows
             if rows == "media":
-                known = self._describe_media(leading, device)
+                known = describe_media(self, leading, device)
             elif turned_here:
                 shape = (leading[1], leading[0])
-                known = turned(self._describe(shape, device, rows == "encoder_states"), shape)
+                known = turned(describe(self, shape, device, from_encoder=rows == "encoder_states"), shape)
             else:
-                known = self._describe(leading, device, rows == "encoder_states")
+                known = describe(self, leading, device, from_encoder=rows == "encoder_states")
             self.contexts.append((key, known))
         return known
 
@@ -263,97 +255,3 @@ class ForwardPass:
         if len(leading) != 2 or leading[0] in shape or leading[1] != shape[0] or self.frames is None:
             return False
         return self.frames(leading[0]) is not None
-
-    def _describe(self, leading: tuple[int, ...], device: torch.device, from_encoder: bool) -> TokenContext:
-        mask = self.encoder_attention_mask if from_encoder else self.attention_mask
-        rows = leading
-        if self.shape is not None and (leading == (self.shape[0] * self.shape[1],) or _same_rows(leading, self.shape)):
-            rows = self.shape
-        kept_T = self._of_one_modality(rows)
-        if kept_T is not None:
-            assert self.shape is not None
-            whole, kept_T = self.tokens(self.shape, device), kept_T.to(device)
-            valid_T = None if whole.valid is None else whole.valid[kept_T]
-            assert whole.sequences is not None
-            ids_T, prompt_T = (None if own is None else own[kept_T] for own in (whole.token_ids, whole.prompt))
-            return replace(
-                whole,
-                valid=valid_T,
-                sequences=whole.sequences[kept_T],
-                token_ids=ids_T,
-                prompt=prompt_T,
-                num_rows=1,
-            )
-        valid_T, padding_known = None, True
-        # A longer mask is that of cached tokens; but other rows, as a vision tower's patches, have no mask at all.
-        cached = mask is not None and rows == self.shape and mask.shape[0] == rows[0] and mask.shape[1] > rows[1]
-        if mask is not None and len(rows) == 2 and (cached or tuple(mask.shape) == tuple(rows)):
-            valid_T = mask[:, mask.shape[1] - rows[1] :].reshape(-1).to(device).bool()
-        elif mask is not None and len(rows) == 2 and rows[0] == mask.shape[0] and self.frames is not None:
-            frames_BF = self.frames(rows[1])
-            valid_T = None if frames_BF is None else frames_BF.reshape(-1).to(device)
-            padding_known = frames_BF is not None or not self._has_padding(rows)
-        if self.segments is not None and not from_encoder and tuple(self.segments.shape) == rows:
-            sequences_T, num_sequences = number_segments(self.segments.to(device))
-        elif len(rows) >= 2:
-            sequences_T = torch.arange(rows[0], device=device).repeat_interleave(torch.Size(rows[1:]).numel())
-            num_sequences = rows[0]
-        elif self.shape is not None and rows == self.shape[:1]:
-            # One vector per row, as a pooled token.
-            sequences_T, num_sequences = torch.arange(rows[0], device=device), rows[0]
-        else:
-            sequences_T, num_sequences = None, 1
-        groups = groups_per_sequence(self.groups, sequences_T, num_sequences, rows)
-        return TokenContext(
-            training=self.training,
-            valid=valid_T,
-            sequences=sequences_T,
-            num_sequences=num_sequences,
-            groups=None if groups is None else groups.to(device),
-            loss_scale=self.losses.scale if self.training else None,
-            num_rows=rows[0] if len(rows) >= 2 else 1,
-            token_ids=self._own(self.token_ids, rows, device, from_encoder),
-            prompt=self._own(self.prompt, rows, device, from_encoder),
-            cached=self.cached,
-            padding_known=padding_known,
-        )
-
-    def _has_padding(self, rows: tuple[int, ...]) -> bool:
-        """Whether rows of another length than their mask may have padding, in a training pass."""
-        mask, shape = self.attention_mask, self.shape
-        if not self.training or mask is None or shape is None or torch.compiler.is_compiling():
-            return False
-        return rows[1] > shape[1] > 1 and tuple(mask.shape) == shape and not bool(mask.all())
-
-    def _own(
-        self, values_BL: torch.Tensor | None, rows: tuple[int, ...], device: torch.device, from_encoder: bool
-    ) -> torch.Tensor | None:
-        """(T,) values of the stack's own tokens, where the rows are those."""
-        if values_BL is None or from_encoder or rows != self.shape:
-            return None
-        return values_BL.reshape(-1).to(device)
-
-    def _of_one_modality(self, rows: tuple[int, ...]) -> torch.Tensor | None:
-        """Which of the batch's B * L tokens some rows are, by their number; None where it does not tell."""
-        if len(rows) != 1 or self.modalities is None or tuple(self.modalities.shape) != self.shape:
-            return None
-        is_media_T = self.modalities.reshape(-1).bool()
-        counts = int((~is_media_T).sum()), int(is_media_T.sum())
-        if counts[0] == counts[1] or rows[0] not in counts:
-            return None
-        return is_media_T if rows[0] == counts[1] else ~is_media_T
-
-    def _describe_media(self, leading: tuple[int, ...], device: torch.device) -> TokenContext:
-        images = leading[0] if len(leading) >= 2 else 1
-        per_image = torch.Size(leading[1:]).numel()
-        return TokenContext(
-            training=self.training,
-            sequences=torch.arange(images, device=device).repeat_interleave(per_image) if images > 1 else None,
-            num_sequences=images,
-            loss_scale=self.losses.scale if self.training else None,
-        )
-
-
-def _same_rows(leading: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Whether two shapes differ in axes of length one alone, as those of heads that share their keys and values."""
-    return len(leading) > len(shape) and [n for n in leading if n != 1] == [n for n in shape if n != 1]

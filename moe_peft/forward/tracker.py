@@ -10,74 +10,41 @@ original forward's context serves: the autograd node that made a stack's output 
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..messages import shown, warn
+from ..messages import shown
 from ..place import Rows
 from ..types import Routing, TokenContext
-from .calls import CallKeeper
 from .entry import ModuleEntry
 from .find import ENTRIES_ATTRIBUTE, TRACKER_ATTRIBUTE, find_stacks, find_tracker, find_trackers
 from .forward_pass import ForwardPass
-from .joined_losses import WindowSums
 from .measurement import Measurement
 from .pass_losses import finish_compiled, finish_pass, finish_together, repeated_call
 from .recomputation import NO_TASK, in_backward
 from .shared_sums import SharedSums
 from .thread_state import Observer, RowNames
 from .tied_output import tensors_in
+from .warnings_once import LAST_SEEN, OUTSIDE, WarningKeeper
 
-__all__ = [
-    "TRACKER_ATTRIBUTE",
-    "ForwardTracker",
-    "find_stacks",
-    "find_tracker",
-    "find_trackers",
-    "in_backward",
-]
+__all__ = ["TRACKER_ATTRIBUTE", "ForwardTracker", "find_stacks", "find_tracker", "find_trackers", "in_backward"]
 
 INFERENCE = TokenContext()
 
-OUTSIDE = (
-    "A routed layer in train mode ran outside a forward of its model: router losses, dropout and capacity are off "
-    "there. Call the model itself, as in model(**batch), not a part of it."
-)
-ACCUMULATION = (
-    "The gradients of several forwards add up before an optimizer step, and each adds its router losses with weight "
-    "one. In a trainer, call moe_peft.attach(trainer). In a loop over n micro-batches, call "
-    "((loss + moe_peft.router_loss(model)) / n).backward()."
-)
-NO_WINDOW = (
-    "load_balancing_scope='accumulation_window' needs to know where a window begins, which moe_peft.attach(trainer) "
-    "tells. Without it the balance is measured as with 'global_batch'."
-)
-
-
-UNKNOWN = (
-    "{} reads some tokens of the batch alone, as an expert of the backbone does, and which ones is not known: its "
-    "router losses count padding as well. Give batches without padding, or leave it out of target_modules."
-)
-
-TRANSIENT = frozenset(
-    ("in_reverse", "_thread", "_latest", "_reached", "_busy", "counted", "shared", "in_charge", "_last_parameter")
-) | {"_watched"}
+TRANSIENT = ("in_reverse", "_thread", "_latest", "_reached", "_busy", "counted", "shared", "in_charge", *LAST_SEEN)
 
 # (place, adapter) of the router losses that a call of a module may join with other processes -> whether the number of
 # calls depends on the batch.
 JoinedPlaces = Callable[[nn.Module, "ForwardTracker"], Mapping[tuple[str, str], bool]]
 
 
-class ForwardTracker(CallKeeper):
+class ForwardTracker(WarningKeeper):
     """Opens and closes the forward passes of one model, for all routed layers of all its adapters.
 
     Attributes:
-        window: Sums of the accumulation window so far, set by the trainer's callback; None in a plain loop.
-        managed: Whether a trainer's callback keeps `loss_scale` and `window`.
         counted: (place, adapter) -> sums of the training decisions since the last `after_step`, of layers that ask.
         in_charge: Called before a forward while `managed`; ends that where training has ended without telling.
         training_observers: Called with (place, adapter, routing) for every routing of a training pass of any thread.
@@ -94,18 +61,13 @@ class ForwardTracker(CallKeeper):
         self.joined_places = joined_places
         self.turning: set[str] = set()
         self.adapters: dict[str, None] = {}
-        self.window: WindowSums | None = None
-        self.managed = False
         self.training_observers: list[Observer] = []
-        self._warned: set[str] = set()
 
     def _forget(self) -> None:
         super()._forget()
         self.counted: dict[tuple[str, str], list[torch.Tensor]] = {}
         self.shared = SharedSums()
         self.in_charge: Callable[[], None] | None = None
-        self._last_parameter: tuple[int, int] | None = None
-        self._watched: weakref.ref[nn.Parameter] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave past passes, and what belongs to threads, out of copies and pickles."""
@@ -298,28 +260,6 @@ class ForwardTracker(CallKeeper):
                 "adapter_names=[...], or change it while no other thread uses the model."
             )
 
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warn(message)
-
-    def _warn_accumulation(self, model: nn.Module) -> None:
-        """Warn where a plain loop adds up gradients of several forwards without weighing the router losses."""
-        latest = self._thread.latest
-        if self.managed or ACCUMULATION in self._warned or (latest is not None and not latest.scale.attached):
-            return
-        parameter = None if self._watched is None else self._watched()
-        if parameter is None or not parameter.requires_grad:
-            parameter = next((p for n, p in model.named_parameters() if p.requires_grad and "_router." in n), None)
-            if parameter is None:
-                return
-            self._watched = weakref.ref(parameter)
-        seen = (id(parameter), parameter._version)
-        unweighed = latest is not None and latest.scale.reached > 0 and not latest.scale.replaced
-        if unweighed and self.loss_scale == 1.0 and parameter.grad is not None and seen == self._last_parameter:
-            self._warn_once(ACCUMULATION)
-        self._last_parameter = seen
-
     def open(
         self, entry: ModuleEntry, args: tuple, kwargs: dict[str, Any], *, hooked: bool
     ) -> tuple[tuple, dict[str, Any]]:
@@ -354,14 +294,3 @@ class ForwardTracker(CallKeeper):
         self._warn_unknown(passes)
         if entry.is_model and not shared.settled:
             shared.settle(places)
-
-    def _warn_unknown(self, passes: Sequence[ForwardPass]) -> None:
-        for forward_pass in passes:
-            if forward_pass.unknown and "unknown" not in self._warned:
-                self._warned.add("unknown")
-                warn(UNKNOWN.format(shown(forward_pass.unknown)))
-
-    def _warn_window(self, passes: Sequence[ForwardPass]) -> None:
-        scopes = [call.losses.scope for one in passes for made in one.layers.values() for call in made]
-        if self.window is None and "accumulation_window" in scopes:
-            self._warn_once(NO_WINDOW)

@@ -12,7 +12,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from moe_peft import LoraMoeConfig, MoePeftWarning, RoutedConfig, SiraConfig, router_loss
+from moe_peft import LoraMoeConfig, MoePeftWarning, SiraConfig, router_loss
 from moe_peft.forward.tracker import TRACKER_ATTRIBUTE, find_stacks, find_tracker, in_backward
 from moe_peft.layers import RoutedLayer
 from moe_peft.telemetry.functions import record
@@ -265,15 +265,6 @@ def test_an_error_in_a_forward_leaves_no_pass_open():
     assert tracker.latest is None or not tracker.latest.layers
 
 
-def test_a_layer_called_outside_the_model_routes_as_in_inference():
-    model = adapted_linear(SiraConfig(num_experts=4, capacity_factor=0.1))
-    layer = routed_layer_of(model)
-    x = torch.randn(9, 7, dtype=torch.float64)
-    with pytest.warns(MoePeftWarning, match="router losses, dropout and capacity are off"):
-        out = layer(x)
-    torch.testing.assert_close(out, model.eval()(x))
-
-
 def test_t5_places_see_the_mask_of_the_tokens_they_read():
     config = LoraMoeConfig(num_experts=2, target_modules=["q", "k", "v", "wi_0"])
     model = get_peft_model(tiny_t5(), config).train()
@@ -422,13 +413,3 @@ def test_one_vector_per_row_counts_as_a_sequence_each():
     (pooled,) = routings["bert.pooler.dense"]
     assert pooled.context.num_sequences == 3 and pooled.context.valid is None
     assert torch.equal(pooled.context.groups, torch.tensor([0, 1, 1]))
-
-
-def test_a_model_without_router_losses_is_searched_for_parameters_once(monkeypatch):
-    model = get_peft_model(tiny_llama(), RoutedConfig(router="constant", num_experts=2, router_aux_loss_coef=0.0))
-    base, calls = model.get_base_model(), []
-    search = base.named_parameters
-    monkeypatch.setattr(base, "named_parameters", lambda *args, **kwargs: calls.append(1) or search(*args, **kwargs))
-    for _ in range(4):
-        model.train()(**padded_batch([5])).logits.sum().backward()
-    assert len(calls) <= 1

@@ -1,0 +1,145 @@
+"""What a call of a stack tells of the tokens of an input: which are valid, of which sample, in which group."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..types import TokenContext
+from .batch import groups_per_sequence, number_segments
+
+if TYPE_CHECKING:
+    from .forward_pass import ForwardPass
+
+
+def describe(
+    own_pass: ForwardPass, leading: tuple[int, ...], device: torch.device, *, from_encoder: bool
+) -> TokenContext:
+    """Describe the tokens of an input of the stack, or of one around it.
+
+    Args:
+        own_pass: The call of the stack.
+        leading: Shape of the input without its last dimension.
+        device: Device of the input.
+        from_encoder: Whether its rows are the encoder states that a decoder attends to.
+    """
+    rows, shape = leading, own_pass.shape
+    if shape is not None and (leading == (shape[0] * shape[1],) or _same_rows(leading, shape)):
+        rows = shape
+    kept_T = of_one_modality(own_pass, rows)
+    if kept_T is not None:
+        return _kept(own_pass, kept_T.to(device))
+    valid_T, padding_known = _valid(own_pass, rows, device, from_encoder)
+    sequences_T, num_sequences = _sequences(own_pass, rows, device, from_encoder)
+    groups = groups_per_sequence(own_pass.groups, sequences_T, num_sequences, rows)
+    return TokenContext(
+        training=own_pass.training,
+        valid=valid_T,
+        sequences=sequences_T,
+        num_sequences=num_sequences,
+        groups=None if groups is None else groups.to(device),
+        loss_scale=own_pass.losses.scale if own_pass.training else None,
+        num_rows=rows[0] if len(rows) >= 2 else 1,
+        token_ids=_own(own_pass, own_pass.token_ids, rows, device, from_encoder),
+        prompt=_own(own_pass, own_pass.prompt, rows, device, from_encoder),
+        cached=own_pass.cached,
+        padding_known=padding_known,
+    )
+
+
+def _kept(own_pass: ForwardPass, kept_T: torch.Tensor) -> TokenContext:
+    """Those of the batch's tokens that a block for one modality is given."""
+    assert own_pass.shape is not None
+    whole = own_pass.tokens(own_pass.shape, kept_T.device)
+    assert whole.sequences is not None
+    valid_T, ids_T, prompt_T = (
+        None if own is None else own[kept_T] for own in (whole.valid, whole.token_ids, whole.prompt)
+    )
+    return replace(
+        whole, valid=valid_T, sequences=whole.sequences[kept_T], token_ids=ids_T, prompt=prompt_T, num_rows=1
+    )
+
+
+def _valid(
+    own_pass: ForwardPass, rows: tuple[int, ...], device: torch.device, from_encoder: bool
+) -> tuple[torch.Tensor | None, bool]:
+    """(T,) which tokens are no padding, None for all of them, and whether that is known."""
+    mask = own_pass.encoder_attention_mask if from_encoder else own_pass.attention_mask
+    if mask is None or len(rows) != 2:
+        return None, True
+    # A longer mask is that of cached tokens; but other rows, as a vision tower's patches, have no mask at all.
+    cached = rows == own_pass.shape and mask.shape[0] == rows[0] and mask.shape[1] > rows[1]
+    if cached or tuple(mask.shape) == tuple(rows):
+        return mask[:, mask.shape[1] - rows[1] :].reshape(-1).to(device).bool(), True
+    if rows[0] != mask.shape[0] or own_pass.frames is None:
+        return None, True
+    frames_BF = own_pass.frames(rows[1])
+    if frames_BF is None:
+        return None, not _has_padding(own_pass, rows)
+    return frames_BF.reshape(-1).to(device), True
+
+
+def _sequences(
+    own_pass: ForwardPass, rows: tuple[int, ...], device: torch.device, from_encoder: bool
+) -> tuple[torch.Tensor | None, int]:
+    """(T,) sample or packed document of each token, None where all are of one, and how many there are."""
+    if own_pass.segments is not None and not from_encoder and tuple(own_pass.segments.shape) == rows:
+        return number_segments(own_pass.segments.to(device))
+    if len(rows) >= 2:
+        of_rows = torch.arange(rows[0], device=device)
+        return of_rows.repeat_interleave(torch.Size(rows[1:]).numel()), rows[0]
+    if own_pass.shape is not None and rows == own_pass.shape[:1]:
+        # One vector per row, as a pooled token.
+        return torch.arange(rows[0], device=device), rows[0]
+    return None, 1
+
+
+def _has_padding(own_pass: ForwardPass, rows: tuple[int, ...]) -> bool:
+    """Whether rows of another length than their mask may have padding, in a training pass."""
+    mask, shape = own_pass.attention_mask, own_pass.shape
+    if not own_pass.training or mask is None or shape is None or torch.compiler.is_compiling():
+        return False
+    return rows[1] > shape[1] > 1 and tuple(mask.shape) == shape and not bool(mask.all())
+
+
+def _own(
+    own_pass: ForwardPass,
+    values_BL: torch.Tensor | None,
+    rows: tuple[int, ...],
+    device: torch.device,
+    from_encoder: bool,
+) -> torch.Tensor | None:
+    """(T,) values of the stack's own tokens, where the rows are those."""
+    if values_BL is None or from_encoder or rows != own_pass.shape:
+        return None
+    return values_BL.reshape(-1).to(device)
+
+
+def of_one_modality(own_pass: ForwardPass, rows: tuple[int, ...]) -> torch.Tensor | None:
+    """Which of the batch's B * L tokens some rows are, by their number; None where it does not tell."""
+    if len(rows) != 1 or own_pass.modalities is None or tuple(own_pass.modalities.shape) != own_pass.shape:
+        return None
+    is_media_T = own_pass.modalities.reshape(-1).bool()
+    counts = int((~is_media_T).sum()), int(is_media_T.sum())
+    if counts[0] == counts[1] or rows[0] not in counts:
+        return None
+    return is_media_T if rows[0] == counts[1] else ~is_media_T
+
+
+def describe_media(own_pass: ForwardPass, leading: tuple[int, ...], device: torch.device) -> TokenContext:
+    """Describe tokens of images and sound, all of which are valid; arguments as in `describe`."""
+    images = leading[0] if len(leading) >= 2 else 1
+    per_image = torch.Size(leading[1:]).numel()
+    return TokenContext(
+        training=own_pass.training,
+        sequences=torch.arange(images, device=device).repeat_interleave(per_image) if images > 1 else None,
+        num_sequences=images,
+        loss_scale=own_pass.losses.scale if own_pass.training else None,
+    )
+
+
+def _same_rows(leading: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether two shapes differ in axes of length one alone, as those of heads that share their keys and values."""
+    return len(leading) > len(shape) and [n for n in leading if n != 1] == [n for n in shape if n != 1]

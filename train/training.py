@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from common import MoeArguments, model_init_kwargs, moe_config, refuse_plain_lor
 from data import check_columns, check_template, load_data, names_of, splits
 from dry_run import can_quantize_experts, check_model_name, dry_run, model_without_weights
 from endings import check_output, finished, interrupted, make_room
+from flags import PREFIX
 from hub import complete_card, push_to_hub, save_model
 from rates import choose_rate
 from running import IN_TRAINING
@@ -70,12 +72,27 @@ def check_packing(training_args: Any, config: MoeConfig | Baseline) -> None:
     Raises:
         ValueError: They do not go together.
     """
-    if getattr(training_args, "packing", False) and getattr(config, "expert_groups", None) is not None:
+    for readers in _group_readers(config).values() if getattr(training_args, "packing", False) else ():
         raise ValueError(
-            "--packing true joins samples into rows that have no single group, but moe_expert_groups needs the group "
-            "of every sample. Write --packing false (with --padding_free true nothing is padded either), or leave "
-            "moe_expert_groups out."
+            f"--packing true joins samples into rows that have no single group, but {readers[0]} needs the group of "
+            "every sample. Write --packing false (with --padding_free true nothing is padded either), or "
+            f"{_without(readers)}."
         )
+
+
+def _group_readers(config: MoeConfig | Baseline) -> dict[str, list[str]]:
+    """Columns with groups that training needs: what reads each, flags and classes of parts."""
+    if isinstance(config, Baseline):
+        return {}
+    flags = {field.name: PREFIX + field.name for field in dataclasses.fields(config)}
+    return {column: [flags.get(own, own) for own in readers] for column, readers in config.group_readers.items()}
+
+
+def _without(readers: list[str]) -> str:
+    """How to go without what reads groups."""
+    return " and ".join(
+        f"leave {own} out" if own.startswith(PREFIX) else f"take another part than {own}" for own in readers
+    )
 
 
 def prepare_data(
@@ -122,14 +139,13 @@ def check_groups(rows: Any, config: Any, where: str) -> None:
     Raises:
         ValueError: The column is missing.
     """
-    column = getattr(config, "group_column", None)
-    if getattr(config, "expert_groups", None) is None or rows.column_names is None or column in rows.column_names:
-        return
-    raise ValueError(
-        f"{where} has the columns {', '.join(rows.column_names)}, but moe_expert_groups needs {column!r}, a whole "
-        "number that says each row's group. Add the column, name another with --moe_group_column, or leave "
-        "moe_expert_groups out."
-    )
+    for column, readers in _group_readers(config).items():
+        if rows.column_names is not None and column not in rows.column_names:
+            raise ValueError(
+                f"{where} has the columns {', '.join(rows.column_names)}, but {readers[0]} needs {column!r}, a whole "
+                "number that says each row's group. Add the column, name another with --moe_group_column, or "
+                f"{_without(readers)}."
+            )
 
 
 def train(trainer: Any, script_args: Any, moe_args: MoeArguments, report: Any = None) -> Any:

@@ -12,6 +12,7 @@ from peft.config import PeftConfig
 from torch import nn
 
 from ..messages import LIMIT, shown
+from ..part import Part
 from ..place import MoeLayer, Place
 from .absent import TARGET_PARAMETERS, Absent
 from .meaning import NOT_MEANING, meaning_of
@@ -136,6 +137,12 @@ class MoeConfig(SavedConfig):
         return {}
 
     @property
+    def group_readers(self) -> dict[str, list[str]]:
+        """Batch columns that training needs: what reads each, names of this class's fields and of parts' classes."""
+        parts = [own.__name__ for own in self.classes() if issubclass(own, Part) and "groups" in own.context_needs]
+        return {column: parts for column in self.group_columns if parts}
+
+    @property
     def mergeable(self) -> bool:
         """Whether `merge_and_unload` is exact, as the adapter does the same for every input.
 
@@ -150,6 +157,13 @@ class MoeConfig(SavedConfig):
     def typical_places(self) -> list[Place]:
         """Places that stand for all layers of a model: one for each configuration that `at` can return."""
         return [Place("any", 8, 8)]
+
+    def keep_places(self, places: Sequence[Place]) -> None:
+        """Keep which places a model has, so that `typical_places` stand for these alone; it is not saved.
+
+        Args:
+            places: All that the configuration has been resolved to.
+        """
 
     def sizes_at(self, place: Place) -> dict[str, int]:
         """The sizes of a place by field, where layers differ in them; none where all are alike.

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, TypeVar
+
+from peft.utils.constants import EMBEDDING_LAYER_NAMES, SEQ_CLS_HEAD_NAMES
 
 from ..messages import shown
 from ..place import Place
@@ -17,6 +20,8 @@ from ..place import Place
 # Fields that may differ between layers, where a type has them.
 SIZES = ("num_experts", "top_k", "r")
 MAX_LENGTH = 1024
+# Modules that models have beside their numbered layers, by their conventional names.
+HEADS = (*EMBEDDING_LAYER_NAMES, *SEQ_CLS_HEAD_NAMES, "embed_out")
 
 C = TypeVar("C", bound=Any)
 
@@ -44,6 +49,29 @@ def layer_places(per_layer: Mapping[str, Sequence[int]]) -> list[Place]:
     shares = sorted({Fraction(j, len(values)) for values in per_layer.values() for j in range(len(values))})
     places = [Place("any", 8, 8, layer_index=share.numerator, num_layers=share.denominator) for share in shares]
     return list({tuple(sizes_at(per_layer, place).values()): place for place in places}.values())
+
+
+def distinct_places(per_layer: Mapping[str, Sequence[int]], places: Sequence[Place]) -> list[Place]:
+    """A place for each combination of sizes that the places of a model have.
+
+    Args:
+        per_layer: Field -> values, from the first layer to the last.
+        places: Modules of the backbone.
+    """
+    alike = {tuple(sizes_at(per_layer, place).items()): place for place in places}
+    shares = [(place.layer_index, place.num_layers) for place in alike.values()]
+    return [Place("any", 8, 8, layer_index=index, num_layers=count) for index, count in shares]
+
+
+def may_lie_outside(target_modules: Sequence[str] | set[str] | str | None) -> bool:
+    """Whether targets name a head or an embedding, which lies outside of the numbered layers.
+
+    Args:
+        target_modules: Names, a regex of full names, or None for the places of the adapter type.
+    """
+    if isinstance(target_modules, str):
+        return any(re.fullmatch(target_modules, f"{parent}{head}") for head in HEADS for parent in ("", "model."))
+    return any(name.rpartition(".")[2] in HEADS for name in target_modules or ())
 
 
 def with_sizes(config: C, sizes: Mapping[str, int]) -> C:

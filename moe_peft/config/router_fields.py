@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -19,7 +20,15 @@ from ..routers import (
     router_parts,
 )
 from .config import BACKBONE, MoeConfig
-from .layer_sizes import SIZES, layer_places, sizes_at, with_sizes, wrong_sizes
+from .layer_sizes import (
+    SIZES,
+    distinct_places,
+    layer_places,
+    may_lie_outside,
+    sizes_at,
+    with_sizes,
+    wrong_sizes,
+)
 from .meaning import NOT_MEANING
 from .outside import YOUR_OWN
 from .ranges import LARGEST, MAX_EXPERTS
@@ -41,6 +50,7 @@ class RouterConfig(MoeConfig):
     scorer: ClassVar[str] = DEFAULT_SCORER
     gate: ClassVar[str] = DEFAULT_GATE
     router_args: ClassVar[dict[str, Any] | None] = None
+    _of_model: ClassVar[tuple[Place, ...]] = ()  # an instance that is resolved for a model has its places
 
     num_experts: int = field(default=8, metadata={"help": "Experts at each adapted layer."})
     router: str = field(
@@ -102,9 +112,16 @@ class RouterConfig(MoeConfig):
         """See `MoeConfig.typical_places`."""
         if self.per_layer is None:
             return super().typical_places()
-        # Modules that are named may lie outside of the numbered layers, where the plain fields hold.
-        outside = super().typical_places() if self.target_modules is not None else []
-        return [*outside, *layer_places(self.per_layer)]
+        if self._of_model:
+            return list(self._of_model)
+        # Outside of the numbered layers the plain fields hold; a choice of layers leaves such modules out.
+        named = self.layer_selection[0] is None and may_lie_outside(self.target_modules)
+        return [*(super().typical_places() if named else []), *layer_places(self.per_layer)]
+
+    def keep_places(self, places: Sequence[Place]) -> None:
+        """See `MoeConfig.keep_places`."""
+        own = () if self.per_layer is None else distinct_places(self.per_layer, places)
+        self._of_model = tuple(own)  # type: ignore[misc]
 
     @property
     def group_columns(self) -> dict[str, frozenset[int]]:

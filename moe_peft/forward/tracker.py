@@ -22,6 +22,7 @@ from ..types import Routing, TokenContext
 from .entry import ModuleEntry
 from .find import ENTRIES_ATTRIBUTE, TRACKER_ATTRIBUTE, find_stacks, find_tracker, find_trackers
 from .forward_pass import ForwardPass
+from .frozen import FrozenTensors
 from .measurement import Measurement
 from .pass_losses import finish_compiled, finish_pass, finish_together, repeated_call
 from .recomputation import NO_TASK, in_backward
@@ -34,7 +35,8 @@ __all__ = ["TRACKER_ATTRIBUTE", "ForwardTracker", "find_stacks", "find_tracker",
 
 INFERENCE = TokenContext()
 
-TRANSIENT = ("in_reverse", "_thread", "_latest", "_reached", "_busy", "counted", "shared", "in_charge", *LAST_SEEN)
+TRANSIENT = ("in_reverse", "_thread", "_latest", "_reached", "_busy", "counted", "shared", "frozen", "in_charge")
+TRANSIENT += LAST_SEEN
 
 # (place, adapter) of the router losses that a call of a module may join with other processes -> whether the number of
 # calls depends on the batch.
@@ -50,6 +52,7 @@ class ForwardTracker(WarningKeeper):
         training_observers: Called with (place, adapter, routing) for every routing of a training pass of any thread.
         adapters: Names of the model's routed adapters in the order in which they came, the keys of a dict.
         shared: Joins the router losses of several processes.
+        frozen: Freezes what parts never train.
         turning: Names of the places whose parent turns its input around, so that positions come first.
 
     Args:
@@ -67,6 +70,7 @@ class ForwardTracker(WarningKeeper):
         super()._forget()
         self.counted: dict[tuple[str, str], list[torch.Tensor]] = {}
         self.shared = SharedSums()
+        self.frozen = FrozenTensors()
         self.in_charge: Callable[[], None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -266,6 +270,8 @@ class ForwardTracker(WarningKeeper):
         """Begin a call of the model or of a stack; returns its arguments without the sample groups."""
         if entry.is_model and self.in_charge is not None and not torch.compiler.is_compiling():
             self.in_charge()
+        if self.depth() == 0 and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.frozen.freeze(entry.module)
         if entry.is_model and entry.module.training and torch.is_grad_enabled():
             self._warn_accumulation(entry.module)
         return super().open(entry, args, kwargs, hooked=hooked)

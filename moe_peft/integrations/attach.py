@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..forward.frozen import FrozenTensors
 from .callback import MoeCallback
 from .checks import check_adapter, check_count, check_training
 from .console import print_tables
@@ -87,7 +88,11 @@ def attach(
 
 
 def _prepare_model(args: Any, model: nn.Module) -> None:
-    """Give a model the precision it trains in; a checkpoint is copied into it before any callback runs."""
+    """Give a model the precision it trains in, and freeze what never trains, before processes wrap it.
+
+    A checkpoint is copied into it before any callback runs.
+    """
+    FrozenTensors().freeze(model)
     if not uses_deepspeed(args):
         restore_precision(model)
 

@@ -50,19 +50,29 @@ def check_groups(trainer: Any) -> None:
         ValueError: It packs samples of several groups in a row, or its data has no such column.
     """
     for column in sorted(group_columns(trainer.model)):
+        reader = _reader(trainer.model, column)
+        without = "take a part that reads none"
+        if reader == "expert_groups":
+            without = "set expert_groups=None to balance without groups"
         if getattr(trainer.args, "packing", False):
             raise ValueError(
                 f"attach: packing=True joins samples, so that a row has no single group, and drops the column "
-                f"{shown(column)}, but expert_groups needs the group of every sample. Set packing=False, with "
-                "padding_free=True to save the padding all the same, or expert_groups=None."
+                f"{shown(column)}, but {reader} needs the group of every sample. Set packing=False, with "
+                f"padding_free=True to save the padding all the same, or {without}."
             )
         names = getattr(trainer.train_dataset, "column_names", None)
         if isinstance(names, list) and column not in names:
             raise ValueError(
-                f"attach: the training data has no column {shown(column)} (it has {shown(names)}), but expert_groups "
-                "needs the group of every sample. Add the column, one integer per example, name another in the "
-                "adapter's group_column, or set expert_groups=None to balance without groups."
+                f"attach: the training data has no column {shown(column)} (it has {shown(names)}), but {reader} needs "
+                "the group of every sample. Add the column, one integer per example, name another in the adapter's "
+                f"group_column, or {without}."
             )
+
+
+def _reader(model: nn.Module, column: str) -> str:
+    """What reads the groups of a column: a field of a configuration, or the class of a part."""
+    readers = [own for config in routed_configs(model) for own in config.group_readers.get(column, [])]
+    return readers[0] if readers else "a part of the adapter"
 
 
 def carry_groups(trainer: Any) -> None:

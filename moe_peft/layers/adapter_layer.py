@@ -11,6 +11,7 @@ from peft.utils.quantization_utils import quantization_extra_repr, resolve_quant
 from torch import nn
 
 from ..config.parts import RoutedParts
+from ..forward.frozen import freeze
 from ..forward.objective import RouterObjective
 from ..forward.tracker import ForwardTracker
 from ..part import ModulePart, Part
@@ -117,6 +118,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Activate adapters; arguments as in peft. Tensors that a part never trains stay frozen."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         self.tracker.shared.settled = False
+        self.tracker.frozen.forget()
         self._refreeze()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -133,8 +135,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def _refreeze(self) -> None:
         """Freeze the tensors that their parts never train; peft freezes and trains whole modules alone."""
         for part in (*self.experts.values(), *self.router.values()):
-            for name in part.frozen if isinstance(part, ModulePart) else ():
-                cast(nn.Module, part).get_parameter(name).requires_grad_(False)
+            if isinstance(part, ModulePart):
+                freeze(cast(nn.Module, part), part.frozen)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; where no other was active, the first that the model has left becomes so.
@@ -146,6 +148,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """
         was_alone = self.active_adapters == [adapter_name]
         super().delete_adapter(adapter_name)
+        self.tracker.frozen.forget()
         self.tracker.adapters.pop(adapter_name, None)
         if was_alone:
             self.set_adapter(list(self.tracker.adapters)[:1])

@@ -82,6 +82,14 @@ class LocalizedBalancingConfig(RouterConfig):
         known = super().group_columns.values()
         return {self.group_column: frozenset(self.expert_groups or ()).union(*known)}
 
+    @property
+    def group_readers(self) -> dict[str, list[str]]:
+        """See `MoeConfig.group_readers`; the loss with `expert_groups` is one."""
+        readers = [own for parts in super().group_readers.values() for own in parts]
+        if self.expert_groups is not None:
+            readers.insert(0, "expert_groups")
+        return {self.group_column: readers} if readers else {}
+
     def localized_balancing(self) -> LocalizedBalancing:
         """The loss with this configuration's groups."""
         return LocalizedBalancing(

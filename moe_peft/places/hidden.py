@@ -46,6 +46,7 @@ def choose_places(model: nn.Module, config: MoeConfig, **quantization: Any) -> l
     lost = sorted(set(first) - {place.name for place in places})
     if lost:
         raise ValueError(_hidden(config, lost[0], first, "an adapter of the model"))
+    config.keep_places(places)
     return places
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 
 from moe_peft import LoraMoeConfig, MovConfig, PerftConfig, RoutedConfig, SiraConfig, describe
 from moe_peft.config.layer_sizes import layer_places, sizes_at
@@ -82,6 +82,40 @@ def test_the_configuration_says_of_all_layers_whether_a_merge_will_succeed(confi
     else:
         with pytest.raises(ValueError, match="cannot be merged"):
             model.merge_and_unload()
+
+
+MERGEABLE = {
+    "default places": {"per_layer": {"num_experts": [1, 1]}},
+    "named inside": {"per_layer": {"num_experts": [1]}, "target_modules": ["up_proj"]},
+    "a regex": {"per_layer": {"num_experts": [1]}, "target_modules": r".*\.v_proj"},
+    "a head of one expert": {"per_layer": {"num_experts": [1]}, "target_modules": ["lm_head"], "num_experts": 1},
+    "a head": {"per_layer": {"num_experts": [1]}, "target_modules": ["lm_head", "up_proj"]},
+    "a head by a regex": {"per_layer": {"num_experts": [1]}, "target_modules": r".*(up_proj|lm_head)"},
+    "more experts somewhere": {"per_layer": {"num_experts": [1, 1, 1, 2]}},
+}
+
+
+@pytest.mark.parametrize("case", MERGEABLE)
+def test_a_configuration_says_the_same_fresh_resolved_and_from_its_file_as_the_merge_does(case, tmp_path):
+    fresh = RoutedConfig(router="dense", **{"num_experts": 8, **MERGEABLE[case]})
+    model = get_peft_model(base(), fresh)
+    resolved = model.peft_config["default"]
+    resolved.save_pretrained(tmp_path)
+    saved = PeftConfig.from_pretrained(tmp_path)
+    try:
+        model.merge_and_unload()
+        merges = True
+    except ValueError:
+        merges = False
+    assert [config.mergeable for config in (fresh, resolved, saved)] == [merges] * 3
+    assert merges == (case not in ("a head", "a head by a regex", "more experts somewhere"))
+
+
+def test_a_resolved_configuration_is_asked_about_the_sizes_that_its_model_has():
+    config = RoutedConfig(router="dense", per_layer={"num_experts": [1, 2, 1, 2]})
+    model = get_peft_model(tiny_llama(num_hidden_layers=2), config)
+    assert not config.mergeable and model.peft_config["default"].mergeable
+    model.merge_and_unload()
 
 
 @pytest.mark.parametrize("num_experts", [1, 8])

@@ -143,3 +143,10 @@ def test_the_column_of_a_router_that_reads_the_groups_is_carried_too():
     reading = get_peft_model(tiny_llama(), RoutedConfig(scorer="task_table", group_column="task", **fields))
     other = get_peft_model(tiny_llama(), RoutedConfig(group_column="task", **fields))
     assert group_columns(reading) == {"task"} and group_columns(other) == set()
+
+
+def test_a_router_that_reads_groups_is_named_where_the_data_brings_none(tmp_path):
+    model = get_peft_model(tiny_llama(), RoutedConfig(scorer="task_table"))
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    with pytest.raises(ValueError, match=r"no column 'task_type' .* but TaskTable needs .*reads none"):
+        attach(Trainer(model=model, args=args, train_dataset=data()))

@@ -146,3 +146,11 @@ def test_packing_and_groups_and_a_column_of_groups_that_is_not_there_are_refused
         run_here("sft", run, "--packing", "true")
     with pytest.raises(ValueError, match=r"has the columns text, but moe_expert_groups needs 'task_type'"):
         run_here("sft", run)
+
+
+def test_a_router_that_reads_groups_is_refused_by_its_name_before_the_model_is_loaded(tmp_path):
+    run = write(tmp_path, "sft", moe_method="routed", moe_scorer="task_table", moe_group_column="topic")
+    with pytest.raises(ValueError, match=r"--packing true joins .* but TaskTable needs .*another part than TaskTable"):
+        run_here("sft", run, "--packing", "true")
+    with pytest.raises(ValueError, match=r"has the columns text, but TaskTable needs 'topic'"):
+        run_here("sft", run)

@@ -35,8 +35,8 @@ __all__ = ["TRACKER_ATTRIBUTE", "ForwardTracker", "find_stacks", "find_tracker",
 
 INFERENCE = TokenContext()
 
-TRANSIENT = ("in_reverse", "_thread", "_latest", "_reached", "_busy", "counted", "shared", "frozen", "in_charge")
-TRANSIENT += LAST_SEEN
+TRANSIENT: tuple[str, ...] = ("in_reverse", "_thread", "_latest", "_reached", "_busy", "counted", "shared")
+TRANSIENT += ("frozen", "in_charge", *LAST_SEEN)
 
 # (place, adapter) of the router losses that a call of a module may join with other processes -> whether the number of
 # calls depends on the batch.

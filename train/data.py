@@ -1,44 +1,13 @@
-"""The data of a run, checked before a model is loaded: files as people have them, with a trainer's columns."""
+"""The data of a run: files as people have them, folders of them or names on the Hub, and their splits."""
 
 from __future__ import annotations
 
-import codecs
-import csv
-import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_files import BUILDERS, Explained, check_start, kinds
 from trl import ScriptArguments
-
-from moe_peft.messages import shown
-
-# Ending of a file -> the builder of `datasets` that reads it.
-BUILDERS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-# Script -> sets of columns of which the data must have one whole.
-SFT_COLUMNS = (("messages",), ("text",), ("prompt", "completion"))
-COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "sft": SFT_COLUMNS,
-    "dpo": (("chosen", "rejected"),),
-    "kto": (("prompt", "completion", "label"), ("chosen", "rejected")),
-    "reward": (("chosen", "rejected"),),
-    "grpo": (("prompt",),),
-    "rloo": (("prompt",),),
-    "select_experts": SFT_COLUMNS,
-}
-EXAMPLES = {
-    "sft": '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}',
-    "dpo": '{"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}',
-    "kto": '{"prompt": "The sky is", "completion": " blue.", "label": true}',
-    "reward": '{"chosen": "The sky is blue.", "rejected": "The sky is green."}',
-    "grpo": '{"prompt": "What is 2 + 2?"}',
-}
-EXAMPLES |= {"rloo": EXAMPLES["grpo"], "select_experts": EXAMPLES["sft"]}
-# Columns that tokenization has made already.
-TOKENIZED = "input_ids"
-START = 1 << 20  # bytes of a file that are looked at before it is read
-CONVERT = "Convert it, as with `iconv -f latin1 -t utf-8`."
 
 
 @dataclass
@@ -103,13 +72,13 @@ def _load_one(name: str, script_args: Any, load_dataset: Any) -> Any:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in BUILDERS)
         if not files:
-            raise ValueError(f"--dataset_name {name}: the folder holds no file of a kind that is read: {_kinds()}.")
+            raise ValueError(f"--dataset_name {name}: the folder holds no file of a kind that is read: {kinds()}.")
         for file in files:
-            _check_start(file)
-        with _Explained(files):
+            check_start(file)
+        with Explained(files):
             return load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
     if path.suffix in BUILDERS or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise ValueError(f"--dataset_name {name}: there is no such file or folder. Kinds of files: {_kinds()}.")
+        raise ValueError(f"--dataset_name {name}: there is no such file or folder. Kinds of files: {kinds()}.")
     try:
         return load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
     except (OSError, ValueError) as error:
@@ -133,13 +102,13 @@ def load_files(files: list[Path], streaming: bool = False) -> Any:
 
     for file in files:
         if file.suffix not in BUILDERS:
-            raise ValueError(f"--dataset_name {file}: files of this kind are not read. Kinds of files: {_kinds()}.")
-        _check_start(file)
+            raise ValueError(f"--dataset_name {file}: files of this kind are not read. Kinds of files: {kinds()}.")
+        check_start(file)
     builders = {BUILDERS[file.suffix] for file in files}
     if len(builders) > 1:
         raise ValueError(f"--dataset_name: files of several kinds ({', '.join(sorted(builders))}). Give one kind.")
     options = {"delimiter": "\t"} if files[0].suffix == ".tsv" else {}
-    with _Explained(files):
+    with Explained(files):
         return load_dataset(builders.pop(), data_files=[str(file) for file in files], streaming=streaming, **options)
 
 
@@ -173,69 +142,6 @@ def held_out(loaded: Any, size: float | None, script_args: Any, seed: int) -> An
     return {**loaded, train: parts["train"], test: parts["test"]}
 
 
-def check_columns(script: str, rows: Any, training_args: Any, name: str) -> None:
-    """Refuse rows without the columns that a trainer reads, or with holes in them.
-
-    Args:
-        script: "sft", "dpo", ...
-        rows: A `Dataset`, or a streamed one.
-        training_args: The trainer's arguments; those of SFT may name another column of text.
-        name: Where the data is from, for the message.
-
-    Raises:
-        ValueError: Columns are missing, or empty in a row; what was found, what is needed and an example are shown.
-    """
-    found = rows.column_names
-    if found is None or TOKENIZED in found:
-        return
-    if not found or (hasattr(rows, "__len__") and len(rows) == 0):
-        raise ValueError(f"{name} has no rows.")
-    text = getattr(training_args, "dataset_text_field", "text")
-    wanted = [tuple(text if column == "text" else column for column in columns) for columns in COLUMNS[script]]
-    fitting = [columns for columns in wanted if set(columns) <= set(found)]
-    if not fitting:
-        needed = ", or ".join(" and ".join(columns) for columns in wanted)
-        raise ValueError(
-            f"{name} has the columns {', '.join(found)}, but {script} needs {needed}. A row looks like "
-            f"{EXAMPLES[script]}; the first row is {shown(next(iter(rows)))}."
-        )
-    for column in fitting[0]:
-        row = _first_hole(rows, column)
-        if row is not None:
-            raise ValueError(f"{name}: row {row + 1} has no {column!r}. Fill it in, or take the row out.")
-
-
-def check_template(rows: Any, tokenizer: Any, training_args: Any, name: str) -> None:
-    """Refuse conversations for a tokenizer that does not know how to write them.
-
-    Args:
-        rows: The rows to train on.
-        tokenizer: Of the model.
-        training_args: The trainer's arguments.
-        name: Name of the model, for the message.
-
-    Raises:
-        ValueError: There is no chat template.
-    """
-    if getattr(tokenizer, "chat_template", None) or getattr(training_args, "chat_template_path", None):
-        return
-    row = next(iter(rows))
-    talks = [column for column in ("messages", "prompt", "chosen", "completion") if is_conversation(row.get(column))]
-    if talks:
-        way = "Give --chat_template_path with a .jinja file or the name of a model that has one"
-        if not hasattr(training_args, "chat_template_path"):
-            way = "Save the model's tokenizer with a chat_template"
-        raise ValueError(
-            f"The column {talks[0]!r} holds conversations, but {name} has no chat template to write them with. {way}, "
-            "or give texts instead."
-        )
-
-
-def is_conversation(value: Any) -> bool:
-    """Whether a value is a list of messages."""
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and "role" in value[0]
-
-
 def splits(dataset: Any, script_args: Any, evaluates: bool) -> tuple[Any, Any]:
     """The rows to train on, and those to evaluate on.
 
@@ -260,117 +166,3 @@ def splits(dataset: Any, script_args: Any, evaluates: bool) -> tuple[Any, Any]:
                 "--test_split_size 0.1, or switch evaluation off with --eval_strategy no."
             )
     return dataset[script_args.dataset_train_split], dataset[wanted["dataset_test_split"]] if evaluates else None
-
-
-def _kinds() -> str:
-    return ", ".join(sorted(BUILDERS))
-
-
-def _check_start(file: Path) -> None:
-    """Refuse an empty file, and text in another encoding, which would be read as other letters without a word."""
-    with open(file, "rb") as content:
-        start = content.read(START)
-    if not start.strip():
-        raise ValueError(f"{file} is empty: there is nothing to train on.")
-    if BUILDERS[file.suffix] == "parquet":
-        return
-    try:
-        # The last letter may be cut in two.
-        codecs.getincrementaldecoder("utf-8")().decode(start)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not in UTF-8: byte {error.start}. {CONVERT}") from error
-
-
-def _first_hole(rows: Any, column: str) -> int | None:
-    """Index of the first row whose value is missing; streamed rows are not searched."""
-    table = getattr(rows, "data", None)
-    if table is None or table.column(column).null_count == 0:
-        return None
-    return next((index for index, value in enumerate(rows[column]) if value is None), None)
-
-
-class _Explained:
-    """Turns what goes wrong while files are read into one line that names the file and its line."""
-
-    def __init__(self, files: list[Path]) -> None:
-        self.files = files
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if not isinstance(error, Exception):
-            return
-        for file in self.files:
-            reason = why_broken(file)
-            if reason is not None:
-                raise ValueError(f"{file}{reason}") from error
-        causes = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"{', '.join(map(str, self.files))} cannot be read: {causes}") from error
-
-
-def why_broken(file: Path) -> str | None:
-    """Find the line with which a file of JSON or CSV cannot be read.
-
-    Args:
-        file: The file.
-
-    Returns:
-        What to put behind its name; None where nothing is found.
-    """
-    reader = {"json": _json_fault, "csv": _csv_fault}.get(BUILDERS[file.suffix])
-    if reader is None:
-        return None
-    try:
-        return reader(file)
-    except UnicodeDecodeError as error:
-        return f" is not in UTF-8: byte {error.start}. {CONVERT}"
-
-
-def _json_fault(file: Path) -> str | None:
-    if file.suffix == ".json":
-        try:
-            rows = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            if error.msg != "Extra data":  # one object per line
-                return f", line {error.lineno}: {error.msg}."
-        else:
-            return None if isinstance(rows, (list, dict)) else f" holds {shown(rows)}, not a list of objects."
-    kinds: dict[str, tuple[str, int]] = {}
-    for number, line in _lines(file):
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            return f", line {number} is no JSON ({getattr(error, 'msg', error)}): {shown(line.strip())}"
-        if not isinstance(row, dict):
-            return f", line {number} holds {shown(row)}, not an object as {EXAMPLES['dpo']}"
-        for key, value in row.items():
-            kind = _kind(value)
-            first, where = kinds.setdefault(key, (kind, number)) if kind else (kind, number)
-            if kind and kind != first:
-                return f", line {number}: {key!r} is {kind}, but {first} in line {where}. Give all rows the same kind."
-    return None
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return ""
-    kinds = {str: "text", bool: "true or false", list: "a list", dict: "an object"}
-    return kinds.get(type(value), "a number")
-
-
-def _csv_fault(file: Path) -> str | None:
-    with open(file, encoding="utf-8", newline="") as content:
-        reader = csv.reader(content, delimiter="\t" if file.suffix == ".tsv" else ",")
-        header = next(reader, [])
-        for row in reader:
-            if len(row) > len(header):
-                return f", line {reader.line_num} has {len(row)} fields, but the header names {len(header)}."
-    return None
-
-
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    with open(file, encoding="utf-8") as content:
-        for number, line in enumerate(content, start=1):
-            if line.strip():
-                yield number, line

@@ -20,7 +20,8 @@ from typing import Any
 
 from arguments import ScriptParser
 from common import model_init_kwargs, refuse_plain_lora
-from data import DataArguments, check_columns, check_template, load_data, names_of, splits
+from data import DataArguments, load_data, names_of, splits
+from data_checks import check_columns, check_template
 from dry_run import can_quantize_experts, model_without_weights
 from flags import methods_of_selections
 from running import run

@@ -10,7 +10,8 @@ from baseline_card import write_baseline_card
 from baselines import BASELINES, Baseline, check_flags
 from checkpoints import resume_point
 from common import MoeArguments, model_init_kwargs, moe_config, refuse_plain_lora
-from data import check_columns, check_template, load_data, names_of, splits
+from data import load_data, names_of, splits
+from data_checks import check_columns, check_template
 from dry_run import can_quantize_experts, check_model_name, dry_run, model_without_weights
 from endings import check_output, finished, interrupted, make_room
 from flags import PREFIX

@@ -6,7 +6,8 @@ from .join import join_selections
 from .report import overlap_table, plot_selection, selection_table
 from .scores import ExpertScores
 from .scoring import score_experts
-from .select import ExpertSelection, select_experts
+from .select import select_experts
+from .selected import ExpertSelection
 
 __all__ = [
     "ExpertScores",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..messages import shown
-from .select import ExpertSelection
+from .selected import ExpertSelection
 
 WAYS = ("any", "all", "most")
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from ..messages import shown
 from .scores import ExpertScores
-from .select import ExpertSelection, select_experts
+from .select import select_experts
+from .selected import ExpertSelection
 
 SELECTED, OTHER = "#1f5fa8", "#e9edf2"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .advice import Advice
+from .evidence import Advice
 from .report import RoutingReport, routing_report
 from .texts import make_batches, read_texts
 

@@ -18,8 +18,9 @@ from ...files import write_text
 from ...layers import routed_layers
 from ...messages import shown
 from ..similarity import delta_similarity
-from .advice import Advice, Evidence, advise
+from .advice import advise
 from .curves import Curves, read_curves
+from .evidence import Advice, Evidence
 from .groups import chance, pair_means, shares_by_group
 from .measure import PlaceRouting, measure_routing, tokens_of
 from .measures import divergence, known_mean

@@ -200,7 +200,7 @@ def test_the_commands_of_the_page_on_the_command_line_run_as_printed(tmp_path, m
     monkeypatch.setattr(launch, "replace_process", start)
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/command_line.md").read_text(), re.DOTALL)
     commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    assert len(commands) == 8
+    assert len(commands) == 8, commands
     for command in commands:
         program, *words = shlex.split(command)
         assert program == "moe-peft" and main(words) == 0, command
@@ -218,4 +218,4 @@ def test_the_page_on_the_command_line_names_every_verb():
     from moe_peft.cli.verbs import VERBS
 
     text = (ROOT / "docs/command_line.md").read_text()
-    assert all(f"`{verb}`" in text for verb in VERBS)
+    assert [verb for verb in VERBS if f"`{verb}`" not in text] == []

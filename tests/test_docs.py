@@ -96,6 +96,21 @@ def test_files_and_targets_that_a_document_names_exist(document):
             assert name in targets, name
 
 
+def test_the_page_on_the_architecture_names_every_room_and_nothing_that_is_not_there():
+    package = ROOT / "moe_peft"
+    text = (ROOT / "docs/architecture.md").read_text()
+    rooms = {path.relative_to(ROOT).as_posix() for path in package.iterdir() if (path / "__init__.py").is_file()}
+    assert not [room for room in sorted(rooms) if f"`{room}/" not in text and room != "moe_peft/methods"]
+    code = "\n".join(path.read_text() for path in package.rglob("*.py"))
+    known = set(re.findall(r"^\s*(?:def|class) (\w+)|^\s*(?:self\.)?(\w+)\b(?=[:=]| =)", code, re.MULTILINE))
+    known = {name for pair in known for name in pair} | {path.stem for path in package.iterdir()}
+    known |= {"get_peft_model", "model", "batch", "forward"}  # of the libraries around
+    for own in re.findall(r"`([^`]+)`", text):
+        if "/" not in own and not own.endswith(".toml") and not own.startswith(("make ", "[")):
+            unknown = [name for name in re.findall(r"[A-Za-z_]\w+", own) if name not in known]
+            assert not unknown, f"{own} names {unknown}, which no file of the package defines"
+
+
 def test_the_picture_of_the_rooms_is_the_one_that_the_order_of_imports_draws():
     drawing = load_file(ROOT / "docs/draw_architecture.py")
     assert drawing.PICTURE.read_text() == drawing.draw(), "run python docs/draw_architecture.py"

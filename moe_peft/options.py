@@ -30,8 +30,12 @@ def check_options(parts: Sequence[type[Part]], given: Mapping[str, Any] | None, 
         if name not in known:
             words = ", ".join(map(shown, known)) or "none, so leave it None"
             raise ValueError(f"{field}: {shown(name)} is no option of the chosen parts; they have {words}.")
-        if not known[name].accepts(value):
-            raise ValueError(f"{field}: {name}={shown(value)} must be {known[name].expected}.")
+        # Parts of one layer may share a name, and get the same value.
+        takers = [(part, option) for part in parts for option in part.options if option.name == name]
+        for part, option in takers:
+            if not option.accepts(value):
+                whose = f" for {part.__name__}" if len(takers) > 1 else ""
+                raise ValueError(f"{field}: {name}={shown(value)} must be {option.expected}{whose}.")
 
 
 def option_values(part: type[Part], given: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -58,3 +58,16 @@ def test_parts_are_asked_whether_their_options_fit_the_sizes():
     check_sizes((Tempered, Counted), {"count": 9}, {"num_experts": 9}, "router_args")
     with pytest.raises(ValueError, match="router_args: count=4 must be less"):
         check_sizes((Tempered, Counted), {"tau": 1}, {"num_experts": 3}, "router_args")
+
+
+class Hotter(Part):
+    options = (Option("tau", 2.0, "a number of at least 0.5", lambda v: v >= 0.5),)
+
+
+@pytest.mark.parametrize("parts", [(Tempered, Hotter), (Hotter, Tempered)])
+def test_an_option_that_several_parts_take_must_fit_each_of_them(parts):
+    check_options(parts, {"tau": 0.5}, "router_args")
+    with pytest.raises(ValueError, match=r"router_args: tau=0\.1 must be a number of at least 0\.5 for Hotter"):
+        check_options(parts, {"tau": 0.1}, "router_args")
+    with pytest.raises(ValueError, match="tau=nan must be a"):
+        check_options(parts, {"tau": float("nan")}, "router_args")

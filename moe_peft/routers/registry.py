@@ -161,6 +161,9 @@ def make_router(
         init_std: Standard deviation of the initialisation; None takes the scorer's own.
         values: The configuration's fields by name; the parts take those that they declare.
         args: Options by name; the parts take their own, and defaults elsewhere.
+
+    Raises:
+        ValueError: Scorer and selector have tensors of one name.
     """
 
     def settings(part: type[Part]) -> dict[str, Any]:
@@ -169,9 +172,11 @@ def make_router(
 
     if router not in SELECTORS:
         whole = ROUTERS[router]
-        return whole(in_features, num_experts, init_std=init_std, **settings(whole))
+        made = whole(in_features, num_experts, init_std=init_std, **settings(whole))
+        made.check_names()
+        return made
     selector_cls, gate_cls, scorer_cls = SELECTORS[router], GATES[gate], SCORERS[scorer]
-    return scorer_cls(
+    made = scorer_cls(
         in_features,
         num_experts,
         select=selector_cls(**settings(selector_cls)),
@@ -179,3 +184,5 @@ def make_router(
         init_std=init_std,
         **settings(scorer_cls),
     )
+    made.check_names()
+    return made

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..messages import shown
 from ..ops import without_rounding
 from ..part import ModulePart, Reads
 from ..types import Routing, StepStatistics, TokenContext
@@ -80,8 +81,14 @@ class Router(ModulePart, nn.Module):
         self.num_scores = num_experts + (0 if select is None else select.extra_scores)
         own = {} if select is None else select.tensors(num_experts)
         for name, tensor in own.items():
+            if hasattr(self, name):
+                raise ValueError(
+                    f"{type(select).__name__}: a selector's tensor cannot be called {shown(name)}, which every router "
+                    "has. Choose another name in `Selector.tensors`."
+                )
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self._selector_tensors = tuple(own)
+        self._registered = {name: self.get_parameter(name) for name in own}
         self.frozen = (*type(self).frozen, *own)
         for promise in ("causal", "batch_invariant", "decode_stateless"):
             members = [part for part in (type(self), self.gate, select) if part is not None]
@@ -113,6 +120,21 @@ class Router(ModulePart, nn.Module):
         """K, experts a token uses; E where that is not fixed."""
         own = None if self.select is None else self.select.num_slots
         return self.num_experts if own is None else own
+
+    def check_names(self) -> None:
+        """Check that nothing of the scorer stands in the place of a selector's tensor; called after construction.
+
+        Raises:
+            ValueError: Both have something of one name, of which a module keeps the last.
+        """
+        for name, parameter in self._registered.items():
+            if self._parameters.get(name) is not parameter:
+                raise ValueError(
+                    f"The scorer {type(self).__name__} and the selector {type(self.select).__name__} both have "
+                    f"{shown(name)}, and a router holds one of that name. Rename it in the scorer, or in "
+                    "`Selector.tensors`."
+                )
+        self._registered = {}
 
     def stands_in(self, layer_index: int, num_layers: int) -> None:
         """Start as fits a layer, of routers that differ between layers; called once, after construction.

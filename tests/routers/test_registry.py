@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import get_peft_model
+from torch import nn
 
+from moe_peft import RoutedConfig
 from moe_peft.part import Option
 from moe_peft.routers import (
     GATES,
@@ -22,8 +25,24 @@ from moe_peft.routers import (
     router_parts,
 )
 from moe_peft.types import TokenContext
+from tests.tiny import tiny_llama
 
 VALUES = {"top_k": 2, "norm_topk_prob": True, "capacity_factor": 0.5, "capacity_order": "position"}
+
+
+class Biased(LinearRouter):
+    """Scores with a bias of their own."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.bias = nn.Parameter(torch.zeros(self.num_scores))
+
+
+class Named(TopK):
+    """A selector whose tensor has the name of something of every router."""
+
+    def tensors(self, num_experts):
+        return {"gate": torch.zeros(num_experts)}
 
 
 class Tempered(Softmax):
@@ -72,3 +91,23 @@ def test_registries_hold_classes_that_say_what_they_take():
     for registry in (SCORERS, GATES, SELECTORS, ROUTERS):
         for part in registry.values():
             assert isinstance(part, type) and isinstance(part.fields, tuple)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_scorer_with_the_name_of_a_selectors_tensor_is_refused_when_it_is_built(monkeypatch, frozen):
+    made = Biased if not frozen else type("Frozen", (Biased,), {"frozen": ("bias",)})
+    monkeypatch.setitem(SCORERS, "biased", made)
+    assert "bias" in dict(make_router(7, 4, router="top_k", scorer="biased", values=VALUES).named_parameters())
+    with pytest.raises(ValueError, match=rf"scorer {made.__name__} and the selector BiasBalanced both have 'bias'"):
+        make_router(7, 4, router="bias_balanced", scorer="biased", values=VALUES)
+    base = tiny_llama()
+    before = [name for name, _ in base.named_modules()]
+    with pytest.raises(ValueError, match="both have 'bias'"):
+        get_peft_model(base, RoutedConfig(scorer="biased", router="bias_balanced", lora_alpha=8))
+    assert [name for name, _ in base.named_modules()] == before
+
+
+def test_a_selectors_tensor_with_the_name_of_what_every_router_has_is_refused(monkeypatch):
+    monkeypatch.setitem(SELECTORS, "named", Named)
+    with pytest.raises(ValueError, match="Named: a selector's tensor cannot be called 'gate'"):
+        make_router(7, 4, router="named", values=VALUES)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from comparison import METRICS, markdown, plot, table_of
+from comparison import METRICS, markdown, plot, table_of, without_nan
 from dry_run import check_model_name, model_without_weights
 from equal_sizes import Size, equal_size
 from rates import FACTORS
@@ -99,6 +99,10 @@ def main(argv: Sequence[str], measure: Measure | None = None) -> dict[str, Any]:
     given, rest = own_flags().parse_known_args(list(argv))
     if len(set(given.seeds)) < len(given.seeds):
         raise ValueError(f"--seeds {shown(given.seeds)}: every seed once.")
+    if min(given.seeds) < 0 or max(given.seeds) >= 2**32:
+        raise ValueError(f"--seeds {shown(given.seeds)}: whole numbers from 0 to {2**32 - 1}.")
+    if given.parameters is not None and given.parameters < 1:
+        raise ValueError(f"--parameters {given.parameters} must be a positive number of trained parameters.")
     folder = Path(given.output_dir)
     if folder.is_file():
         raise ValueError(f"--output_dir {given.output_dir} is a file. Name a folder.")
@@ -134,7 +138,7 @@ def report(results: dict[str, list[dict[str, Any]]], script: str, folder: Path) 
     rows = table_of(results, script)
     found = {"script": script, "table": rows, "runs": results}
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "compare.json", json.dumps(found, indent=2) + "\n")
+    write_text(folder / "compare.json", json.dumps(without_nan(found), indent=2, allow_nan=False) + "\n")
     write_text(folder / "compare.md", markdown(rows) + "\n")
     print(f"\n{markdown(rows)}\n")
     try:

@@ -24,11 +24,13 @@ COLORS = ["#1f5fa8", "#d1603d", "#3f8f5b", "#8a5fb0", "#a58a2a", "#4a4f57"]
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and half the width of its 95% interval; None of a single value.
+    """Mean, and half the width of its 95% interval; None of a single value, and where a run diverged.
 
     Args:
-        values: One of each seed.
+        values: One of each seed; NaN or infinite where it diverged.
     """
+    if not all(map(math.isfinite, values)):
+        return math.nan, None
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, None
@@ -47,7 +49,8 @@ def last_of(curve: Sequence[Sequence[float]], share: float = LAST) -> float | No
     if not curve:
         return None
     count = max(1, round(share * len(curve)))
-    return statistics.fmean(value for _, value in curve[-count:])
+    # Summed without an error for infinities of both signs, unlike statistics.fmean.
+    return sum(value for _, value in curve[-count:]) / count
 
 
 def table_of(results: dict[str, list[dict[str, Any]]], script: str) -> list[dict[str, Any]]:
@@ -106,8 +109,23 @@ def _cell(value: Any) -> str:
         return "-"
     if isinstance(value, (tuple, list)):
         mean, half = value
+        if not math.isfinite(mean):
+            return "diverged"
         return f"{mean:.4g}" if half is None else f"{mean:.4g} +- {half:.2g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def without_nan(value: Any) -> Any:
+    """Values as JSON holds them, which has no NaN and no infinity: None in their place.
+
+    Args:
+        value: A number, a text, or dicts, lists and tuples of them.
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: without_nan(own) for key, own in value.items()}
+    return [without_nan(own) for own in value] if isinstance(value, (list, tuple)) else value
 
 
 def plot(results: dict[str, list[dict[str, Any]]], script: str, path: Path) -> None:
@@ -130,7 +148,7 @@ def plot(results: dict[str, list[dict[str, Any]]], script: str, path: Path) -> N
         for index, (name, runs) in enumerate(results.items()):
             steps, rows = curves_of(runs, metric)
             color = COLORS[index % len(COLORS)]
-            axes.plot(steps, [statistics.fmean(row) for row in rows], color=color, label=name, marker=".")
+            axes.plot(steps, [sum(row) / len(row) for row in rows], color=color, label=name, marker=".")
             axes.fill_between(steps, [min(row) for row in rows], [max(row) for row in rows], color=color, alpha=0.15)
         axes.set_xlabel("step")
         axes.set_title(metric)

@@ -84,7 +84,7 @@ def check_finite(path: str | Path) -> None:
         ValueError: A tensor holds NaN or an infinity; all that do are named.
     """
     with safe_open(path, framework="pt") as file:
-        broken = [key for key in file.keys() if not _is_finite(file.get_tensor(key))]  # noqa: SIM118
+        broken = [key for key in file.keys() if not is_finite(file.get_tensor(key))]  # noqa: SIM118
     if broken:
         raise ValueError(
             f"{path} holds NaN or infinite values in {len(broken)} tensors: {shown(broken)}. The run that saved it "
@@ -110,9 +110,7 @@ def check_values(name: str, tensors: Mapping[str, Any], own: Collection[str]) ->
     wrong = {
         "no values (they are on the meta device)": [key for key, tensor in tensors.items() if tensor.is_meta],
         "integers": [key for key in own if not tensors[key].is_floating_point()],
-        "NaN or infinite values": [
-            k for k, tensor in tensors.items() if not tensor.is_meta and not _is_finite(tensor)
-        ],
+        "NaN or infinite values": [k for k, tensor in tensors.items() if not tensor.is_meta and not is_finite(tensor)],
     }
     for what, keys in wrong.items():
         if keys:
@@ -123,7 +121,7 @@ def check_values(name: str, tensors: Mapping[str, Any], own: Collection[str]) ->
             )
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
     """Whether all values of a tensor are, of this process's part where it is split."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     if not local.is_floating_point():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -35,6 +36,37 @@ class Fisher:
     importance: Mapping[str, torch.Tensor]
     values: Mapping[str, torch.Tensor]
 
+    def __post_init__(self) -> None:
+        """Check both.
+
+        Raises:
+            ValueError: They are of other parameters, a number is not finite, or an importance is negative.
+        """
+        if not all(isinstance(own, Mapping) for own in self._both()):
+            raise ValueError("Fisher: importance and values must be dicts from parameters to tensors.")
+        shapes = [{name: getattr(own, "shape", None) for name, own in kind.items()} for kind in self._both()]
+        if shapes[0] != shapes[1] or None in shapes[0].values():
+            differing = sorted(n for n in shapes[0].keys() | shapes[1].keys() if shapes[0].get(n) != shapes[1].get(n))
+            raise ValueError(
+                f"Fisher: importance and values must be tensors of the same parameters; {shown(differing)} differ. "
+                "Measure again with fisher_information."
+            )
+        for kind, tensors in zip(("importance", "values"), self._both(), strict=True):
+            wrong = [
+                name
+                for name, own in tensors.items()
+                if not bool(torch.isfinite(own).all()) or (kind == "importance" and bool((own < 0).any()))
+            ]
+            if wrong:
+                what = "NaN, infinite or negative" if kind == "importance" else "NaN or infinite"
+                raise ValueError(
+                    f"Fisher: {kind} holds {what} numbers of {shown(wrong)}, with which a step loses the weights. "
+                    "Measure again with fisher_information, on an adapter and batches without such values."
+                )
+
+    def _both(self) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
+        return self.importance, self.values
+
     def save(self, path: str | Path) -> None:
         """Write both into a safetensors file.
 
@@ -46,8 +78,18 @@ class Fisher:
 
     @classmethod
     def load(cls, path: str | Path) -> Fisher:
-        """Read a file that `save` has written."""
-        tensors = load_file(str(path))
+        """Read a file that `save` has written.
+
+        Args:
+            path: The file.
+
+        Raises:
+            ValueError: It is another file, or a number in it is not finite.
+        """
+        try:
+            tensors = load_file(str(path))
+        except SafetensorError as error:
+            raise ValueError(f"{shown(str(path))} is no file of Fisher.save, or damaged ({error}).") from error
         kinds = ("importance.", "values.")
         if not all(name.startswith(kinds) for name in tensors):
             raise ValueError(f"{shown(str(path))} is no file of Fisher.save: it has tensors of other names.")
@@ -69,7 +111,8 @@ def fisher_information(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -
         Importance and values of all trained parameters of the adapters.
 
     Raises:
-        ValueError: There is no such parameter, no batch, or a batch without a loss.
+        ValueError: There is no such parameter, no batch, a batch without a loss, or one whose loss or gradient is
+            not finite.
     """
     parameters = _trained(model)
     if not parameters:
@@ -82,6 +125,11 @@ def fisher_information(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -
             loss = model(**batch).loss
             if loss is None:
                 raise ValueError("fisher_information: a batch without labels gives no loss; add `labels` to it.")
+            if not bool(torch.isfinite(loss.detach()).all()):
+                raise ValueError(
+                    f"fisher_information: the loss of batch {count} is {float(loss):g}: its labels are all masked, or "
+                    "weights of the model or its adapter are broken."
+                )
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for total, gradient in zip(sums.values(), gradients, strict=True):
                 if gradient is not None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ..config.ranges import LARGEST
 from ..layers import routed_layers
 from ..losses import LOSSES
 from ..messages import shown
@@ -75,6 +76,13 @@ class CoefficientSchedule(RestoringCallback):
             raise ValueError(
                 f"CoefficientSchedule: the model has no loss {shown(self.loss)}; it has {shown(names)}. A loss whose "
                 "configured coefficient is 0 is left out: configure it with its largest value."
+            )
+        largest = max(factor for _, factor in self.points) * max(own for _, own in self._configured)
+        if not largest <= LARGEST:
+            self._configured = []
+            raise ValueError(
+                f"CoefficientSchedule: the coefficient of {shown(self.loss)} would reach {largest:g} by its points, "
+                f"and must stay at {LARGEST:g} or below. Take smaller factors."
             )
 
     def on_step_begin(

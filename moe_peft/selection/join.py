@@ -25,9 +25,9 @@ def join_selections(selections: Iterable[ExpertSelection], how: str = "any") -> 
     Raises:
         ValueError: There is none, or they are of different backbones.
     """
-    found = list(selections)
+    found = list(selections) if isinstance(selections, Iterable) else [selections]
     if not found or not all(isinstance(own, ExpertSelection) for own in found):
-        raise ValueError(f"selections={shown(found)} must be one or more of what select_experts returns.")
+        raise ValueError(f"selections={shown(found)} must be a list of one or more of what select_experts returns.")
     if how not in WAYS:
         raise ValueError(f"how={shown(how)} must be one of {WAYS}.")
     sizes: dict[str, int] = {}

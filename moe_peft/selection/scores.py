@@ -32,6 +32,10 @@ KEYS = {
 }
 
 
+# Scores are means of shares or weights; what is larger is a slip, and has no decimals to be compared by.
+MAX_SCORE = 1e30
+
+
 FORM = (
     "Expert scores are {'token_scores': {'1': {'0': 0.01, ...}}, 'gate_scores': ...}, as ExpertScores.save writes them"
 )
@@ -74,6 +78,8 @@ class ExpertScores:
             raise ValueError(f"by_layer={shown(self.by_layer)} must be a dict from layer indices to LayerScores.")
         if not self.by_layer:
             raise ValueError("Expert scores of no layer: there is nothing to select from.")
+        for layer, own in self.by_layer.items():
+            _check_vectors(layer, own)
         kinds = set.union(*(set(own.values) for own in self.by_layer.values()))
         for layer, own in self.by_layer.items():
             if set(own.values) != kinds or len({scores_E.numel() for scores_E in own.values.values()}) != 1:
@@ -83,10 +89,13 @@ class ExpertScores:
                     f"same ones, {sorted(kinds)}, with one number per expert."
                 )
             for kind, scores_E in own.values.items():
-                if not bool((torch.isfinite(scores_E) & (scores_E >= 0)).all()):
+                wrong_E = ~((scores_E >= 0) & (scores_E <= MAX_SCORE))  # NaN is neither
+                if bool(wrong_E.any()):
+                    expert = int(wrong_E.long().argmax())
                     raise ValueError(
-                        f"The {kind[0]} scores of layer {layer} are {scores_E.tolist()}; a score is zero or "
-                        "positive. Score the experts again with moe_peft.score_experts."
+                        f"The {kind[0]} scores of layer {layer} have {float(scores_E[expert]):g} for expert {expert}; "
+                        f"a score is zero or a positive number up to {MAX_SCORE:g}. Score the experts again with "
+                        "moe_peft.score_experts."
                     )
 
     @property
@@ -180,6 +189,15 @@ class ExpertScores:
         }
         totals = ("num_tokens", "num_samples", "model_parameters")
         return cls(by_layer, **{name: _count(content.get(name), f"{path}, {name}") for name in totals})
+
+
+def _check_vectors(layer: int, own: LayerScores) -> None:
+    for kind, scores_E in own.values.items() if isinstance(own.values, dict) else [("values", own.values)]:
+        if not isinstance(scores_E, torch.Tensor) or scores_E.dim() != 1 or not scores_E.is_floating_point():
+            raise ValueError(
+                f"The scores {shown(kind)} of layer {layer} are {shown(scores_E)}, and must be a tensor of one "
+                "floating point number per expert."
+            )
 
 
 def _numbered(scores_E: torch.Tensor) -> dict[str, float]:

@@ -8,8 +8,9 @@ import torch
 from peft import PeftModel
 
 from ..messages import shown
+from .checks import check_peft_model
 from .compose import put_pair
-from .other_experts import NEW, routed_by_name, with_experts
+from .other_experts import NEW, check_new, routed_by_name, with_experts
 from .stock_lora import read_lora
 
 
@@ -38,11 +39,13 @@ def add_expert(
         ValueError: Both are given, there is no such expert, or the LoRA does not fit the adapter. Nothing has been
             changed.
     """
+    check_peft_model(model, "add_expert")
     layers = routed_by_name(model, adapter_name)
+    check_new(model, adapter_name, new_name)
     count = next(iter(layers.values())).experts[adapter_name].num_choices
     if lora is not None and copy_of is not None:
         raise ValueError("add_expert takes lora or copy_of, not both.")
-    if copy_of is not None and (isinstance(copy_of, bool) or copy_of not in range(count)):
+    if copy_of is not None and (type(copy_of) is not int or copy_of not in range(count)):
         raise ValueError(f"copy_of={shown(copy_of)} must be the number of an expert, 0 to {count - 1}.")
     found = None if lora is None else read_lora(str(lora))
     for place, pair in {} if found is None else found.pairs.items():

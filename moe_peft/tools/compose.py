@@ -20,6 +20,7 @@ from ..layers import RoutedLayer, routed_layers
 from ..messages import shown
 from ..methods import RoutedConfig
 from ..options import option_values
+from .checks import check_module
 from .stock_lora import Pair, StockLora, read_lora
 
 TRAINED = ("all", "router")
@@ -58,6 +59,7 @@ def compose(
     """
     if not isinstance(adapters, Mapping) or not adapters or not all(isinstance(name, str) for name in adapters):
         raise ValueError(f"adapters={shown(adapters)} must be a dict from names of experts to folders of LoRAs.")
+    check_module(base, "compose", "base")
     if trained not in TRAINED:
         raise ValueError(f"trained={shown(trained)} must be one of {TRAINED}.")
     loras = [read_lora(folder) for folder in adapters.values()]

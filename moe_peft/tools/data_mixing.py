@@ -18,10 +18,12 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..messages import shown
+from .checks import check_finite, is_real, listed_batches
 from .report.measure import measure_routing
 from .report.observe import Batch
 
 ETA, SMOOTHING = 10.0, 0.05
+LEAST, MOST = 1e-30, 1e30  # of weights at the start, so that their sum is a number
 
 
 def next_weights(
@@ -37,7 +39,11 @@ def next_weights(
 
     Returns:
         n weights that sum to one.
+
+    Raises:
+        ValueError: A load is not finite.
     """
+    check_finite(loads_NE, "The loads of the experts", "The routing that was measured is broken.")
     unit_NE = F.normalize(loads_NE.double(), dim=-1)
     apart_N = (1 - unit_NE @ unit_NE.T).mean(-1)
     mixed_N = (torch.tensor(weights, dtype=torch.float64).log() + eta * apart_N).softmax(0)
@@ -66,13 +72,23 @@ class MixedData(IterableDataset):
     ) -> None:
         if not isinstance(datasets, Mapping) or len(datasets) < 2:
             raise ValueError(f"MixedData: datasets={shown(datasets)} must be a dict of two data sets or more.")
+        if type(seed) is not int or not 0 <= seed < 2**63:
+            raise ValueError(f"MixedData: seed={shown(seed)} must be a whole number from 0.")
+        unsized = [name for name, rows in datasets.items() if not hasattr(rows, "__len__")]
+        if unsized:
+            raise ValueError(
+                f"MixedData: the data set {shown(unsized[0])} has no length, so that its rows cannot be drawn. Give "
+                "rows by their numbers, as a list or a datasets.Dataset."
+            )
         empty = [name for name, rows in datasets.items() if len(rows) == 0]
         if empty:
             raise ValueError(f"MixedData: the data set {shown(empty[0])} has no rows. Take it out.")
-        given = dict.fromkeys(datasets, 1.0) if weights is None else dict(weights)
-        if set(given) != set(datasets) or not all(math.isfinite(own) and own > 0 for own in given.values()):
+        given = dict.fromkeys(datasets, 1.0) if weights is None else weights
+        known = isinstance(given, Mapping) and set(given) == set(datasets)
+        if not known or not all(is_real(own, LEAST, MOST) for own in given.values()):
             raise ValueError(
-                f"MixedData: weights={shown(weights)} must have a positive number for each of {shown(list(datasets))}."
+                f"MixedData: weights={shown(weights)} must have a positive number for each of "
+                f"{shown(list(datasets))}, from {LEAST:g} to {MOST:g}."
             )
         self.datasets, self.seed = dict(datasets), seed
         total = sum(given.values())
@@ -115,9 +131,14 @@ class DynamicMixing(TrainerCallback):
         smoothing: float = SMOOTHING,
         steps: int = 0,
     ) -> None:
-        if set(batches) != set(data.datasets) or not all(len(own) for own in batches.values()):
+        if not isinstance(data, MixedData):
+            raise ValueError(f"DynamicMixing: data={shown(data)} must be the MixedData that the trainer trains on.")
+        if not isinstance(batches, Mapping):
+            raise ValueError(f"DynamicMixing: batches={shown(batches)} must be a dict from data sets to batches.")
+        batches = {name: listed_batches(own, f"DynamicMixing: {shown(name)}") for name, own in batches.items()}
+        if set(batches) != set(data.datasets):
             raise ValueError(
-                f"DynamicMixing: batches has {shown(sorted(batches))}, but the data are "
+                f"DynamicMixing: batches has {shown(sorted(map(str, batches)))}, but the data are "
                 f"{shown(sorted(data.datasets))}. Give some batches of each."
             )
         if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta < math.inf:

@@ -24,8 +24,9 @@ from ..files import check_free, new_folder, write_text
 from ..layers import RoutedLayer
 from ..messages import shown
 from ..telemetry.statistics import RoutingStatistics
+from .checks import check_finite_adapter, check_peft_model, is_real
 from .measure import Batch, Comparison, Difference, checked_batches, evaluating, labels_of, next_tokens
-from .other_experts import routed_by_name
+from .other_experts import only, routed_by_name
 from .truncate import truncated
 
 Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -88,23 +89,27 @@ def distil_to_lora(
             nothing has been written.
     """
     check_free(folder)
+    check_peft_model(model, "distil_to_lora")
     layers = routed_by_name(model, adapter_name)
+    check_finite_adapter(model, adapter_name, "distil_to_lora")
     data = checked_batches(batches, "distil_to_lora")
     measured_on = data if held_out is None else checked_batches(held_out, "distil_to_lora")
     _check(layers, adapter_name, rank, max_lost, steps)
-    model.set_adapter(adapter_name)
-    means = _mean_weights(model, data)
-    factors = {
-        name: layer.experts[adapter_name].delta_factors(means[layer.place].float()) for name, layer in layers.items()
-    }
-    pairs, lost = _truncated(factors, rank, max_lost)
+    _check_training(fresh_base, learning_rate)
     own: Any = model.peft_config[adapter_name]
-    student = _student(fresh_base(), own, pairs)
-    start = _difference(model, student, measured_on)
-    difference = start
-    if steps:
-        _train(model, student, data, steps, learning_rate)
-        difference = _difference(model, student, measured_on)
+    with only(model, adapter_name):
+        means = _mean_weights(model, data)
+        factors = {
+            name: layer.experts[adapter_name].delta_factors(means[layer.place].float())
+            for name, layer in layers.items()
+        }
+        pairs, lost = _truncated(factors, rank, max_lost)
+        student = _student(fresh_base(), own, pairs)
+        start = _difference(model, student, measured_on)
+        difference = start
+        if steps:
+            _train(model, student, data, steps, learning_rate)
+            difference = _difference(model, student, measured_on)
     result = Distilled(max(len(A) for A, _ in pairs.values()), lost, start, difference)
     with new_folder(folder) as growing:
         student.save_pretrained(str(growing))
@@ -126,8 +131,18 @@ def _check(layers: dict[str, RoutedLayer], adapter_name: str, rank: int | None, 
         least = 1 if name == "rank" else 0
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ValueError(f"distil_to_lora: {name}={shown(value)} must be a whole number, {least} or more.")
-    if not 0 <= max_lost < 1:
-        raise ValueError(f"distil_to_lora: max_lost={shown(max_lost)} must be a share from 0 to 1.")
+    if not is_real(max_lost, 0, 1) or max_lost == 1:
+        raise ValueError(f"distil_to_lora: max_lost={shown(max_lost)} must be a share from 0 to 1, such as 0.1.")
+
+
+def _check_training(fresh_base: Any, learning_rate: Any) -> None:
+    if not callable(fresh_base):
+        raise TypeError(
+            f"distil_to_lora: fresh_base={shown(fresh_base)} must be a function that makes the base model anew, as "
+            "lambda: AutoModelForCausalLM.from_pretrained(name)."
+        )
+    if not is_real(learning_rate, 0, 1e6) or learning_rate == 0:
+        raise ValueError(f"distil_to_lora: learning_rate={shown(learning_rate)} must be a positive number.")
 
 
 def _mean_weights(model: nn.Module, batches: list[Batch]) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ..backbone.structure import base_of, find_moe_layers
-from ..config.adapter_files import read_header
+from ..config.adapter_files import is_finite, read_header
 from ..experts.expert_pairs import MATRICES
 from ..files import check_free, new_folder
 from ..layers import routed_layers
@@ -30,6 +30,7 @@ from ..messages import shown
 from ..methods import EsftConfig
 from ..place import MoeLayer
 from ..selection import ExpertSelection
+from .checks import check_finite_adapter
 from .projections import PROJECTIONS, joined, projections_of
 
 SELECTION = "expert_cfg.json"
@@ -69,6 +70,7 @@ def export_esft(
     if other:
         raise ValueError(f"The authors' form has no place for {shown(other[0])}, which the adapter trains as well.")
     check_free(folder)
+    check_finite_adapter(model, adapter_name, "export_esft")
     tensors: dict[str, torch.Tensor] = {}
     for own in routed_layers(model):
         if adapter_name in own.experts:
@@ -146,6 +148,12 @@ def import_esft(base: Any, folder: str | Path, adapter_name: str = "default") ->
     for layer in chosen:
         shapes |= _wanted(base, layer, selection)
     _compare(folder, shapes, files)
+    wrong = [key for path, key in files.values() if not is_finite(_read((path, key)))]
+    if wrong:
+        raise ValueError(
+            f"{folder} holds NaN or infinite values in {len(wrong)} tensors: {shown(wrong)}. Take it from an earlier "
+            "checkpoint. Nothing has been changed."
+        )
     model = get_peft_model(base, config, adapter_name=adapter_name)
     assert isinstance(model, PeftModel)
     for layer in chosen:

@@ -25,6 +25,7 @@ from ..layers.fused_experts import matrix_names, stored_shape
 from ..messages import shown
 from ..methods import ExpertLoraConfig
 from .beside import further_tensors
+from .checks import check_finite_adapter
 from .projections import PROJECTIONS, projections_of
 
 WEIGHTS = "adapter_model.safetensors"
@@ -197,6 +198,7 @@ def _config_of(model: PeftModel, adapter_name: str) -> ExpertLoraConfig:
         raise ValueError(
             f"adapter_name={shown(adapter_name)} is no adapter of ExpertLoraConfig; the model's adapters are {known}."
         )
+    check_finite_adapter(model, adapter_name, "The export")
     return config
 
 

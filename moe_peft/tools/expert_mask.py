@@ -25,6 +25,7 @@ from ..layers import routed_layers
 from ..messages import shown
 from ..routers import Router
 from ..types import Routing, TokenContext
+from .checks import check_module
 
 Choice = Sequence[int] | Mapping[Any, Sequence[int]]
 
@@ -70,6 +71,7 @@ def expert_mask(
         ValueError: Nothing is to be steered, there is no such adapter, place or expert, an expert is both off and on,
             or no expert is left. The model is as it was.
     """
+    check_module(model, "expert_mask")
     places = _of_backbone(model) if backbone else _of_adapter(model, adapter_name)
     chosen = {place.name: (_ids(off, place, "off"), _ids(on, place, "on")) for place in places}
     _check(off, on, places, chosen)
@@ -107,9 +109,10 @@ def _layer(place: str) -> int | None:
 
 
 def _ids(choice: Choice, place: Steered, name: str) -> tuple[int, ...]:
-    if isinstance(choice, Mapping):
+    lists = isinstance(choice, Mapping) and all(_is_list(own) for own in choice.values())
+    if isinstance(choice, Mapping) and lists:
         own = [*choice.get(place.name, ()), *(choice.get(place.layer, ()) if place.layer is not None else ())]
-    elif isinstance(choice, Sequence) and not isinstance(choice, str):
+    elif _is_list(choice):
         own = list(choice)
     else:
         raise ValueError(f"expert_mask: {name}={shown(choice)} must be a list of experts, or a dict of such lists.")
@@ -122,10 +125,16 @@ def _ids(choice: Choice, place: Steered, name: str) -> tuple[int, ...]:
     return tuple(sorted(set(own)))
 
 
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
 def _check(off: Choice, on: Choice, places: list[Steered], chosen: Mapping[str, tuple]) -> None:
     known = {place.name for place in places} | {place.layer for place in places}
     for name, choice in (("off", off), ("on", on)):
-        unknown = [key for key in choice if key not in known] if isinstance(choice, Mapping) else []
+        unknown = (
+            [key for key in choice if isinstance(key, bool) or key not in known] if isinstance(choice, Mapping) else []
+        )
         if unknown:
             raise ValueError(
                 f"expert_mask: {name} names {shown(unknown[0])}, which is no layer or place that is steered; they are "

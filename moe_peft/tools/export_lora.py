@@ -20,6 +20,7 @@ from ..messages import shown
 from ..methods import ExpertLoraConfig
 from ..tuner.merging import check_merges, plan_merges
 from .beside import further_tensors
+from .checks import check_peft_model
 from .expert_lora_files import PREFIX, WEIGHTS, export_expert_lora
 from .merge_for_task import decided
 
@@ -42,8 +43,10 @@ def export_lora(
         task: Task that is written, of an adapter whose router reads the task alone.
 
     Raises:
+        TypeError: The model is no `PeftModel`.
         ValueError: No LoRA equals the adapter, or there are files at `folder`; nothing has been written.
     """
+    check_peft_model(model, "export_lora")
     layers = [layer for layer in routed_layers(model) if adapter_name in layer.experts]
     if not layers:
         known = shown(sorted(getattr(model, "peft_config", {})))

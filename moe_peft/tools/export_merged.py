@@ -22,6 +22,7 @@ from ..hub.push import BESIDE
 from ..messages import shown
 from .checkpoint import Checkpoint, overwriting
 from .checkpoint_layout import CheckpointLayout, Group
+from .checks import check_peft_model
 from .merge_for_task import decided
 from .weight_changes import IN_MEMORY, Changes, weight_changes
 
@@ -53,9 +54,16 @@ def export_merged(
         tokenizer: Folder whose tokenizer takes the place of the base's, such as the adapter's.
 
     Raises:
+        TypeError: The model is no `PeftModel`.
         ValueError: The adapter depends on its input, the checkpoint is quantized, not of this model or not in
             safetensors, or there are files at `folder`; nothing has been written.
     """
+    check_peft_model(model, "export_merged")
+    if adapter_name not in model.peft_config:
+        raise ValueError(
+            f"export_merged: the model has no adapter {shown(adapter_name)}; it has "
+            f"{shown(sorted(model.peft_config))}."
+        )
     base_folder = Path(base_folder)
     check_free(folder)
     checkpoint = Checkpoint(base_folder)

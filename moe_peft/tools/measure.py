@@ -59,7 +59,7 @@ def checked_batches(batches: Iterable[Batch], caller: str) -> list[Batch]:
     Raises:
         ValueError: There is none, or one has no token ids.
     """
-    found = list(batches)
+    found = list(batches) if isinstance(batches, Iterable) else [batches]
     if not found or not all(isinstance(own, Mapping) and "input_ids" in own for own in found):
         raise ValueError(f"{caller}: batches={shown(found)} must be one or more dicts with input_ids.")
     return found
@@ -102,11 +102,21 @@ def next_tokens(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Ten
 
     Returns:
         (N, V) float32, and (N,) labels.
+
+    Raises:
+        ValueError: A probability is no number, of which a comparison would say anything.
     """
     given = {key: value for key, value in batch.items() if key != "labels"}
     logits, labels = model(**given).logits[:, :-1].float(), labels_of(batch)[:, 1:]
     keep = labels != -100
-    return F.log_softmax(logits[keep], dim=-1), labels[keep]
+    said = F.log_softmax(logits[keep], dim=-1)
+    if bool(said.isnan().any()):
+        raise ValueError(
+            f"The next tokens' probabilities of the {type(model).__name__} are not finite (NaN): weights of the model "
+            "or of its adapter are broken, or overflow in their dtype. Load them from an earlier checkpoint, or with "
+            "dtype=torch.float32."
+        )
+    return said, labels[keep]
 
 
 class Comparison:
@@ -127,7 +137,8 @@ class Comparison:
             [
                 F.nll_loss(before, labels, reduction="sum"),
                 F.nll_loss(after, labels, reduction="sum"),
-                (before.exp() * (before - after)).sum(),
+                # A token that the first rules out adds nothing, also where the second rules it out too.
+                (before.exp() * (before - after)).masked_fill(before == -torch.inf, 0.0).sum(),
                 (before.argmax(-1) == after.argmax(-1)).sum().to(before),
             ]
         )

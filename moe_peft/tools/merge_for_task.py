@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -13,6 +14,7 @@ from ..layers import RoutedLayer, routed_layers
 from ..messages import shown
 from ..routers import Router
 from ..types import Routing, TokenContext
+from .checks import check_finite_adapter, check_peft_model
 
 
 class FixedRouter(Router):
@@ -53,8 +55,13 @@ def merge_for_task(model: PeftModel, task: int, adapter_name: str | None = None)
         ValueError: The adapter is not there, decides by more than the task, has no such task, or stands beside more
             than weights.
     """
-    if not isinstance(model, PeftModel):
-        raise TypeError(f"merge_for_task: model={shown(model)} is no PeftModel with an adapter.")
+    check_peft_model(model, "merge_for_task")
+    tuner: Any = model.base_model
+    active = list(tuner.active_adapters)
+    if adapter_name is None and len(active) > 1:
+        raise ValueError(
+            f"merge_for_task: {shown(active)} are active, and one is merged. Name it, as adapter_name={active[0]!r}."
+        )
     name = model.active_adapter if adapter_name is None else adapter_name
     with decided(model, name, task):
         base: nn.Module = model.merge_and_unload(adapter_names=[name])
@@ -83,8 +90,9 @@ def decided(model: PeftModel, adapter_name: str, task: int | None = None) -> Ite
             f"merge_for_task: no layer holds a router of the adapter {shown(adapter_name)}; there are "
             f"{shown(sorted(model.peft_config))}."
         )
-    if task is not None and (not isinstance(task, int) or isinstance(task, bool)):
+    if task is not None and (type(task) is not int or abs(task) >= 2**63):
         raise ValueError(f"merge_for_task: task={shown(task)} must be a whole number, as in the column of groups.")
+    check_finite_adapter(model, adapter_name, "merge_for_task" if task is not None else "The export")
     fixed = _decisions(layers, adapter_name, task)
     before = [layer.router[adapter_name] for layer in layers]
     try:

@@ -23,10 +23,12 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from ..config.adapter_files import CONFIG, PICKLED_WEIGHTS, WEIGHTS, read_json_object
+from ..config.adapter_files import CONFIG, PICKLED_WEIGHTS, WEIGHTS, is_finite, read_json_object
+from ..config.ranges import LARGEST
 from ..experts import EXPERTS
 from ..messages import shown
 from ..methods import RoutedConfig
+from .checks import check_module, is_real
 from .other_experts import routed_by_name
 
 GATE = re.compile(
@@ -76,15 +78,18 @@ def import_mixture(base: nn.Module, folder: str | Path, adapter_name: str = "def
         The adapted model.
 
     Raises:
-        ValueError: It is of another kind, which is named with what to do, or does not fit the model. The model is as
-            it was.
+        TypeError: The base is no model.
+        ValueError: It is of another kind, which is named with what to do, lacks a tensor or has one that is not
+            finite, or does not fit the model. The model is as it was.
     """
+    check_module(base, "import_mixture", "base")
     folder = Path(folder)
     settings = read_json_object(folder / CONFIG)
     kind = str(settings.get("routing_strategy") or settings.get("peft_type") or "").lower()
     _check_kind(folder, kind, settings)
     found = _read(folder, _tensors(folder))
     names = _names(base, [*found.experts, *found.plain])
+    _check_tensors(base, folder, found, names, settings)
     shared = {
         "num_experts": settings["num_experts"],
         "r": settings["r"],
@@ -115,8 +120,9 @@ def _check_kind(folder: Path, kind: str, settings: Mapping[str, Any]) -> None:
     if kind not in KINDS:
         raise ValueError(f"{folder} holds {shown(kind)}, and mixtures of the kinds {', '.join(KINDS)} can be read.")
     for name in ("num_experts", "r", "lora_alpha"):
-        if not isinstance(settings.get(name), (int, float)) or isinstance(settings.get(name), bool):
-            raise ValueError(f"{folder / CONFIG} has {name}={shown(settings.get(name))}, where a number belongs.")
+        value = settings.get(name)
+        if not is_real(value, 0, LARGEST) or value == 0 or (name != "lora_alpha" and type(value) is not int):
+            raise ValueError(f"{folder / CONFIG} has {name}={shown(value)}, where a positive number belongs.")
     for name in ("use_dora", "jitter_noise", "router_jitter_noise"):
         if settings.get(name):
             raise ValueError(
@@ -154,6 +160,33 @@ def _read(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Mixture:
         else:
             raise ValueError(f"{folder} holds {shown(key)}, which is no router and no pair of an expert.")
     return found
+
+
+def _check_tensors(
+    base: nn.Module, folder: Path, found: Mixture, names: Mapping[str, str], settings: Mapping[str, Any]
+) -> None:
+    """Refuse a file that lacks a tensor, or holds one of another shape or with NaN or infinite values."""
+    r, count = settings["r"], settings["num_experts"]
+    for place, name in names.items():
+        linear: Any = base.get_submodule(name)
+        shapes = {"A": (r, linear.in_features), "B": (linear.out_features, r)}
+        pairs = {0: found.plain[place]} if place in found.plain else found.experts[place]
+        experts = range(1 if place in found.plain else count)
+        for expert in experts:
+            for factor, shape in shapes.items():
+                own = pairs.get(expert, {}).get(factor)
+                if own is None or tuple(own.shape) != shape or not is_finite(own):
+                    what = "lacks it" if own is None else f"has shape {tuple(own.shape)}, or NaN or infinite values"
+                    raise ValueError(
+                        f"{folder} needs {factor} of shape {shape} of expert {expert} at {shown(place)}, and {what}: "
+                        "it is not whole, or of another model. Nothing has been changed."
+                    )
+    wrong = [place for place, gate in found.gates.items() if gate.shape[:1] != (count,) or not is_finite(gate)]
+    lost = [place for place in found.experts if not {place, place.rpartition(".")[0]} & found.gates.keys()]
+    if wrong or lost:
+        raise ValueError(
+            f"{folder} needs a router of {count} finite rows at {shown((wrong + lost)[0])}. Nothing has been changed."
+        )
 
 
 def _names(base: nn.Module, places: list[str]) -> dict[str, str]:

@@ -6,7 +6,8 @@ Which dimension of a tensor counts experts is asked of the parts: they are built
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from ..layers import RoutedLayer
 from ..messages import shown
 from ..place import Place
+from .checks import check_finite_adapter, check_module, check_text
 
 # Stands for an expert that is new.
 NEW = -1
@@ -41,15 +43,9 @@ def with_experts(
             counts differ. Nothing has been changed.
     """
     layers = routed_by_name(model, adapter_name)
+    check_new(model, adapter_name, new_name)
     config = model.peft_config[adapter_name]
     counts = {len(own) for own in experts.values()}
-    if not hasattr(config, "num_experts") or getattr(config, "per_layer", None) is not None:
-        raise ValueError(
-            f"The experts of the adapter {shown(adapter_name)} are not counted by num_experts alone, so that they "
-            "cannot be chosen anew. Adapters on the backbone's own experts, and those with per_layer, keep theirs."
-        )
-    if new_name in model.peft_config:
-        raise ValueError(f"new_name={shown(new_name)} is an adapter of the model already. Take another name.")
     if experts.keys() != layers.keys() or len(counts) != 1 or 0 in counts:
         raise ValueError(f"experts={shown(experts)} must name the same number of experts at each of the layers.")
     new = resized(config, counts.pop())
@@ -60,6 +56,51 @@ def with_experts(
     return layers
 
 
+def check_new(model: PeftModel, adapter_name: str, new_name: str) -> None:
+    """Check that an adapter with others of an adapter's experts can be made.
+
+    Args:
+        model: A model with the adapter.
+        adapter_name: The adapter whose experts are taken.
+        new_name: Name of the new one.
+
+    Raises:
+        TypeError: The new name is no text.
+        ValueError: There is no number of experts to change, the new name is taken, or a tensor is not finite.
+    """
+    config = model.peft_config[adapter_name]
+    check_text(new_name, "The new adapter", "new_name")
+    if not hasattr(config, "num_experts") or getattr(config, "per_layer", None) is not None:
+        raise ValueError(
+            f"The experts of the adapter {shown(adapter_name)} are not counted by num_experts alone, so that they "
+            "cannot be chosen anew. Adapters on the backbone's own experts, and those with per_layer, keep theirs."
+        )
+    if new_name in model.peft_config:
+        raise ValueError(f"new_name={shown(new_name)} is an adapter of the model already. Take another name.")
+    check_finite_adapter(model, adapter_name, f"new_name={shown(new_name)}")
+
+
+@contextmanager
+def only(model: PeftModel, adapter_name: str) -> Iterator[None]:
+    """Let one adapter alone be active in a block, which trains what it trained before.
+
+    Args:
+        model: A model with the adapter.
+        adapter_name: Which adapter.
+    """
+    tuner: Any = model.base_model
+    active, name = list(tuner.active_adapters), model.active_adapter
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.set_adapter(adapter_name)
+        yield
+    finally:
+        model.set_adapter(name)
+        tuner.set_adapter(active)
+        for parameter, own in trained:
+            parameter.requires_grad_(own)
+
+
 def routed_by_name(model: Any, adapter_name: str) -> dict[str, RoutedLayer]:
     """The layers that hold an adapter, by their full names.
 
@@ -68,8 +109,10 @@ def routed_by_name(model: Any, adapter_name: str) -> dict[str, RoutedLayer]:
         adapter_name: Which adapter.
 
     Raises:
+        TypeError: The model is none.
         ValueError: No layer holds it.
     """
+    check_module(model, "The tool")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = {
         name: own for name, own in base.named_modules() if isinstance(own, RoutedLayer) and adapter_name in own.experts

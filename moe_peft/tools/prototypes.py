@@ -17,6 +17,7 @@ from torch import nn
 
 from ..layers import RoutedLayer, routed_layers
 from ..messages import shown
+from .checks import check_finite_adapter, check_peft_model, listed_batches
 
 Batch = Mapping[str, Any]
 
@@ -35,6 +36,9 @@ def fit_centroids(model: PeftModel, batches: Mapping[int, Iterable[Batch]], adap
             nothing has been changed.
     """
     layers = _layers(model, adapter_name, "fit_centroids")
+    if not isinstance(batches, Mapping):
+        raise ValueError(f"fit_centroids: batches={shown(batches)} must be a dict from experts to batches.")
+    batches = {expert: listed_batches(own, f"fit_centroids: expert {expert}") for expert, own in batches.items()}
     wanted = set(range(min(layer.router[adapter_name].num_experts for layer in layers)))
     if set(batches) != wanted:
         raise ValueError(
@@ -66,6 +70,7 @@ def fit_directions(model: PeftModel, adapter_name: str = "default") -> None:
         ValueError: The adapter takes no prototypes, or an expert answers nothing yet; nothing has been changed.
     """
     layers = _layers(model, adapter_name, "fit_directions")
+    check_finite_adapter(model, adapter_name, "fit_directions")
     found = [layer.experts[adapter_name].directions() for layer in layers]
     for layer, directions_ED in zip(layers, found, strict=True):
         weight = layer.router[adapter_name].get_parameter("weight")
@@ -73,6 +78,7 @@ def fit_directions(model: PeftModel, adapter_name: str = "default") -> None:
 
 
 def _layers(model: nn.Module, adapter_name: str, caller: str) -> list[RoutedLayer]:
+    check_peft_model(model, caller)
     layers = [layer for layer in routed_layers(model) if adapter_name in layer.router]
     if not layers or not all(layer.router[adapter_name].takes_prototypes for layer in layers):
         raise ValueError(

@@ -20,9 +20,10 @@ from peft import PeftModel
 from .. import telemetry
 from ..messages import shown
 from ..telemetry.statistics import RoutingStatistics
+from .checks import check_peft_model
 from .compose import put_pair
 from .measure import Batch, Comparison, Difference, checked_batches, evaluating, next_tokens
-from .other_experts import routed_by_name, with_experts
+from .other_experts import check_new, only, routed_by_name, with_experts
 from .stock_lora import Pair
 from .truncate import cosine, truncated
 
@@ -73,7 +74,9 @@ def prune_experts(
         ValueError: There is no such adapter, keep is not below the number of experts, or the experts are no pairs to
             merge. Nothing has been changed.
     """
+    check_peft_model(model, "prune_experts")
     layers = routed_by_name(model, adapter_name)
+    check_new(model, adapter_name, new_name)
     data = checked_batches(batches, "prune_experts")
     fewest = min(layer.experts[adapter_name].num_choices for layer in layers.values())
     if not isinstance(keep, int) or isinstance(keep, bool) or not 1 <= keep < fewest:
@@ -82,8 +85,11 @@ def prune_experts(
         raise ValueError(f"by={shown(by)} must be one of {[*MEASURES]}.")
     if merge and not all(_is_pairs(layer.experts[adapter_name]) for layer in layers.values()):
         raise ValueError("merge=True needs experts that are pairs of matrices. Leave merge out, which prunes.")
-    model.set_adapter(adapter_name)
-    before, shares = _measured(model, data, by)
+    with only(model, adapter_name):
+        before, shares = _measured(model, data, by)
+    unused = [name for name, layer in layers.items() if layer.place not in shares]
+    if unused:
+        raise ValueError(f"prune_experts: no batch reaches {shown(unused)}, so that its experts cannot be compared.")
     used = {name: shares[layer.place] for name, layer in layers.items()}
     kept = {name: sorted(own.argsort(descending=True, stable=True)[:keep].tolist()) for name, own in used.items()}
     with_experts(model, adapter_name, new_name, kept)

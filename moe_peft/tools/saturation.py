@@ -17,8 +17,11 @@ from peft import PeftModel
 
 from ..messages import shown
 from ..types import Routing
+from .checks import check_finite, check_peft_model, listed_batches
 from .report.measure import valid_gates
 from .report.observe import Batch, observing, run
+
+NAME = "_checkpoint"  # of the adapter that a checkpoint is loaded as
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ def expert_choices(model: Any, batches: Iterable[Batch], top_k: int = 1) -> dict
 
     def observe(place: str, adapter: str, routing: Routing) -> None:
         gates_TE = valid_gates(routing)
+        check_finite(gates_TE, f"The weights of the experts at {place}", "The checkpoint, or its base, is broken.")
         found.setdefault(place, []).append(gates_TE.topk(min(top_k, gates_TE.shape[1])).indices)
 
     with torch.no_grad(), observing(model, observe):
@@ -85,14 +89,23 @@ def routing_saturation(
         ValueError: There are fewer than two checkpoints, no batch, or one cannot be loaded; the model's adapters are
             as they were.
     """
-    if isinstance(checkpoints, (str, Path)) or len(checkpoints) < 2:
+    check_peft_model(model, "routing_saturation")
+    named = isinstance(checkpoints, Sequence) and all(isinstance(folder, (str, Path)) for folder in checkpoints)
+    if not named or isinstance(checkpoints, str) or len(checkpoints) < 2:
         raise ValueError(f"checkpoints={shown(checkpoints)} must be a list of two folders or more.")
     if type(top_k) is not int or top_k < 1:
         raise ValueError(f"top_k={shown(top_k)} must be a whole number of at least 1.")
-    if not batches:
-        raise ValueError("batches is empty. Give texts as dicts of tensors, such as a tokenizer makes.")
+    if NAME in model.peft_config:
+        raise ValueError(f"The model has an adapter {shown(NAME)} already. Delete it (model.delete_adapter).")
+    batches = listed_batches(batches, "routing_saturation")
     choices = [_choices_of(model, folder, batches, top_k) for folder in checkpoints]
     places = list(choices[-1])
+    for folder, own in zip(checkpoints, choices, strict=True):
+        if not own or set(own) != set(places):
+            raise ValueError(
+                f"The checkpoint {shown(str(folder))} decides at {len(own)} places, and the last one at "
+                f"{len(places)}: they are of other adapters, or one has no router. Compare checkpoints of one run."
+            )
     nan = float("nan")
     return Saturation(
         checkpoints=[str(folder) for folder in checkpoints],
@@ -104,7 +117,7 @@ def routing_saturation(
 
 
 def _choices_of(model: PeftModel, folder: str | Path, batches: Sequence[Batch], top_k: int) -> dict[str, torch.Tensor]:
-    active, training, name = list(model.active_adapters), model.training, "_checkpoint"
+    active, training, name = list(model.active_adapters), model.training, NAME
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.load_adapter(str(folder), name)

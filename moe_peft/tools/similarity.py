@@ -13,6 +13,7 @@ from torch import nn
 
 from ..layers import routed_layers
 from ..messages import shown
+from .checks import check_finite_adapter
 
 
 def delta_similarity(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
@@ -29,7 +30,7 @@ def delta_similarity(model: nn.Module, adapter_name: str = "default") -> dict[st
 
     Raises:
         TypeError: The model is no module.
-        ValueError: It has no such adapter.
+        ValueError: It has no such adapter, or one with tensors that are not finite, which are named.
     """
     layers = [layer for layer in routed_layers(model) if adapter_name in layer.experts]
     if not layers:
@@ -38,6 +39,7 @@ def delta_similarity(model: nn.Module, adapter_name: str = "default") -> dict[st
             f"delta_similarity: the model has no routed adapter {shown(adapter_name)}; it has {shown(names)}. Name "
             "one of them, or add one with peft.get_peft_model."
         )
+    check_finite_adapter(model, adapter_name, "delta_similarity")
     found = {layer.place: layer.delta_products(adapter_name) for layer in layers}
     return {place: cosines(products) for place, products in found.items() if products is not None}
 

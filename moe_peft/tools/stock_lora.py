@@ -13,7 +13,10 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import load_peft_weights
 from peft.utils.other import get_pattern_key
 
+from ..config.adapter_files import is_finite
+from ..config.ranges import LARGEST
 from ..messages import shown
+from .checks import is_real
 
 KEY = re.compile(r"(?:base_model\.model\.)?(?P<place>.+)\.lora_(?P<factor>[AB])\.weight")
 # Fields of a LoRA that make it more than pairs beside linear layers, with what has to stand there.
@@ -113,15 +116,28 @@ def _pairs(name: str, config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -
                 "linear layer. Leave embeddings and convolutions out of target_modules."
             )
         factors.setdefault(match["place"], {})[match["factor"]] = tensor
-    broken = next((place for place, own in factors.items() if set(own) != {"A", "B"}), None)
+    broken = next((place for place, own in factors.items() if not _is_pair(own)), None)
     if broken is not None or not factors:
         raise ValueError(f"The LoRA in {shown(name)} has no whole pair at {shown(broken or 'any place')}.")
+    wrong = [key for key, tensor in tensors.items() if not is_finite(tensor)]
+    if wrong:
+        raise ValueError(
+            f"The LoRA in {shown(name)} holds NaN or infinite values in {len(wrong)} tensors: {shown(wrong)}. Take it "
+            "from an earlier checkpoint."
+        )
     return {place: _pair(place, own, config) for place, own in factors.items()}
+
+
+def _is_pair(own: Mapping[str, torch.Tensor]) -> bool:
+    """Whether there are both factors, of one rank."""
+    return set(own) == {"A", "B"} and 0 < len(own["A"]) == own["B"].shape[1]
 
 
 def _pair(place: str, own: Mapping[str, torch.Tensor], config: LoraConfig) -> Pair:
     patterns = config.alpha_pattern or {}
     alpha, r = patterns.get(get_pattern_key(list(patterns), place), config.lora_alpha), len(own["A"])
+    if not is_real(alpha, -LARGEST, LARGEST):
+        raise ValueError(f"The LoRA has lora_alpha={shown(alpha)} at {shown(place)}, where a finite number belongs.")
     scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
     dtype = torch.promote_types(own["A"].dtype, torch.float32)
     return Pair(own["A"].to(dtype), scaling * own["B"].to(dtype))

@@ -20,6 +20,7 @@ from ..backbone.structure import base_of
 from ..messages import shown, warn
 from ..place import MoeLayer
 from ..selection.scoring import evaluating, model_inputs, sparse_layers
+from .checks import check_finite, check_module, listed_batches
 
 PERCENTILE, SHARE = 99.5, 0.1
 
@@ -82,11 +83,15 @@ def super_experts(
         share: And this share of the largest of all; the paper's 0.1.
 
     Raises:
-        ValueError: A number cannot work, or the model has no experts that can be run one by one.
+        TypeError: The model is no module.
+        ValueError: A number cannot work, there is no batch, the model has no experts that can be run one by one, or
+            an output of one is not finite.
     """
     for name, value, top in (("percentile", percentile, 100), ("share", share, 1)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= top:
             raise ValueError(f"super_experts: {name}={shown(value)} must be a number from 0 to {top}.")
+    check_module(model, "super_experts")
+    batches = listed_batches(batches, "super_experts")
     layers = sparse_layers(model)
     for layer in layers:
         if not keeps_slices(base_of(model.get_submodule(layer.experts)), layer.num_experts):
@@ -133,6 +138,12 @@ def _watch(model: nn.Module, layer: MoeLayer, largest: dict[int, torch.Tensor]) 
         tensors = expert_tensors(experts, E)
         out_NO = run_experts(experts, tensors, E, x_TD[rows], used[:, None], x_TD.new_ones(len(rows), 1))
         peaks_N = out_NO.abs().amax(-1).double().cpu()
+        check_finite(
+            peaks_N,
+            f"super_experts: outputs of experts at {layer.experts}",
+            "Weights of the model are broken, or its activations overflow: load it with dtype=torch.bfloat16 or "
+            "float32.",
+        )
         own = largest[layer.index]
         own.scatter_reduce_(0, used.cpu(), peaks_N, reduce="amax")
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from .. import telemetry
 from ..types import Routing
+from .checks import check_finite
 
 
 @dataclass(frozen=True)
@@ -67,4 +68,6 @@ def token_routing(model: nn.Module, tokenizer: Any, text: str) -> TokenRouting:
 
 
 def _matrix(routing: Routing) -> torch.Tensor:
-    return routing.gate_matrix().float().cpu()
+    weights_TE = routing.gate_matrix().float().cpu()
+    check_finite(weights_TE, "The weights of the experts", "A weight of model or adapter is broken, or overflows.")
+    return weights_TE

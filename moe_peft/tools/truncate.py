@@ -43,4 +43,5 @@ def cosine(first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor,
         float(((b.double().T @ d.double()) * (a.double() @ c.double().T)).sum())
         for (a, b), (c, d) in ((first, second), (first, first), (second, second))
     )
-    return dot / (one * other) ** 0.5 if one > 0 and other > 0 else 0.0
+    # The product of the two may leave the range of a float, or fall to zero.
+    return dot / one**0.5 / other**0.5 if one > 0 and other > 0 else 0.0

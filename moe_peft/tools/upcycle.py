@@ -20,6 +20,7 @@ from ..messages import shown
 from ..methods import RoutedConfig
 from ..place import Place
 from ..types import TokenContext
+from .checks import check_module, check_whole
 from .compose import check_places, filled, put_pairs
 from .stock_lora import Pair, read_lora
 
@@ -55,6 +56,10 @@ def upcycle(
         ValueError: There is no plain LoRA, or a number cannot work; with weights that do not sum to one the copies
             would not equal the LoRA. The model is as it was.
     """
+    check_module(base, "upcycle", "base")
+    check_whole(seed, "upcycle", "seed")
+    if not isinstance(split, bool):
+        raise ValueError(f"upcycle: split={shown(split)} must be True or False.")
     if not isinstance(num_experts, int) or isinstance(num_experts, bool) or num_experts < 1:
         raise ValueError(f"num_experts={shown(num_experts)} must be a whole number, 1 or more.")
     if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 0 <= rho <= 1 or (split and rho):
@@ -117,7 +122,7 @@ def _check_weights(config: RoutedConfig, wanted: float) -> None:
 def _copies(pair: Pair, num_experts: int, rho: float, generator: torch.Generator) -> list[Pair | None]:
     made: list[Pair | None] = []
     count = round(rho * pair.rank)
-    mean, deviation = float(pair.A.mean()), float(pair.A.std())
+    mean, deviation = float(pair.A.mean()), float(pair.A.std(unbiased=pair.A.numel() > 1))
     for _ in range(num_experts):
         rows = torch.randperm(pair.rank, generator=generator)[:count]
         A, B = pair.A.clone(), pair.B.clone()

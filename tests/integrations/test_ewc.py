@@ -82,3 +82,36 @@ def test_what_was_measured_on_other_adapters_and_settings_that_shard_or_scale_ar
             EwcCallback(fisher, weight)
     with pytest.raises(ValueError, match="batches is empty"):
         fisher_information(adapted(), [])
+
+
+@pytest.mark.parametrize(
+    ("importance", "values", "message"),
+    [
+        ({"w": torch.tensor([float("nan")])}, {"w": torch.ones(1)}, "importance holds NaN, .*'w'"),
+        ({"w": torch.tensor([-1.0])}, {"w": torch.ones(1)}, "importance holds .*negative numbers of .*'w'"),
+        ({"w": torch.ones(1)}, {"w": torch.tensor([float("inf")])}, "values holds NaN or infinite numbers of .*'w'"),
+        ({"w": torch.ones(1)}, {"v": torch.ones(1)}, "the same parameters; .*'v', 'w'"),
+        ({"w": torch.ones(1)}, {"w": torch.ones(2)}, "the same parameters; .*'w'"),
+        ({"w": 1.0}, {"w": torch.ones(1)}, "must be tensors"),
+        (None, {"w": torch.ones(1)}, "must be dicts"),
+    ],
+)
+def test_what_would_lose_the_weights_is_no_fisher_information(importance, values, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        Fisher(importance, values)
+
+
+@pytest.mark.parametrize("weight", [0, True, "1", None, float("nan"), float("inf"), 10**400])
+def test_a_weight_that_is_no_positive_number_is_refused(weight):
+    with pytest.raises(ValueError, match=r"weight=.* must be a positive number"):
+        EwcCallback(Fisher({}, {}), weight)
+
+
+def test_a_loss_that_is_not_finite_measures_nothing_and_a_damaged_file_is_none(tmp_path):
+    model = adapted(coef=0.0)
+    ids = torch.tensor([[1, 2, 3]])
+    with pytest.raises(ValueError, match="the loss of batch 0 is nan: its labels are all masked"):
+        fisher_information(model, [{"input_ids": ids, "labels": torch.full_like(ids, -100)}])
+    (tmp_path / "fisher.safetensors").write_bytes(b"none")
+    with pytest.raises(ValueError, match=r"is no file of Fisher\.save, or damaged"):
+        Fisher.load(tmp_path / "fisher.safetensors")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from moe_peft import CoefficientSchedule
+from moe_peft import CoefficientSchedule, routed_layers
 from moe_peft.forward.tracker import find_tracker
 from moe_peft.integrations import attach
 from tests.integrations.test_callback import COEF, adapted
@@ -70,3 +70,12 @@ def test_losses_that_the_model_lacks_are_refused(tmp_path):
 def test_points_that_make_no_sense_are_refused(points):
     with pytest.raises(ValueError, match="must map optimizer steps to factors"):
         CoefficientSchedule("z_loss", points)
+
+
+def test_a_coefficient_that_leaves_the_range_of_float32_is_refused_before_training():
+    model = adapted(coef=0.5)
+    before = [dict(own.coefficients) for layer in routed_layers(model) for own in layer.objectives.values()]
+    schedule = CoefficientSchedule(next(iter(before[0])), {0: 1.0, 10: 1e300})
+    with pytest.raises(ValueError, match=r"would reach 5e\+299 by its points"):
+        schedule.on_train_begin(None, None, None, model=model)
+    assert before == [dict(own.coefficients) for layer in routed_layers(model) for own in layer.objectives.values()]

@@ -40,3 +40,9 @@ def test_one_selection_is_itself_and_other_backbones_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             join_selections(selections, how)
+
+
+@pytest.mark.parametrize("given", [None, 3, [], ["selection"], {"law": None}])
+def test_what_are_no_selections_is_refused(given):
+    with pytest.raises(ValueError, match="must be a list of one or more of what select_experts returns"):
+        join_selections(given)

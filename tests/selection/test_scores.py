@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moe_peft import ExpertScores, score_experts
+from moe_peft.selection.scores import LayerScores
 from tests.scored_models import olmoe
 from tests.tiny import padded_batch
 
@@ -104,3 +105,16 @@ def test_files_of_another_form_and_unknown_scores_are_refused(scores, tmp_path):
         scores.of(0, "load")
     with pytest.raises(ValueError, match="aggregate='layer' must be one of"):
         scores.of(0, "gate", "layer")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.5, 1e300])
+def test_a_score_that_no_mean_can_be_is_named_with_its_expert(value):
+    layer = LayerScores({("token", "token"): torch.tensor([0.5, value, 0.5], dtype=torch.float64)})
+    with pytest.raises(ValueError, match=r"token scores of layer 3 have .* for expert 1; a score is zero or"):
+        ExpertScores({3: layer})
+
+
+@pytest.mark.parametrize("values", [[0.5, 0.5], torch.ones(2, 2), torch.ones(2, dtype=torch.int64), None])
+def test_scores_that_are_no_numbers_by_expert_are_refused(values):
+    with pytest.raises(ValueError, match=r"of layer 3 .* must be a tensor of one floating point number per expert"):
+        ExpertScores({3: LayerScores({("token", "token"): values})})

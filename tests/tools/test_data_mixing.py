@@ -77,3 +77,15 @@ def test_what_cannot_be_mixed_is_refused():
     for given in ({"eta": -1}, {"smoothing": 2}, {"steps": 1.5}):
         with pytest.raises(ValueError, match=next(iter(given))):
             DynamicMixing(data, BATCHES, **given)
+
+
+@pytest.mark.parametrize("weight", [True, "1", None, float("nan"), float("inf"), 1e308, 0, -1.0, 10**400])
+def test_a_weight_that_is_no_positive_number_is_refused(weight):
+    with pytest.raises(ValueError, match=r"weights=.* must have a positive number for each of"):
+        MixedData({"law": [1], "code": [2]}, {"law": weight, "code": 1.0})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_loads_that_are_not_finite_set_no_weights(value):
+    with pytest.raises(ValueError, match="loads of the experts are not finite"):
+        next_weights([0.5, 0.5], torch.tensor([[1.0, value], [0.5, 0.5]]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -47,3 +49,17 @@ def test_a_model_is_evaluated_and_trained_as_before_also_after_an_error():
     for batches in ([], [{}], ["text"]):
         with pytest.raises(ValueError, match="one or more dicts with input_ids"):
             checked_batches(batches, "tool")
+
+
+def test_a_token_that_both_models_rule_out_adds_nothing_and_nan_is_refused():
+    logs = torch.tensor([[0.5, 0.5, 0.0]]).log()
+    comparison = Comparison()
+    comparison.add(logs, logs, torch.tensor([0]))
+    assert comparison.result().divergence == 0 and comparison.result().agreement == 1
+
+    class Broken(torch.nn.Module):
+        def forward(self, input_ids):
+            return SimpleNamespace(logits=torch.full((*input_ids.shape, 3), float("nan")))
+
+    with pytest.raises(ValueError, match="probabilities of the Broken are not finite"):
+        next_tokens(Broken(), {"input_ids": torch.tensor([[1, 2]])})

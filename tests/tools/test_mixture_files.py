@@ -147,3 +147,28 @@ def test_a_file_of_another_model_or_without_tensors_is_refused(tmp_path):
     (tmp_path / "own" / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match="neither"):
         import_mixture(tiny_llama(), tmp_path / "own")
+
+
+@pytest.mark.parametrize("broken", ["lost", "nan", "shape", "gate", "no gate"])
+def test_a_file_that_is_not_whole_or_not_finite_leaves_the_model_as_it_was(broken, tmp_path):
+    tensors = {}
+    for e in range(E):
+        key = f"mola.layers.0.self_attn.q_proj.experts.{e}.lora_"
+        A, B = pair("q_proj")
+        tensors |= {f"{key}A.weight": A, f"{key}B.weight": B}
+    gate = "mola.layers.0.self_attn.q_proj.moe_gate.weight"
+    tensors[gate] = torch.randn(E, HIDDEN)
+    last = f"mola.layers.0.self_attn.q_proj.experts.{E - 1}.lora_B.weight"
+    changed = {
+        "lost": {**tensors, last: None},
+        "nan": {**tensors, last: tensors[last] * float("nan")},
+        "shape": {**tensors, last: tensors[last][1:]},
+        "gate": {**tensors, gate: tensors[gate] * float("inf")},
+        "no gate": {**tensors, gate: None},
+    }[broken]
+    base = tiny_llama()
+    before = [name for name, _ in base.named_modules()]
+    kept = {key: own.contiguous() for key, own in changed.items() if own is not None}
+    with pytest.raises(ValueError, match=r"Nothing has been changed\."):
+        import_mixture(base, written(tmp_path / "own", "mola", kept))
+    assert [name for name, _ in base.named_modules()] == before and not hasattr(base, "peft_config")

@@ -51,7 +51,7 @@ def test_directions_are_the_first_right_singular_vectors():
     ("batches", "message"),
     [
         ({0: [padded_batch([3])]}, r"batches has the experts \[0\], but the adapter has \[0, 1, 2\]"),
-        ({0: [padded_batch([3])], 1: [], 2: [padded_batch([3])]}, "the texts of expert 1 give no mean"),
+        ({0: [padded_batch([3])], 1: [], 2: [padded_batch([3])]}, "expert 1: batches is empty"),
     ],
 )
 def test_texts_that_are_missing_are_refused_and_nothing_changes(batches, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -65,3 +66,23 @@ def test_starts_that_change_the_base_other_types_and_broken_files_are_refused(tm
         read_lora(str(tmp_path / "other"))
     with pytest.raises(ValueError, match="no adapter of peft"):
         read_lora(str(tmp_path))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_lora_that_is_not_finite_is_refused_with_the_names_of_its_tensors(value, tmp_path):
+    folder = trained_lora(tmp_path / "lora")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    key = sorted(tensors)[1]
+    tensors[key].view(-1)[0] = value
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=f"NaN or infinite values in 1 tensors: .*{re.escape(key)}"):
+        read_lora(str(folder))
+
+
+@pytest.mark.parametrize("alpha", ["NaN", "Infinity", "1e300", '"8"', "true"])
+def test_a_scale_that_is_no_number_is_refused(alpha, tmp_path):
+    folder = trained_lora(tmp_path / "lora", lora_alpha=12345)
+    config = (folder / "adapter_config.json").read_text()
+    (folder / "adapter_config.json").write_text(config.replace("12345", alpha))
+    with pytest.raises(ValueError, match=r"lora_alpha=.* where a finite number belongs"):
+        read_lora(str(folder))

@@ -68,3 +68,11 @@ def test_what_has_no_experts_to_look_at_is_refused():
     for given in ({"percentile": 101}, {"share": -1}, {"share": True}):
         with pytest.raises(ValueError, match=next(iter(given))):
             super_experts(tiny_olmoe(), BATCHES, **given)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_outputs_that_are_not_finite_are_told_instead_of_no_super_expert(value):
+    model = tiny_olmoe()
+    model.model.layers[1].mlp.experts.down_proj.data[:] = value
+    with pytest.raises(ValueError, match=r"outputs of experts at model\.layers\.1\.mlp\.experts are not finite"):
+        super_experts(model, BATCHES)

@@ -7,7 +7,9 @@ import torch
 from peft import get_peft_model
 
 import moe_peft
-from moe_peft.tools.tokens import token_routing
+from moe_peft.routers import backbone_routing
+from moe_peft.tools.tokens import _matrix, token_routing
+from moe_peft.types import TokenContext
 from tests.contract.cases import tiny_olmoe
 from tests.tiny import tiny_llama
 from tests.train.tiny_run import make_tokenizer
@@ -42,3 +44,9 @@ def test_a_disabled_adapter_and_a_text_without_tokens_are_refused():
     model.base_model.disable_adapter_layers()
     with pytest.raises(ValueError, match="Nothing was routed"):
         token_routing(model, make_tokenizer(), "w7")
+
+
+def test_a_routing_that_is_not_finite_is_refused():
+    routing = backbone_routing(torch.tensor([[0, 1]]), torch.tensor([[float("nan"), 1.0]]), 2, TokenContext())
+    with pytest.raises(ValueError, match="weights of the experts are not finite"):
+        _matrix(routing)

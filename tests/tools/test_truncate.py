@@ -27,3 +27,11 @@ def test_cosines_of_products_are_those_of_the_matrices_and_zero_has_none():
     assert cosine(one, other) == pytest.approx(float(torch.cosine_similarity(*matrices, dim=0)), abs=1e-5)
     assert cosine(one, one) == pytest.approx(1) and cosine(one, (other[0], torch.zeros(9, 3))) == 0
     assert truncated(one[0], torch.zeros(9, 2), 1)[2] == 0
+
+
+def test_the_cosine_of_huge_and_of_tiny_products_is_that_of_their_directions():
+    first, second = torch.randn(2, 5), torch.randn(4, 2)
+    expected = cosine((first, second), (first + 1, second))
+    for size in (1e80, 1e-80):
+        big = (first.double() * size, second.double())
+        assert cosine(big, ((first.double() + 1) * size, second.double())) == pytest.approx(expected, abs=1e-6)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
-from comparison import METRICS, curves_of, last_of, markdown, mean_and_interval, plot, table_of
+from comparison import METRICS, curves_of, last_of, markdown, mean_and_interval, plot, table_of, without_nan
 from rates import FACTORS
 
 
@@ -49,3 +50,12 @@ def test_every_script_has_its_curves_and_they_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     plot({"a": [made(1.0), made(3.0)], "b": [made(1.5)]}, "sft", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_run_that_diverged_is_told_in_its_row_alone_and_stays_json(value):
+    rows = table_of({"a": [made(1.0), made(3.0)], "b": [made(1.5), made(value)]}, "sft")
+    lines = markdown(rows).splitlines()
+    assert "diverged" not in lines[2] and lines[3].count("diverged") == 2
+    json.loads(json.dumps(without_nan(rows), allow_nan=False))
+    assert without_nan({"x": (value, 1.0)}) == {"x": [None, 1.0]}

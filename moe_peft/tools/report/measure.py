@@ -21,6 +21,7 @@ from ...selection.scoring import evaluating
 from ...telemetry.stacked import add, as_sums
 from ...telemetry.statistics import RoutingStatistics
 from ...types import Routing
+from ..checks import check_finite
 from .observe import Batch, check_batches, observing, run
 
 Key = tuple[str, str]
@@ -111,12 +112,17 @@ class PlaceRouting:
         Args:
             label: Group, and half of it.
             routing: The decision.
+
+        Raises:
+            ValueError: A weight is not finite.
         """
+        gates_TE = valid_gates(routing)
+        what = f"The weights of the experts at {self.place} (adapter {self.adapter})"
+        check_finite(gates_TE, what, "A weight of model or adapter is broken, or overflows in its dtype.")
         own = [part.detach().double().cpu() for part in as_sums(RoutingStatistics.of(routing))]
         self.sums[label] = add(self.sums[label], own) if label in self.sums else own
         self.entropies[label] = self.entropies.get(label, 0.0) + token_entropy(routing)
         self.dense = self.dense and routing.experts is None
-        gates_TE = valid_gates(routing)
         if len(gates_TE):
             low, high = gates_TE.amin(0), gates_TE.amax(0)
             self.lowest = torch.minimum(self.lowest, low) if self.lowest.numel() else low

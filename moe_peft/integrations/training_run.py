@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -18,22 +19,29 @@ from typing import Any
 from accelerate import DistributedType
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from .noise import compares_passes, keeps_dropout, without_noise
 from .resuming import check_finite_weights, check_resumed, checkpoint_folder, write_missing_configs
 
-TRAIN: CodeType = inspect.unwrap(Trainer.train).__code__
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def running_trainer() -> Any:
     """The trainer whose `train` method the caller runs inside of; None in a loop of one's own."""
+    train = _code_of_train()
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not TRAIN:
+    while frame is not None and frame.f_code is not train:
         frame = frame.f_back
     return None if frame is None else frame.f_locals.get("self")
+
+
+@cache
+def _code_of_train() -> CodeType:
+    from transformers import Trainer  # its module imports datasets, which `import moe_peft` does not
+
+    return inspect.unwrap(Trainer.train).__code__
 
 
 class RestoringCallback(TrainerCallback):

@@ -10,20 +10,11 @@ import torch
 from torch import nn
 
 from ..types import Routing
-from .one_down import OneDownExperts
+from .one_pair import OnePairExperts
 
 
-class CpDiagonalExperts(OneDownExperts):
-    """A bank of diagonals.
-
-    Args:
-        in_features: D, width of the input.
-        out_features: O, width of the output.
-        num_experts: E.
-        r: Rank.
-        scaling: s, the factor of the routed sum.
-        lora_dropout: See `OneDownExperts`.
-        init_weights: See `LowRankExperts`; the diagonals are normal around one with standard deviation one.
+class CpDiagonalExperts(OnePairExperts):
+    """A bank of diagonals, normal around one at the start; arguments as in `OnePairExperts`.
 
     Attributes:
         A: (r, D) down matrix.
@@ -33,22 +24,10 @@ class CpDiagonalExperts(OneDownExperts):
 
     mergeable = True
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        num_experts: int,
-        r: int,
-        scaling: float,
-        lora_dropout: float = 0.0,
-        init_weights: bool | str = True,
-    ) -> None:
-        super().__init__(in_features, num_experts=num_experts, r=r, scaling=scaling, lora_dropout=lora_dropout)
+    def make_between(self, num_experts: int, r: int) -> None:
+        """Make the diagonals; see `OnePairExperts.make_between`."""
         self.c = nn.Parameter(torch.empty(num_experts, r))
         nn.init.normal_(self.c, mean=1.0, std=1.0)
-        self.B = nn.Parameter(torch.empty(r, out_features))
-        self.start(self.B, init_weights)
 
     @classmethod
     def shapes(cls, num_experts: int, r: int) -> dict[str, tuple[int, ...]]:
@@ -74,8 +53,3 @@ class CpDiagonalExperts(OneDownExperts):
         dtype = torch.promote_types(self.A.dtype, torch.float32)
         mixed_r = weights_E.to(self.c.device, dtype) @ self.c.to(dtype)
         return mixed_r[:, None] * self.A.to(dtype), self.scaling * self.B.to(dtype).T
-
-    def delta_weight(self, weights_E: torch.Tensor) -> torch.Tensor:
-        """S B diag(sum_e w_e c_e) A, (O, D); see `Experts.delta_weight`."""
-        A_rD, B_Or = self.delta_factors(weights_E)
-        return B_Or @ A_rD

@@ -11,23 +11,14 @@ from torch import nn
 
 from ..ops import project
 from ..types import Routing
-from .one_down import OneDownExperts
+from .one_pair import OnePairExperts
 
 # Standard deviation of the cores around the identity at the start, which tells them apart.
 CORE_STD = 0.02
 
 
-class LatentCoreExperts(OneDownExperts):
-    """A bank of cores.
-
-    Args:
-        in_features: D, width of the input.
-        out_features: O, width of the output.
-        num_experts: E.
-        r: Rank.
-        scaling: s, the factor of the routed sum.
-        lora_dropout: See `OneDownExperts`.
-        init_weights: See `LowRankExperts`; the cores are the identity plus noise.
+class LatentCoreExperts(OnePairExperts):
+    """A bank of cores, the identity plus noise at the start; arguments as in `OnePairExperts`.
 
     Attributes:
         A: (r, D) down matrix.
@@ -37,21 +28,9 @@ class LatentCoreExperts(OneDownExperts):
 
     mergeable = True
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        num_experts: int,
-        r: int,
-        scaling: float,
-        lora_dropout: float = 0.0,
-        init_weights: bool | str = True,
-    ) -> None:
-        super().__init__(in_features, num_experts=num_experts, r=r, scaling=scaling, lora_dropout=lora_dropout)
+    def make_between(self, num_experts: int, r: int) -> None:
+        """Make the cores; see `OnePairExperts.make_between`."""
         self.C = nn.Parameter(torch.eye(r) + CORE_STD * torch.randn(num_experts, r, r))
-        self.B = nn.Parameter(torch.empty(r, out_features))
-        self.start(self.B, init_weights)
 
     @classmethod
     def shapes(cls, num_experts: int, r: int) -> dict[str, tuple[int, ...]]:
@@ -78,8 +57,3 @@ class LatentCoreExperts(OneDownExperts):
         dtype = torch.promote_types(self.A.dtype, torch.float32)
         C_rr = torch.einsum("e,ers->rs", weights_E.to(self.C.device, dtype), self.C.to(dtype))
         return self.A.to(dtype), self.scaling * self.B.to(dtype).T @ C_rr
-
-    def delta_weight(self, weights_E: torch.Tensor) -> torch.Tensor:
-        """S B (sum_e w_e C_e) A, (O, D); see `Experts.delta_weight`."""
-        A_rD, B_Or = self.delta_factors(weights_E)
-        return B_Or @ A_rD

@@ -7,6 +7,8 @@ makes them), or the direction of the input that an expert answers most, either s
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -14,9 +16,10 @@ from torch.nn import functional as F
 from ..ops import outside_autocast
 from ..part import Option
 from ..types import TokenContext
-from .gates import Gate
-from .router import Router
-from .selector import Selector
+from .router import Router, RouterArgs
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Centroid(Router):
@@ -27,12 +30,9 @@ class Centroid(Router):
         num_experts: E.
         tau: Temperature.
         sign_agnostic: Whether the absolute value of the cosine counts.
-        select: See `Router`.
-        gate: See `Router`.
-        routed_scaling_factor: See `Router`.
-        expert_dropout: See `Router`.
         init_std: Standard deviation of the vectors before they are fitted; None takes one. Their length is without
             effect.
+        **shared: See `Router`.
 
     Attributes:
         weight: (num_scores, D) centroids, never trained.
@@ -65,20 +65,10 @@ class Centroid(Router):
         *,
         tau: float = 0.1,
         sign_agnostic: bool = False,
-        select: Selector | None = None,
-        gate: Gate | None = None,
-        routed_scaling_factor: float = 1.0,
-        expert_dropout: float = 0.0,
         init_std: float | None = None,
+        **shared: Unpack[RouterArgs],
     ) -> None:
-        super().__init__(
-            in_features,
-            num_experts,
-            select=select,
-            gate=gate,
-            routed_scaling_factor=routed_scaling_factor,
-            expert_dropout=expert_dropout,
-        )
+        super().__init__(in_features, num_experts, **shared)
         self.tau, self.sign_agnostic = tau, sign_agnostic
         self.weight = nn.Parameter(torch.empty(self.num_scores, in_features), requires_grad=False)
         nn.init.normal_(self.weight, std=1.0 if init_std is None else init_std)

@@ -7,6 +7,7 @@ from collapsing onto the experts' vectors. Vectors are normalised where they are
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,9 +16,10 @@ from torch.nn import functional as F
 from ..ops import project
 from ..part import Option
 from ..types import TokenContext
-from .gates import Gate
-from .router import Router
-from .selector import Selector
+from .router import Router, RouterArgs
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Gain of the orthogonal vectors at the start, and the lowest temperature.
 GAIN, LOWEST = 0.32, 1e-4
@@ -31,11 +33,8 @@ class Cosine(Router):
         num_experts: E.
         width: Width of the space in which angles are taken.
         tau: Temperature at the start.
-        select: See `Router`.
-        gate: See `Router`.
-        routed_scaling_factor: See `Router`.
-        expert_dropout: See `Router`.
         init_std: Standard deviation of P at the start; None takes the uniform one of `nn.Linear`.
+        **shared: See `Router`.
 
     Attributes:
         projection: P (width, D).
@@ -68,20 +67,10 @@ class Cosine(Router):
         *,
         width: int = 16,
         tau: float = 0.07,
-        select: Selector | None = None,
-        gate: Gate | None = None,
-        routed_scaling_factor: float = 1.0,
-        expert_dropout: float = 0.0,
         init_std: float | None = None,
+        **shared: Unpack[RouterArgs],
     ) -> None:
-        super().__init__(
-            in_features,
-            num_experts,
-            select=select,
-            gate=gate,
-            routed_scaling_factor=routed_scaling_factor,
-            expert_dropout=expert_dropout,
-        )
+        super().__init__(in_features, num_experts, **shared)
         self.projection = nn.Parameter(torch.empty(width, in_features))
         self.weight = nn.Parameter(torch.empty(self.num_scores, width))
         self.log_tau = nn.Parameter(torch.full((1,), math.log(tau)))

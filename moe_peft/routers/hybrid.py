@@ -7,6 +7,8 @@ place, and starts at alpha = eps (2 l / L - 1) + mu in layer l of L. The task is
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -14,9 +16,11 @@ from torch.nn import functional as F
 from ..ops import project
 from ..part import Option
 from ..types import TokenContext
-from .gates import Gate
+from .linear import LinearArgs
 from .prompt_mean import PromptMean
-from .selector import Selector
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def _is_number(value: object) -> bool:
@@ -31,12 +35,8 @@ class Hybrid(PromptMean):
         num_experts: E.
         mu: alpha in the middle of the stack at the start.
         eps: How much more it is at the end of the stack.
-        select: See `Router`.
-        gate: See `Router`.
-        routed_scaling_factor: See `Router`.
-        router_jitter_noise: See `LinearRouter`; on what the token's own scores read.
-        expert_dropout: See `Router`.
         init_std: See `LinearRouter`.
+        **shared: See `LinearRouter`. Noise is on what the token's own scores read.
 
     Attributes:
         weight: W (num_scores, D).
@@ -57,23 +57,10 @@ class Hybrid(PromptMean):
         *,
         mu: float = 0.0,
         eps: float = 2.0,
-        select: Selector | None = None,
-        gate: Gate | None = None,
-        routed_scaling_factor: float = 1.0,
-        router_jitter_noise: float = 0.0,
-        expert_dropout: float = 0.0,
         init_std: float | None = None,
+        **shared: Unpack[LinearArgs],
     ) -> None:
-        super().__init__(
-            in_features,
-            num_experts,
-            select=select,
-            gate=gate,
-            routed_scaling_factor=routed_scaling_factor,
-            router_jitter_noise=router_jitter_noise,
-            expert_dropout=expert_dropout,
-            init_std=init_std,
-        )
+        super().__init__(in_features, num_experts, init_std=init_std, **shared)
         self.mu, self.eps = mu, eps
         self.prompt_weight = nn.Parameter(torch.empty_like(self.weight))
         bound = in_features**-0.5

@@ -5,13 +5,16 @@ All tokens use the experts alike, so that the adapter merges into the weights on
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
 from ..types import TokenContext
-from .gates import Gate
-from .router import Router
-from .selector import Selector
+from .router import Router, RouterArgs
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class LayerLogits(Router):
@@ -20,11 +23,8 @@ class LayerLogits(Router):
     Args:
         in_features: Taken for the signature that scorers share.
         num_experts: E.
-        select: See `Router`.
-        gate: See `Router`.
-        routed_scaling_factor: See `Router`.
-        expert_dropout: See `Router`.
         init_std: Standard deviation of the scores at the start; None takes 1e-3.
+        **shared: See `Router`.
 
     Attributes:
         weight: (num_scores,) the scores.
@@ -39,20 +39,10 @@ class LayerLogits(Router):
         in_features: int,
         num_experts: int,
         *,
-        select: Selector | None = None,
-        gate: Gate | None = None,
-        routed_scaling_factor: float = 1.0,
-        expert_dropout: float = 0.0,
         init_std: float | None = None,
+        **shared: Unpack[RouterArgs],
     ) -> None:
-        super().__init__(
-            in_features,
-            num_experts,
-            select=select,
-            gate=gate,
-            routed_scaling_factor=routed_scaling_factor,
-            expert_dropout=expert_dropout,
-        )
+        super().__init__(in_features, num_experts, **shared)
         self.weight = nn.Parameter(torch.empty(self.num_scores))
         nn.init.normal_(self.weight, std=1e-3 if init_std is None else init_std)
 

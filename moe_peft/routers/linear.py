@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ..ops import project
 from ..types import TokenContext
-from .gates import Gate
-from .router import Router
-from .selector import Selector
+from .router import Router, RouterArgs
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class LinearArgs(RouterArgs, total=False):
+    """Keywords that a scorer hands on to its base; see `LinearRouter`."""
+
+    router_jitter_noise: float
 
 
 class LinearRouter(Router):
@@ -20,12 +28,9 @@ class LinearRouter(Router):
     Args:
         in_features: D, width of the input.
         num_experts: E.
-        select: See `Router`.
-        gate: See `Router`.
-        routed_scaling_factor: See `Router`.
         router_jitter_noise: Half-width of the uniform multiplicative noise on the input, in training passes.
-        expert_dropout: See `Router`.
         init_std: Standard deviation of a normal initialisation; None takes the uniform one of `nn.Linear`.
+        **shared: See `Router`.
 
     Attributes:
         weight: (num_scores, D) float32, also in a bfloat16 model: rounding the scores changes which experts are
@@ -41,28 +46,18 @@ class LinearRouter(Router):
         in_features: int,
         num_experts: int,
         *,
-        select: Selector | None = None,
-        gate: Gate | None = None,
-        routed_scaling_factor: float = 1.0,
         router_jitter_noise: float = 0.0,
-        expert_dropout: float = 0.0,
         init_std: float | None = None,
+        **shared: Unpack[RouterArgs],
     ) -> None:
-        super().__init__(
-            in_features,
-            num_experts,
-            select=select,
-            gate=gate,
-            routed_scaling_factor=routed_scaling_factor,
-            expert_dropout=expert_dropout,
-        )
+        super().__init__(in_features, num_experts, **shared)
         self.router_jitter_noise = router_jitter_noise
         self.weight = nn.Parameter(torch.empty(self.num_scores, in_features, dtype=torch.float32))
         if init_std is None:
             nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         else:
             nn.init.normal_(self.weight, std=init_std)
-        if select is not None and select.extra_starts_at_zero:
+        if self.select is not None and self.select.extra_starts_at_zero:
             nn.init.zeros_(self.weight[num_experts:])
 
     def scores(self, x: torch.Tensor, context: TokenContext) -> torch.Tensor:

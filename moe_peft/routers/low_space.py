@@ -5,12 +5,15 @@ It reads r numbers of a token instead of D. Dropout on the experts' input does n
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from ..types import TokenContext
-from .gates import Gate
-from .linear import LinearRouter
-from .selector import Selector
+from .linear import LinearArgs, LinearRouter
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class LowSpaceRouter(LinearRouter):
@@ -20,12 +23,8 @@ class LowSpaceRouter(LinearRouter):
         in_features: Taken for the signature that scorers share.
         num_experts: E.
         r: Rank of the down matrix.
-        select: See `Router`.
-        gate: See `Router`.
-        routed_scaling_factor: See `Router`.
-        router_jitter_noise: See `LinearRouter`.
-        expert_dropout: See `Router`.
         init_std: See `LinearRouter`.
+        **shared: See `LinearRouter`.
 
     Attributes:
         weight: (num_scores, r).
@@ -41,23 +40,10 @@ class LowSpaceRouter(LinearRouter):
         num_experts: int,
         *,
         r: int,
-        select: Selector | None = None,
-        gate: Gate | None = None,
-        routed_scaling_factor: float = 1.0,
-        router_jitter_noise: float = 0.0,
-        expert_dropout: float = 0.0,
         init_std: float | None = None,
+        **shared: Unpack[LinearArgs],
     ) -> None:
-        super().__init__(
-            r,
-            num_experts,
-            select=select,
-            gate=gate,
-            routed_scaling_factor=routed_scaling_factor,
-            router_jitter_noise=router_jitter_noise,
-            expert_dropout=expert_dropout,
-            init_std=init_std,
-        )
+        super().__init__(r, num_experts, init_std=init_std, **shared)
 
     def scores(self, x: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """Score the experts for each token by (T, 1, r) activations; arguments as in `Router.scores`."""

@@ -6,6 +6,7 @@ With one router it is the linear scorer.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,9 +14,10 @@ from torch import nn
 from ..ops import project
 from ..part import Option
 from ..types import TokenContext
-from .gates import Gate
-from .router import Router
-from .selector import Selector
+from .router import Router, RouterArgs
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class MixtureRouter(Router):
@@ -25,11 +27,8 @@ class MixtureRouter(Router):
         in_features: D, width of the input.
         num_experts: E.
         num_routers: M, matrices that score.
-        select: See `Router`.
-        gate: See `Router`.
-        routed_scaling_factor: See `Router`.
-        expert_dropout: See `Router`.
         init_std: Standard deviation of a normal initialisation; None takes the uniform one of `nn.Linear`.
+        **shared: See `Router`.
 
     Attributes:
         weight: (M, num_scores, D) matrices that score.
@@ -53,20 +52,10 @@ class MixtureRouter(Router):
         num_experts: int,
         *,
         num_routers: int = 3,
-        select: Selector | None = None,
-        gate: Gate | None = None,
-        routed_scaling_factor: float = 1.0,
-        expert_dropout: float = 0.0,
         init_std: float | None = None,
+        **shared: Unpack[RouterArgs],
     ) -> None:
-        super().__init__(
-            in_features,
-            num_experts,
-            select=select,
-            gate=gate,
-            routed_scaling_factor=routed_scaling_factor,
-            expert_dropout=expert_dropout,
-        )
+        super().__init__(in_features, num_experts, **shared)
         self.weight = nn.Parameter(torch.empty(num_routers, self.num_scores, in_features))
         self.mixing = nn.Parameter(torch.empty(num_routers, in_features))
         bound = math.sqrt(1 / in_features)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -20,6 +20,15 @@ from ..part import ModulePart, Reads
 from ..types import Routing, StepStatistics, TokenContext
 from .gates import Gate, Softmax
 from .selector import Selector
+
+
+class RouterArgs(TypedDict, total=False):
+    """Keywords that a scorer hands on to its base; see `Router`."""
+
+    select: Selector | None
+    gate: Gate | None
+    routed_scaling_factor: float
+    expert_dropout: float
 
 
 class Router(ModulePart, nn.Module):

@@ -10,7 +10,7 @@ batch; `merge_for_task` makes an adapted model that serves one task.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from ..messages import shown
 from ..part import Option
 from ..types import TokenContext
-from .gates import Gate
-from .router import Router
-from .selector import Selector
+from .router import Router, RouterArgs
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Score of an expert that a task may not use: its probability is zero under every gate.
 MASKED = -1e9
@@ -42,12 +43,9 @@ class TaskTable(Router):
         num_tasks: Rows of the table.
         width: Width of a task's embedding; None for a table of scores.
         task_mask: For each task, a list with one or zero for each expert; None lets all tasks use all experts.
-        select: See `Router`.
-        gate: See `Router`.
-        routed_scaling_factor: See `Router`.
-        expert_dropout: See `Router`.
         init_std: Standard deviation of table and embedding at the start; None takes 1e-3 for a table, and one for an
             embedding, with W as in `nn.Linear`.
+        **shared: See `Router`.
 
     Attributes:
         weight: (num_tasks, num_scores), or W (num_scores, width).
@@ -89,20 +87,10 @@ class TaskTable(Router):
         num_tasks: int = 2,
         width: int | None = None,
         task_mask: Sequence[Sequence[int]] | None = None,
-        select: Selector | None = None,
-        gate: Gate | None = None,
-        routed_scaling_factor: float = 1.0,
-        expert_dropout: float = 0.0,
         init_std: float | None = None,
+        **shared: Unpack[RouterArgs],
     ) -> None:
-        super().__init__(
-            in_features,
-            num_experts,
-            select=select,
-            gate=gate,
-            routed_scaling_factor=routed_scaling_factor,
-            expert_dropout=expert_dropout,
-        )
+        super().__init__(in_features, num_experts, **shared)
         self.num_tasks, self.task_mask = num_tasks, task_mask
         self.embedding: nn.Parameter | None = None
         if width is None:

@@ -8,14 +8,17 @@ expert's weight is one. The hash is a multiplication: it needs no table, and is 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from ..part import Option
 from ..types import TokenContext
-from .gates import Gate
-from .router import Router
-from .selector import Selector
+from .router import Router, RouterArgs
 from .task_table import MASKED
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def hash_of(ids_T: torch.Tensor, seed: int, num_values: int) -> torch.Tensor:
@@ -61,11 +64,8 @@ class TokenHash(Router):
         in_features: Taken for the signature that scorers share.
         num_experts: E.
         hash_seed: Which of the hashes.
-        select: See `Router`.
-        gate: See `Router`.
-        routed_scaling_factor: See `Router`.
-        expert_dropout: See `Router`.
         init_std: Taken for the signature that scorers share.
+        **shared: See `Router`.
     """
 
     reads = "token_ids"
@@ -87,20 +87,10 @@ class TokenHash(Router):
         num_experts: int,
         *,
         hash_seed: int = 0,
-        select: Selector | None = None,
-        gate: Gate | None = None,
-        routed_scaling_factor: float = 1.0,
-        expert_dropout: float = 0.0,
         init_std: float | None = None,
+        **shared: Unpack[RouterArgs],
     ) -> None:
-        super().__init__(
-            in_features,
-            num_experts,
-            select=select,
-            gate=gate,
-            routed_scaling_factor=routed_scaling_factor,
-            expert_dropout=expert_dropout,
-        )
+        super().__init__(in_features, num_experts, **shared)
         self.hash_seed = hash_seed
 
     def scores(self, x: torch.Tensor, context: TokenContext) -> torch.Tensor:

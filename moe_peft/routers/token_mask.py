@@ -7,16 +7,19 @@ in the training data; here ids below a bound are frequent, as tokenizers that me
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch.nn import functional as F
 
 from ..part import Option
 from ..types import TokenContext
-from .gates import Gate
-from .linear import LinearRouter
-from .selector import Selector
+from .linear import LinearArgs, LinearRouter
 from .task_table import MASKED
 from .token_hash import hash_of, ids_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def _is_count(value: object) -> bool:
@@ -32,12 +35,8 @@ class TokenMask(LinearRouter):
         visible: Experts that a rare token sees.
         frequent_visible: Experts that a frequent token sees; None for all.
         frequent_below: Ids below it are those of frequent tokens.
-        select: See `Router`.
-        gate: See `Router`.
-        routed_scaling_factor: See `Router`.
-        router_jitter_noise: See `LinearRouter`.
-        expert_dropout: See `Router`.
         init_std: See `LinearRouter`.
+        **shared: See `LinearRouter`.
     """
 
     context_needs = frozenset({"token_ids"})
@@ -67,23 +66,10 @@ class TokenMask(LinearRouter):
         visible: int = 1,
         frequent_visible: int | None = None,
         frequent_below: int = 1000,
-        select: Selector | None = None,
-        gate: Gate | None = None,
-        routed_scaling_factor: float = 1.0,
-        router_jitter_noise: float = 0.0,
-        expert_dropout: float = 0.0,
         init_std: float | None = None,
+        **shared: Unpack[LinearArgs],
     ) -> None:
-        super().__init__(
-            in_features,
-            num_experts,
-            select=select,
-            gate=gate,
-            routed_scaling_factor=routed_scaling_factor,
-            router_jitter_noise=router_jitter_noise,
-            expert_dropout=expert_dropout,
-            init_std=init_std,
-        )
+        super().__init__(in_features, num_experts, init_std=init_std, **shared)
         self.visible, self.frequent_below = visible, frequent_below
         self.frequent_visible = num_experts if frequent_visible is None else frequent_visible
 

@@ -11,6 +11,7 @@ tokens come there, so that `token_entropy` is the paper's hardening loss in that
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -18,9 +19,10 @@ from torch.nn import functional as F
 
 from ..ops import project
 from ..types import TokenContext
-from .gates import Gate
-from .router import Router
-from .selector import Selector
+from .router import Router, RouterArgs
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Tree(Router):
@@ -29,11 +31,8 @@ class Tree(Router):
     Args:
         in_features: D, width of the input.
         num_experts: E.
-        select: See `Router`.
-        gate: See `Router`.
-        routed_scaling_factor: See `Router`.
-        expert_dropout: See `Router`.
         init_std: Standard deviation of the nodes' vectors at the start; None takes the uniform one of `nn.Linear`.
+        **shared: See `Router`.
 
     Attributes:
         weight: (E - 1, D) vectors of the nodes, each before those below it; one of no effect where E is one.
@@ -48,20 +47,10 @@ class Tree(Router):
         in_features: int,
         num_experts: int,
         *,
-        select: Selector | None = None,
-        gate: Gate | None = None,
-        routed_scaling_factor: float = 1.0,
-        expert_dropout: float = 0.0,
         init_std: float | None = None,
+        **shared: Unpack[RouterArgs],
     ) -> None:
-        super().__init__(
-            in_features,
-            num_experts,
-            select=select,
-            gate=gate,
-            routed_scaling_factor=routed_scaling_factor,
-            expert_dropout=expert_dropout,
-        )
+        super().__init__(in_features, num_experts, **shared)
         num_nodes = max(num_experts - 1, 1)
         self.weight = nn.Parameter(torch.empty(num_nodes, in_features))
         self.offset = nn.Parameter(torch.zeros(num_nodes))

@@ -7,6 +7,7 @@ network of splines). A linear scorer parts the inputs by planes, this one by any
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,9 +16,10 @@ from torch.nn import functional as F
 from ..ops import project
 from ..part import Option
 from ..types import TokenContext
-from .gates import Gate
-from .router import Router
-from .selector import Selector
+from .router import Router, RouterArgs
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class TwoLayer(Router):
@@ -27,11 +29,8 @@ class TwoLayer(Router):
         in_features: D, width of the input.
         num_experts: E.
         width: Width of the hidden layer.
-        select: See `Router`.
-        gate: See `Router`.
-        routed_scaling_factor: See `Router`.
-        expert_dropout: See `Router`.
         init_std: Standard deviation of W2 at the start; None takes the uniform one of `nn.Linear`, as for W1.
+        **shared: See `Router`.
 
     Attributes:
         hidden: W1 (width, D).
@@ -55,27 +54,17 @@ class TwoLayer(Router):
         num_experts: int,
         *,
         width: int = 16,
-        select: Selector | None = None,
-        gate: Gate | None = None,
-        routed_scaling_factor: float = 1.0,
-        expert_dropout: float = 0.0,
         init_std: float | None = None,
+        **shared: Unpack[RouterArgs],
     ) -> None:
-        super().__init__(
-            in_features,
-            num_experts,
-            select=select,
-            gate=gate,
-            routed_scaling_factor=routed_scaling_factor,
-            expert_dropout=expert_dropout,
-        )
+        super().__init__(in_features, num_experts, **shared)
         self.hidden = nn.Parameter(torch.empty(width, in_features))
         self.weight = nn.Parameter(torch.empty(self.num_scores, width))
         for matrix in (self.hidden, self.weight):
             nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
         if init_std is not None:
             nn.init.normal_(self.weight, std=init_std)
-        if select is not None and select.extra_starts_at_zero:
+        if self.select is not None and self.select.extra_starts_at_zero:
             nn.init.zeros_(self.weight[num_experts:])
 
     def scores(self, x: torch.Tensor, context: TokenContext) -> torch.Tensor:

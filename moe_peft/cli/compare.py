@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
+from .launch import PROGRAM
 from .shipped import shipped
 
 
@@ -20,10 +22,12 @@ def run(argv: list[str]) -> int:
     Raises:
         ValueError: Runs cannot be compared, or one of them failed.
     """
-    folder = str(shipped("train"))
+    folder, named = str(shipped("train")), os.environ.get(PROGRAM)
     sys.path.insert(0, folder)
+    os.environ[PROGRAM] = "moe-peft compare"
     try:
         import_module("compare").main(argv)
     finally:
         sys.path.remove(folder)
+        os.environ.pop(PROGRAM) if named is None else os.environ.update({PROGRAM: named})
     return 0

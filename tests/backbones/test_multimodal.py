@@ -73,6 +73,8 @@ def test_step_zero_output_is_the_base_output(model_type, method):
     assert not torch.equal(changed(**{**batch, "pixel_values": 0.5 * batch["pixel_values"]}).logits, found)
 
 
+# Of ERNIE's blocks for one modality nothing tells which tokens they read where there are as many of text as of images.
+@pytest.mark.filterwarnings("ignore:.*reads some tokens of the batch alone:moe_peft.MoePeftWarning")
 @pytest.mark.parametrize(("model_type", "method"), thinned(CASES, 1))
 def test_gradients_arrive_at_the_adapter_and_nowhere_else(model_type, method):
     model = adapted(model_type, method).train()

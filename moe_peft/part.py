@@ -52,7 +52,8 @@ class Part:
             expert apart), "shared_activations" (A x of all together), "extra_scores" (scores of more columns than
             experts), or names in `Routing.extras`.
         needs: What it asks of the other parts of a layer, in the same words.
-        context_needs: Names of what `TokenContext` must hold beyond mask and sequences, in evaluation too.
+        context_needs: Names of what `TokenContext` must hold, in evaluation too: "sequences" for mask and sequences,
+            which training passes always know, and what is beyond them.
         varies: Names of its numbers that may change while it lives, as schedules do; bases add theirs.
         causal: No later token changes what an earlier one gets.
         batch_invariant: No other row of the batch changes it.

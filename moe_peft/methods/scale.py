@@ -93,7 +93,7 @@ def _gates(config: MixtureConfig) -> torch.Tensor | None:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(0)
         router = build_router(config, WIDTH, E).eval()
-        if router.reads != "input" or router.context_needs:
+        if router.reads != "input" or router.context_needs - {"sequences"}:
             return None
         x_TD = torch.randn(max(1, min(TOKENS, SCORES // E)), WIDTH, dtype=torch.float32)
         with torch.autocast("cpu", enabled=False):

@@ -29,6 +29,7 @@ class ExpertChoice(Selector):
 
     fields = ("capacity_factor",)
     causal = False
+    context_needs = frozenset({"sequences"})
     varies = frozenset({"capacity_factor"})
     decode_stateless = False
 

@@ -37,7 +37,7 @@ REGISTRIES = {
 }
 with registered():
     NAMED = [(axis, name) for axis, registry in REGISTRIES.items() for name in registry]
-CONTEXT = {"groups", "token_ids", "prompt", "cached"}
+CONTEXT = {"sequences", "groups", "token_ids", "prompt", "cached"}
 every_part = pytest.mark.parametrize(("axis", "name"), NAMED, ids=["-".join(named) for named in NAMED])
 
 

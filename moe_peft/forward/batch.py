@@ -90,11 +90,35 @@ def further_inputs(
     if "prompt" in needs:
         labels = two_dimensional(whole.get("labels", inputs.get("labels")))
         if labels is not None and tuple(labels.shape) == shape:
-            found["prompt"] = (labels != IGNORED_LABEL).cumsum(1) == 0
+            found["prompt"] = prompt_of(labels, two_dimensional(inputs.get("attention_mask")), segments_of(inputs))
     cache = inputs.get("past_key_values")
     if "cached" in needs and cache is not None:
         found["cached"] = int(cache.get_seq_length())
     return found
+
+
+def prompt_of(labels_BL: torch.Tensor, mask_BL: torch.Tensor | None, segments_BL: torch.Tensor | None) -> torch.Tensor:
+    """Which tokens a sample is given, before those that it is to learn.
+
+    The first token of a sample always is, as labels are shifted: nothing predicts it.
+
+    Args:
+        labels_BL: (B, L) labels, -100 where none is learnt.
+        mask_BL: (B, L) mask of padding; None where there is none.
+        segments_BL: (B, L) document index of each token of packed rows; None where a row is one sample.
+
+    Returns:
+        (B, L) bool.
+    """
+    labelled_BL = labels_BL != IGNORED_LABEL
+    seen_BL = labelled_BL.cumsum(1)
+    if segments_BL is None:
+        valid_BL = torch.ones_like(labels_BL) if mask_BL is None or mask_BL.shape != labels_BL.shape else mask_BL
+        return (seen_BL == 0) | ((valid_BL.cumsum(1) == 1) & valid_BL.bool())
+    begins_BL = torch.ones_like(labelled_BL)
+    begins_BL[:, 1:] = segments_BL[:, 1:] != segments_BL[:, :-1]
+    before_BL = torch.where(begins_BL, seen_BL - labelled_BL.long(), 0).cummax(1).values
+    return (seen_BL == before_BL) | begins_BL
 
 
 def number_segments(segments_BL: torch.Tensor) -> tuple[torch.Tensor, int]:

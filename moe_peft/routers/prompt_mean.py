@@ -1,9 +1,9 @@
 """One decision for a whole sample, made of its prompt: z = W LN(mean of x over the prompt).
 
 SMEAR (Muqeeth et al., arXiv 2306.03745), with all experts; MEO (He et al., arXiv 2310.09832), with the k largest. The
-prompt is what comes before the first label of a row, so that no answer leaks into the decision; where a batch brings
-no labels it is all that a call holds, as in generation, whose first call holds the prompt. Later calls with a
-key-value cache go on with the decision of that first call. A sample without a prompt uses all experts alike.
+prompt is what comes before the first label of a sample, so that no answer leaks into the decision, or its first token,
+which nothing predicts; where a batch brings no labels it is all that a call holds, as in generation, whose first call
+holds the prompt. Later calls with a key-value cache go on with the decision of that first call.
 """
 
 from __future__ import annotations

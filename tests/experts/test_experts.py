@@ -55,7 +55,8 @@ def test_what_a_kind_lacks_is_named():
 @pytest.mark.parametrize("name", sorted(EXPERTS))
 def test_parameters_are_flat_and_begin_as_a_kind_says(name):
     cls = EXPERTS[name]
-    bank = cls(7, 5, num_experts=4, r=3, **({"scaling": 1.0} if "scaling" in cls.fields else {}))
+    sizes = {"inner_features": 6} if name == "ffn_lora" else {}
+    bank = cls(7, 5, num_experts=4, r=3, **sizes, **({"scaling": 1.0} if "scaling" in cls.fields else {}))
     begins = cls.shapes(4, 3)
     assert {key: tuple(p.shape[: len(begins[key])]) for key, p in bank.named_parameters()} == begins
     assert set(bank.up) <= set(begins) and all("." not in key for key in bank.state_dict())

@@ -13,6 +13,7 @@ from moe_peft.forward.batch import (
     groups_per_sequence,
     named_inputs,
     number_segments,
+    prompt_of,
     segments_of,
 )
 
@@ -68,3 +69,17 @@ def test_positions_of_text_beside_those_in_images_tell_the_documents():
     positions = torch.stack([text, in_images, in_images, in_images])
     assert segments_of({"position_ids": positions}).tolist() == [[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]]
     assert segments_of({"position_ids": positions[1:]}) is None
+
+
+def test_the_prompt_is_the_first_token_and_what_stands_before_the_first_label():
+    labels = torch.tensor([[-100, -100, 7, -100, 8], [5, 6, 7, 8, 9], [-100, 4, 5, 6, 7]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
+    expected = [[1, 1, 0, 0, 0], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]
+    assert prompt_of(labels, mask, None).int().tolist() == expected
+    assert prompt_of(labels, None, None).int().tolist() == [*expected[:2], [1, 0, 0, 0, 0]]
+
+
+def test_each_packed_document_has_a_prompt_of_its_own():
+    labels = torch.tensor([[-100, -100, 7, -100, -100, 8, 9, 3]])
+    segments = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2]])
+    assert prompt_of(labels, None, segments).int().tolist() == [[1, 1, 0, 1, 1, 0, 1, 0]]

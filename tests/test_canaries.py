@@ -372,3 +372,11 @@ def test_trainers_keep_their_metrics_and_their_callbacks_where_they_are_read():
     from trl.trainer.utils import disable_dropout_in_model
 
     assert "nn.Dropout" in inspect.getsource(disable_dropout_in_model), "TRL switches dropout off in another way."
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_a_cpu_says_whether_it_multiplies_in_16_bits(name):
+    asked = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+    assert asked is not None and isinstance(asked(), bool), (
+        "torch tells 16-bit products of a CPU elsewhere: mend ops/dtypes.py, or they are slow where it has none."
+    )

@@ -16,6 +16,8 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from ..messages import shown
+
 # The dimension of transformers' device meshes over which tensor parallelism splits.
 DIMENSION = "tp"
 
@@ -139,7 +141,7 @@ def why_not_whole(base: nn.Module) -> str | None:
     weight: Any = base.weight
     names = weight.device_mesh.mesh_dim_names or ()
     if weight.device_mesh.ndim > 1 and DIMENSION not in names:
-        return f"is split over a mesh without a dimension called {DIMENSION!r}"
+        return f"is split over a mesh without a dimension called {shown(DIMENSION)}"
     placement = weight.placements[names.index(DIMENSION) if weight.device_mesh.ndim > 1 else 0]
     if not isinstance(placement, (Shard, Replicate)):
         return "is split so that several matrices in one are cut each on its own (a packed style)"

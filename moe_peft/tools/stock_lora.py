@@ -96,7 +96,7 @@ def read_lora(name: str) -> StockLora:
         if value not in allowed:
             raise ValueError(
                 f"The LoRA in {shown(name)} has {field}={shown(value)}, which no routed sum of pairs equals. Train it "
-                f"with {field}={allowed[0]!r}, or keep it as an adapter of its own."
+                f"with {field}={shown(allowed[0])}, or keep it as an adapter of its own."
             )
     if getattr(config, START) not in STARTS:
         raise ValueError(

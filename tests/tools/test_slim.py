@@ -13,7 +13,9 @@ from tests.tiny import padded_batch, tiny_llama
 
 
 def made(**fields):
-    model = get_peft_model(tiny_llama(), RoutedConfig(**{"num_experts": 4, "r": 2, "top_k": 3, **fields})).eval()
+    model = get_peft_model(
+        tiny_llama(), RoutedConfig(**{"num_experts": 4, "r": 2, "top_k": 3, "lora_alpha": 8, **fields})
+    ).eval()
     randomize(model)
     return model
 

@@ -60,7 +60,7 @@ def merge_for_task(model: PeftModel, task: int, adapter_name: str | None = None)
     active = list(tuner.active_adapters)
     if adapter_name is None and len(active) > 1:
         raise ValueError(
-            f"merge_for_task: {shown(active)} are active, and one is merged. Name it, as adapter_name={shown(active[0])}."
+            f"merge_for_task: {shown(active)} are active; one is merged. Name it, as adapter_name={shown(active[0])}."
         )
     name = model.active_adapter if adapter_name is None else adapter_name
     with decided(model, name, task):

@@ -134,7 +134,14 @@ def test_the_table_of_methods_names_every_public_configuration():
         assert f"`{config.__name__}`" in README
 
 
-@pytest.mark.parametrize("example", sorted(ROOT.glob("examples/*.py")), ids=lambda path: path.stem)
+# The longest takes as long as three others; tests/tools has its parts.
+EXAMPLES = [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem.startswith("08") else [])
+    for path in sorted(ROOT.glob("examples/*.py"))
+]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_examples_run_and_stay_short(example, capsys):
     assert len(example.read_text().splitlines()) <= 80
     runpy.run_path(str(example), run_name="__main__")

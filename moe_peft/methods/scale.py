@@ -88,7 +88,7 @@ def _start(config: MixtureConfig) -> tuple[float, float]:
 
 @torch.no_grad()
 def _gates(config: MixtureConfig) -> torch.Tensor | None:
-    """(T, E) weights that a new router gives in evaluation; None where it reads what is not there yet."""
+    """(T, E) weights that a new router gives in evaluation; None where it reads what is not there yet, or fails."""
     E = config.num_experts
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(0)
@@ -96,6 +96,9 @@ def _gates(config: MixtureConfig) -> torch.Tensor | None:
         if router.reads != "input" or router.context_needs - {"sequences"}:
             return None
         x_TD = torch.randn(max(1, min(TOKENS, SCORES // E)), WIDTH, dtype=torch.float32)
-        with torch.autocast("cpu", enabled=False):
-            gates_TE = router(x_TD, TokenContext()).gate_matrix()
+        try:
+            with torch.autocast("cpu", enabled=False):
+                gates_TE = router(x_TD, TokenContext()).gate_matrix()
+        except Exception:  # of a router from outside, which is told where it is built for a model
+            return None
     return gates_TE.float() / config.routed_scaling_factor

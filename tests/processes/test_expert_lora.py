@@ -15,7 +15,7 @@ from tests.processes.worker import task_loss
 pytestmark = pytest.mark.multi_process
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+@pytest.fixture(scope="module", params=[pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
     command = [sys.executable, "-m", "tests.processes.expert_lora_worker"]

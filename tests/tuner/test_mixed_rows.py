@@ -57,7 +57,7 @@ def test_rows_that_sampling_repeats_keep_their_adapters(model):
     for row, name in enumerate(["b", "a"]):
         model.set_adapter(name)
         alone = model.generate(**batch, **fields, return_dict_in_generate=True).logits[0]
-        torch.testing.assert_close(found[2 * row : 2 * row + 2], alone[2 * row : 2 * row + 2])
+        torch.testing.assert_close(found[2 * row : 2 * row + 2], alone[2 * row : 2 * row + 2], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("names", [["a"], ["a", "b", "a"], ["a"] * 4, []])

@@ -145,7 +145,7 @@ def test_one_adapter_is_named_where_several_are_active():
     model = adapted(scorer="task_table", router="top_k", router_args={"num_tasks": 2})
     model.add_adapter("other", model.peft_config["default"])
     model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(ValueError, match=r"'default', 'other'.* are active, and one is merged. Name it"):
+    with pytest.raises(ValueError, match=r"'default', 'other'.* are active; one is merged. Name it"):
         tools.merge_for_task(model, 0)
     with pytest.raises(ValueError, match=r"task=.* must be a whole number"):
         tools.merge_for_task(model, 10**400, "default")

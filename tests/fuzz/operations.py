@@ -19,7 +19,7 @@ from .life import Life
 
 NAMES = ("default", "a", "aa", "b-1", "A_2")
 # Parts of weights' names, attributes of containers, and no names at all.
-BAD_NAMES = ("", "a.b", "keys", "train", "type", "__base__", "base_layer", "weight", None, 3)
+BAD_NAMES = ("", "a.b", "keys", "train", "type", "__base__", "base_layer", None, 3)
 
 
 def add(life: Life, rng: random.Random) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from ..layers import routed_layers
 from ..messages import shown
 from ..part import Part
 from .checks import is_count, is_number
+from .schedules import between
 from .training_run import RestoringCallback
 from .values import get_value, known_values, parts_with, set_value, with_value, write_value
 
@@ -51,13 +51,7 @@ class ScheduledValue(RestoringCallback):
 
     def value(self, step: int) -> float:
         """The value in an optimizer step, before it is rounded."""
-        after = bisect_right([own for own, _ in self.points], step)
-        if after == 0:
-            return self.points[0][1]
-        if after == len(self.points):
-            return self.points[-1][1]
-        (left, low), (right, high) = self.points[after - 1], self.points[after]
-        return low + (high - low) * (step - left) / (right - left)
+        return between(self.points, step)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -47,13 +47,7 @@ class CoefficientSchedule(RestoringCallback):
 
     def factor(self, step: int) -> float:
         """Factor of the coefficient in an optimizer step."""
-        after = bisect_right([own for own, _ in self.points], step)
-        if after == 0:
-            return self.points[0][1]
-        if after == len(self.points):
-            return self.points[-1][1]
-        (left, low), (right, high) = self.points[after - 1], self.points[after]
-        return low + (high - low) * (step - left) / (right - left)
+        return between(self.points, step)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -97,6 +91,22 @@ class CoefficientSchedule(RestoringCallback):
         for coefficients, configured in self._configured:
             coefficients[self.loss] = configured
         self._configured = []
+
+
+def between(points: Sequence[tuple[int, float]], step: int) -> float:
+    """The value at a step of a line through points, constant before the first and after the last.
+
+    Args:
+        points: (step, value), sorted by step.
+        step: Of the optimizer.
+    """
+    after = bisect_right([own for own, _ in points], step)
+    if after == 0:
+        return points[0][1]
+    if after == len(points):
+        return points[-1][1]
+    (left, low), (right, high) = points[after - 1], points[after]
+    return low + (high - low) * (step - left) / (right - left)
 
 
 def _coefficients(model: nn.Module) -> Iterator[dict[str, float]]:

@@ -38,13 +38,16 @@ PARTS = {
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
 def test_a_constructor_names_every_field_and_option_that_its_part_declares_and_swallows_no_other(part):
     named: set[str] = set()
+    # A field of a base that the part does not declare is one that the part settles itself.
+    settled = {field for own in part.__mro__ for field in getattr(own, "fields", ())} - {*part.fields}
     required: dict[str, int] = {"unheard_of": 1}
     for own in (own for own in part.__mro__ if "__init__" in vars(own)):
         # What a constructor hands on, the next one names.
         parameters = list(inspect.signature(own.__init__).parameters.values())[1:]
         free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         named |= {parameter.name for parameter in parameters if parameter.kind not in free}
-        required |= {p.name: 1 for p in parameters if p.default is p.empty and p.kind not in free}
+        needed = [p.name for p in parameters if p.default is p.empty and p.kind not in free]
+        required |= {name: 1 for name in needed if name not in settled}
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             break
     assert {*part.fields, *(option.name for option in part.options)} <= named

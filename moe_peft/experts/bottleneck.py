@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch.nn import functional as F
@@ -18,7 +19,22 @@ from ..part import Option
 from ..types import TokenContext
 from .low_rank import LowRankExperts
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+
+
+class _Sizes(TypedDict):
+    num_experts: int
+
+
+class BottleneckArgs(_Sizes, total=False):
+    """Keywords that the kind hands on to its base; see `LowRankExperts`."""
+
+    lora_dropout: float
+    init_weights: bool | str
+    shared: int
 
 
 class BottleneckExperts(LowRankExperts):
@@ -27,15 +43,12 @@ class BottleneckExperts(LowRankExperts):
     Args:
         in_features: D, width of the input.
         out_features: O, width of the output.
-        num_experts: E.
         r: Width of one expert's bottleneck.
         activation: Name of the nonlinearity, see `ACTIVATIONS`.
-        lora_dropout: Probability that an element of the bottleneck is dropped in training passes.
-        init_weights: See `LowRankExperts`.
         experts_implementation: See `LowRankExperts`.
-        shared: See `LowRankExperts`.
         activations: Names of nonlinearities that experts have in turn, in place of `activation`; None for one for
             all. The sum is then computed by two products over all experts.
+        **common: See `LowRankExperts`; `lora_dropout` acts on the elements of the bottleneck.
     """
 
     fields = ("activation", "lora_dropout", "init_weights", "experts_implementation")
@@ -59,31 +72,19 @@ class BottleneckExperts(LowRankExperts):
         in_features: int,
         out_features: int,
         *,
-        num_experts: int,
         r: int,
         activation: str = "silu",
-        lora_dropout: float = 0.0,
-        init_weights: bool | str = True,
         experts_implementation: str = AUTO,
-        shared: int = 0,
         activations: Sequence[str] | None = None,
+        **common: Unpack[BottleneckArgs],
     ) -> None:
         if activations is not None and experts_implementation not in ("dense", AUTO):
             raise ValueError(
                 f"experts_implementation={shown(experts_implementation)} must be 'auto' or 'dense' with experts_args="
                 "{'activations': ...}: experts with activations of their own are computed together."
             )
-        super().__init__(
-            in_features,
-            out_features,
-            num_experts=num_experts,
-            r=r,
-            scaling=1.0,
-            lora_dropout=lora_dropout,
-            init_weights=init_weights,
-            experts_implementation=experts_implementation if activations is None else "dense",
-            shared=shared,
-        )
+        implementation = experts_implementation if activations is None else "dense"
+        super().__init__(in_features, out_features, r=r, scaling=1.0, experts_implementation=implementation, **common)
         self.act = ACTIVATIONS[activation] if activations is None else partial(_in_turn, tuple(activations), r)
 
     def drop(self, x_TD: torch.Tensor, context: TokenContext) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from ..ops.expert_stacks import LowRankPairs
 from ..part import ModulePart
 from .products import pair_products
+from .ranked import start_pair
 
 # The matrices of an expert by the names that configurations and saved tensors use: the joined gate and up matrix (the
 # up matrix of experts without a gate), and the down matrix.
@@ -27,8 +27,7 @@ class ExpertPairs(ModulePart, nn.Module):
         scaling: s.
         lora_dropout: Probability that an element of a matrix's input is dropped before A in training passes, for each
             slot apart.
-        init_weights: True: A uniform as in `nn.Linear`, B zero, so that the adapter starts as the identity.
-            "gaussian": A normal with standard deviation 0.02, B zero. False: both uniform, for tests.
+        init_weights: See `start_pair`.
 
     Attributes:
         gate_up_A, down_A: (n, r, I).
@@ -59,19 +58,9 @@ class ExpertPairs(ModulePart, nn.Module):
         self.reset_parameters(init_weights)
 
     def reset_parameters(self, init_weights: bool | str) -> None:
-        """Initialise all pairs; see the class for the meaning of `init_weights`."""
+        """Initialise all pairs; see `start_pair` for the meaning of `init_weights`."""
         for name in self.matrices:
-            A, B = self.pair(name)
-            if init_weights == "gaussian":
-                nn.init.normal_(A, std=0.02)
-            else:
-                bound = math.sqrt(1.0 / A.shape[-1])
-                nn.init.uniform_(A, -bound, bound)
-            if init_weights is False:
-                bound = math.sqrt(1.0 / self.r)
-                nn.init.uniform_(B, -bound, bound)
-            else:
-                nn.init.zeros_(B)
+            start_pair(*self.pair(name), init_weights)
 
     def pair(self, matrix: str) -> tuple[nn.Parameter, nn.Parameter]:
         """(n, r, I) and (n, r, O) of one matrix.

@@ -11,9 +11,8 @@ other weights it is the frozen FFN and the weighed differences to it, so that it
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,24 +20,25 @@ from torch.nn import functional as F
 
 from ..ops import compute_dtype, outside_autocast, project
 from ..place import Place
-from ..types import Routing, TokenContext
-from .experts import Experts
+from ..types import Routing
 from .products import pair_products
+from .ranked import BankArgs, RankedExperts, start_pair
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-class FfnLoraExperts(Experts):
+class FfnLoraExperts(RankedExperts):
     """A bank of pairs for the three matrices of a gated FFN.
 
     Args:
         in_features: D, width of the input.
         out_features: O, width of the output.
-        num_experts: E.
         r: Rank of one pair.
         inner_features: F, width between the matrices.
-        scaling: s, the factor of each pair.
-        lora_dropout: Probability that an element of a matrix's input is dropped before A in training passes; one mask
-            for all experts that read the same input.
-        init_weights: See `LowRankExperts`.
+        init_weights: See `start_pair`.
+        **common: See `RankedExperts`; `scaling` is the factor of each pair, and `lora_dropout` acts on the input of
+            each matrix before A, with one mask for all experts that read the same input.
 
     Attributes:
         gate_A, up_A: (E, r, D) down matrices of the pairs on W1 and W3.
@@ -47,9 +47,7 @@ class FfnLoraExperts(Experts):
         down_B: (E, r, O) their up matrices, stored transposed.
     """
 
-    fields: tuple[str, ...] = ("scaling", "lora_dropout", "init_weights")
     placement = "ffn"
-    varies = frozenset({"lora_dropout"})
     up = ("gate_B", "up_B", "down_B")
 
     def __init__(
@@ -57,16 +55,13 @@ class FfnLoraExperts(Experts):
         in_features: int,
         out_features: int,
         *,
-        num_experts: int,
         r: int,
         inner_features: int,
-        scaling: float,
-        lora_dropout: float = 0.0,
         init_weights: bool | str = True,
+        **common: Unpack[BankArgs],
     ) -> None:
-        super().__init__()
-        self.num_choices, self.scaling = num_experts, scaling
-        self.lora_dropout = nn.Dropout(lora_dropout)
+        super().__init__(**common)
+        num_experts = self.num_choices
         self.gate_A, self.gate_B = _pair(num_experts, r, in_features, inner_features, init_weights)
         self.up_A, self.up_B = _pair(num_experts, r, in_features, inner_features, init_weights)
         self.down_A, self.down_B = _pair(num_experts, r, inner_features, out_features, init_weights)
@@ -112,7 +107,7 @@ class FfnLoraExperts(Experts):
         """
         dtype, context = compute_dtype(x_TD), routing.context
         num_experts, r, _ = self.gate_A.shape
-        read_TD = self._drop(x_TD.to(dtype), context)
+        read_TD = self.drop(x_TD.to(dtype), context)
         h_TR = project(read_TD, self.gate_A.flatten(0, 1), self.up_A.flatten(0, 1), dtype=dtype)
         h1_TEr, h3_TEr = h_TR.view(-1, 2, num_experts, r).unbind(1)
         changed_TF, mixed_TEr = torch.zeros_like(v_TF, dtype=dtype), torch.zeros_like(h1_TEr)
@@ -121,7 +116,7 @@ class FfnLoraExperts(Experts):
                 u_e, t_e = u_TF + self._lift(h1_TEr, self.gate_B, slot), t_TF + self._lift(h3_TEr, self.up_B, slot)
                 v_e = act(u_e) * t_e
                 changed_TF = changed_TF + weight_T1 * (v_e - v_TF).to(dtype)
-            h2_TEr = project(self._drop(v_e, context), self.down_A.flatten(0, 1), dtype=dtype).view_as(h1_TEr)
+            h2_TEr = project(self.drop(v_e, context), self.down_A.flatten(0, 1), dtype=dtype).view_as(h1_TEr)
             mixed_TEr = mixed_TEr + weight_T1[..., None] * slot[..., None] * h2_TEr
         with outside_autocast(x_TD.device.type):
             return changed_TF, self.scaling * (mixed_TEr.flatten(1) @ self.down_B.flatten(0, 1).to(dtype))
@@ -131,22 +126,13 @@ class FfnLoraExperts(Experts):
         own_TR = (h_TEr * slot_TE[..., None]).flatten(1)
         return self.scaling * (own_TR @ B_ErO.flatten(0, 1).to(h_TEr.dtype))
 
-    def _drop(self, x: torch.Tensor, context: TokenContext) -> torch.Tensor:
-        return self.lora_dropout(x) if context.training and self.lora_dropout.p > 0 else x
-
 
 def _pair(
     num_experts: int, r: int, in_features: int, out_features: int, init_weights: bool | str
 ) -> tuple[nn.Parameter, nn.Parameter]:
     A = nn.Parameter(torch.empty(num_experts, r, in_features))
-    B = nn.Parameter(torch.zeros(num_experts, r, out_features))
-    bound = math.sqrt(1 / in_features)
-    if init_weights == "gaussian":
-        nn.init.normal_(A, std=0.02)
-    else:
-        nn.init.uniform_(A, -bound, bound)
-    if init_weights is False:
-        nn.init.uniform_(B, -math.sqrt(1 / r), math.sqrt(1 / r))
+    B = nn.Parameter(torch.empty(num_experts, r, out_features))
+    start_pair(A, B, init_weights)
     return A, B
 
 

@@ -10,7 +10,7 @@ What is trained are the differences dA and dB, with the gradients that A and B h
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,26 +20,26 @@ from ..ops import combine_experts, compute_dtype, project
 from ..part import Option
 from ..place import Place
 from ..types import Routing, TokenContext
-from .experts import Experts
-from .low_rank import LowRankExperts
 from .products import pair_products
+from .ranked import BankArgs, RankedExperts, start_pair
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-class GoatExperts(Experts):
+class GoatExperts(RankedExperts):
     """A bank of low-rank pairs with a frozen start.
 
     Args:
         in_features: D, width of the input.
         out_features: O, width of the output.
-        num_experts: E.
         r: Rank of one expert.
-        scaling: s, the factor of the routed sum.
-        lora_dropout: Probability that an input element is dropped in training passes.
         init_weights: True: from the weight. "gaussian": A0 normal with standard deviation 0.02, B0 zero. False: dB
             normal too, for tests.
         rho: Factor by which the start is made small.
         weight: (O, D) weight of the frozen layer, or of its shape on the meta device; None where it is not known, as
             when the shapes of a file are looked at, for a uniform A0 and a B0 of zeros.
+        **common: See `RankedExperts`.
 
     Attributes:
         A0: (E, r, D), never trained.
@@ -48,7 +48,6 @@ class GoatExperts(Experts):
         dB: (E, r, O).
     """
 
-    fields: tuple[str, ...] = ("scaling", "lora_dropout", "init_weights")
     options = (
         Option(
             "rho",
@@ -63,29 +62,23 @@ class GoatExperts(Experts):
     up = ("dB",)
     mergeable = True
     reads_weight = True
-    varies = frozenset({"lora_dropout"})
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
         *,
-        num_experts: int,
         r: int,
-        scaling: float,
-        lora_dropout: float = 0.0,
         init_weights: bool | str = True,
         rho: float = 10.0,
         weight: torch.Tensor | None = None,
+        **common: Unpack[BankArgs],
     ) -> None:
-        super().__init__()
-        self.num_choices, self.scaling = num_experts, scaling
-        self.lora_dropout = nn.Dropout(lora_dropout)
-        start = LowRankExperts(
-            in_features, out_features, num_experts=num_experts, r=r, scaling=scaling, init_weights=init_weights or True
-        )
-        self.A0, self.B0 = (nn.Parameter(t.detach(), requires_grad=False) for t in (start.A, start.B))
-        self.dA, self.dB = (nn.Parameter(torch.zeros_like(t)) for t in (self.A0, self.B0))
+        super().__init__(**common)
+        shapes = [(self.num_choices, r, width) for width in (in_features, out_features)]
+        self.A0, self.B0 = (nn.Parameter(torch.empty(shape), requires_grad=False) for shape in shapes)
+        self.dA, self.dB = (nn.Parameter(torch.zeros(shape)) for shape in shapes)
+        start_pair(self.A0, self.B0, init_weights or True)
         if weight is not None and not weight.is_meta and not self.A0.is_meta and init_weights != "gaussian":
             self._start_from(weight, rho)
         if init_weights is False:
@@ -115,12 +108,9 @@ class GoatExperts(Experts):
     def prepare(self, x_TD: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """(T, E 2r) what A and dA of each expert make of the input; arguments as in `Experts.prepare`."""
         dtype = compute_dtype(x_TD)
-        x_TD = self._drop(x_TD.to(dtype), context)
+        x_TD = self.drop(x_TD.to(dtype), context)
         rows = torch.cat([self.A0 + self.dA, self.dA], 1)
         return project(x_TD, rows.flatten(0, 1), dtype=dtype)
-
-    def _drop(self, x_TD: torch.Tensor, context: TokenContext) -> torch.Tensor:
-        return self.lora_dropout(x_TD) if context.training and self.lora_dropout.p > 0 else x_TD
 
     def activations(self, h: torch.Tensor) -> torch.Tensor:
         """(T, E, r) A_e x."""
@@ -129,8 +119,7 @@ class GoatExperts(Experts):
 
     def undropped(self, x_TD: torch.Tensor, h: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """Projections of the input as it is; see `Experts.undropped`."""
-        drops = context.training and self.lora_dropout.p > 0
-        return self.prepare(x_TD, TokenContext()) if drops else h
+        return self.prepare(x_TD, TokenContext()) if self.drops(context) else h
 
     def combine(
         self, h: torch.Tensor, base_out_TO: torch.Tensor, routing: Routing, *, in_place: bool = False

@@ -5,7 +5,6 @@ Shared experts beside the routed ones have the gate one for every token (DeepSee
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -24,11 +23,19 @@ from ..ops import (
 )
 from ..part import Option
 from ..types import Routing, TokenContext
-from .experts import Experts, PendingRouting
+from .experts import PendingRouting
 from .products import pair_products
+from .ranked import PairArgs, RankedExperts, start_pair
 
 
-class LowRankExperts(Experts):
+class LowRankArgs(PairArgs, total=False):
+    """Keywords that a kind of low-rank pairs hands on to its base; see `LowRankExperts`."""
+
+    experts_implementation: str
+    shared: int
+
+
+class LowRankExperts(RankedExperts):
     """A bank of low-rank pairs.
 
     Args:
@@ -51,7 +58,7 @@ class LowRankExperts(Experts):
         act: Elementwise function between the two matrices; None for the identity.
     """
 
-    fields: tuple[str, ...] = ("scaling", "lora_dropout", "init_weights", "experts_implementation")
+    fields: tuple[str, ...] = (*RankedExperts.fields, "experts_implementation")
     options: tuple[Option, ...] = (
         Option(
             "shared",
@@ -62,7 +69,6 @@ class LowRankExperts(Experts):
         ),
     )
     gives = frozenset({"activations"})
-    varies = frozenset({"lora_dropout"})
     up: tuple[str, ...] = ("B",)
     mergeable = True
     casts_input = True
@@ -87,28 +93,15 @@ class LowRankExperts(Experts):
         experts_implementation: str = AUTO,
         shared: int = 0,
     ) -> None:
-        super().__init__()
-        self.scaling, self.shared = scaling, shared
-        self.lora_dropout = nn.Dropout(lora_dropout)
-        self.experts_implementation = experts_implementation
-        self.num_choices = num_experts
+        super().__init__(num_experts=num_experts, scaling=scaling, lora_dropout=lora_dropout)
+        self.experts_implementation, self.shared = experts_implementation, shared
         self.A = nn.Parameter(torch.empty(num_experts + shared, r, in_features))
-        self.B = nn.Parameter(torch.zeros(num_experts + shared, r, out_features))
+        self.B = nn.Parameter(torch.empty(num_experts + shared, r, out_features))
         self.reset_parameters(init_weights)
 
     def reset_parameters(self, init_weights: bool | str) -> None:
-        """Initialise A and B; see the class for the meaning of `init_weights`."""
-        if init_weights == "gaussian":
-            nn.init.normal_(self.A, std=0.02)
-        else:
-            # Each (r, D) slice is initialised as a Linear of its own; the fan of a 3-D tensor would be r * D.
-            bound = math.sqrt(1.0 / self.A.shape[-1])
-            nn.init.uniform_(self.A, -bound, bound)
-        if init_weights is False:
-            bound = math.sqrt(1.0 / self.B.shape[1])
-            nn.init.uniform_(self.B, -bound, bound)
-        else:
-            nn.init.zeros_(self.B)
+        """Initialise A and B; see `start_pair` for the meaning of `init_weights`."""
+        start_pair(self.A, self.B, init_weights)
 
     @classmethod
     def shapes(cls, num_experts: int, r: int) -> dict[str, tuple[int, ...]]:
@@ -216,14 +209,6 @@ class LowRankExperts(Experts):
         h_TR, act = self.prepare(x_TD, context), self.activation(context)
         scaling = self.scaling * weight
         return combine_experts(h_TR, base_out_TO, self.B, None, scaling=scaling, act=act, in_place=in_place)
-
-    def drop(self, x_TD: torch.Tensor, context: TokenContext) -> torch.Tensor:
-        """Apply `lora_dropout` to the input in training passes."""
-        return self.lora_dropout(x_TD) if self.drops(context) else x_TD
-
-    def drops(self, context: TokenContext) -> bool:
-        """Whether `drop` acts in this pass: with `lora_dropout`, or in a way of a kind's own."""
-        return context.training and (self.lora_dropout.p > 0 or type(self).drop is not LowRankExperts.drop)
 
     def activation(self, context: TokenContext) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """Elementwise function between the two matrices in this pass; None for the identity."""

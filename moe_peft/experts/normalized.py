@@ -9,6 +9,8 @@ square is h (B_e B_e') h / O, so that no expert's output is made apart:
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
@@ -16,6 +18,10 @@ from ..ops import combine_experts
 from ..types import Routing
 from .experts import Experts, PendingRouting
 from .low_rank import LowRankExperts
+from .ranked import PairArgs, RankedExperts
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 EPS = 1e-6
 
@@ -26,19 +32,16 @@ class NormalizedExperts(LowRankExperts):
     Args:
         in_features: D, width of the input.
         out_features: O, width of the output.
-        num_experts: E.
-        r: Rank of one expert.
-        scaling: See `LowRankExperts`.
-        lora_dropout: See `LowRankExperts`.
         init_weights: True: A and B uniform as in `nn.Linear`, gains zero. "gaussian": A normal with standard deviation
             0.02. False: gains normal, for tests.
         shared: See `LowRankExperts`.
+        **common: See `LowRankExperts`.
 
     Attributes:
         gain: c (E + S, O).
     """
 
-    fields = ("scaling", "lora_dropout", "init_weights")
+    fields = RankedExperts.fields
     up = ("gain",)
     casts_input = True
     mergeable = False
@@ -48,27 +51,14 @@ class NormalizedExperts(LowRankExperts):
         in_features: int,
         out_features: int,
         *,
-        num_experts: int,
-        r: int,
-        scaling: float,
-        lora_dropout: float = 0.0,
-        init_weights: bool | str = True,
         shared: int = 0,
+        **common: Unpack[PairArgs],
     ) -> None:
-        super().__init__(
-            in_features,
-            out_features,
-            num_experts=num_experts,
-            r=r,
-            scaling=scaling,
-            lora_dropout=lora_dropout,
-            init_weights=init_weights,
-            experts_implementation="dense",
-            shared=shared,
-        )
+        super().__init__(in_features, out_features, experts_implementation="dense", shared=shared, **common)
+        num_experts, r, _ = self.B.shape
         nn.init.uniform_(self.B, -(r**-0.5), r**-0.5)
-        self.gain = nn.Parameter(torch.zeros(num_experts + shared, out_features))
-        if init_weights is False:
+        self.gain = nn.Parameter(torch.zeros(num_experts, out_features))
+        if common.get("init_weights") is False:
             nn.init.normal_(self.gain)
 
     @classmethod

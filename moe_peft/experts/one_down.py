@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,57 +11,31 @@ from torch import nn
 from ..ops import compute_dtype, project
 from ..types import TokenContext
 from .experts import Experts
+from .ranked import BankArgs, RankedExperts
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-class OneDownExperts(Experts):
+class OneDownExperts(RankedExperts):
     """Base of banks with one down matrix.
 
     Args:
         in_features: D, width of the input.
-        num_experts: E.
         r: Rank.
-        scaling: s, the factor of the routed sum.
-        lora_dropout: Probability that an input element is dropped in training passes.
+        **common: See `RankedExperts`.
 
     Attributes:
         A: (r, D) down matrix.
     """
 
-    fields: tuple[str, ...] = ("scaling", "lora_dropout", "init_weights")
     gives = frozenset({"shared_activations"})
-    varies = frozenset({"lora_dropout"})
     up = ("B",)
     A: nn.Parameter
 
-    def __init__(
-        self, in_features: int, *, num_experts: int, r: int, scaling: float, lora_dropout: float = 0.0
-    ) -> None:
-        super().__init__()
-        self.num_choices, self.scaling = num_experts, scaling
-        self.lora_dropout = nn.Dropout(lora_dropout)
+    def __init__(self, in_features: int, *, r: int, **common: Unpack[BankArgs]) -> None:
+        super().__init__(**common)
         self.A = nn.Parameter(torch.empty(r, in_features))
-
-    def start(self, B: nn.Parameter, init_weights: bool | str) -> None:
-        """Initialise the down and up matrices.
-
-        Args:
-            B: (..., r, O) up matrices.
-            init_weights: See `LowRankExperts`.
-        """
-        if init_weights == "gaussian":
-            nn.init.normal_(self.A, std=0.02)
-        else:
-            bound = math.sqrt(1.0 / self.A.shape[-1])
-            nn.init.uniform_(self.A, -bound, bound)
-        if init_weights is False:
-            bound = math.sqrt(1.0 / B.shape[-2])
-            nn.init.uniform_(B, -bound, bound)
-        else:
-            nn.init.zeros_(B)
-
-    def drops(self, context: TokenContext) -> bool:
-        """Whether dropout acts in this pass."""
-        return context.training and self.lora_dropout.p > 0
 
     def down(self, context: TokenContext) -> torch.Tensor:
         """(r, D) the down matrix of this pass."""
@@ -70,7 +44,7 @@ class OneDownExperts(Experts):
     def prepare(self, x_TD: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """(T, r) down projection; arguments as in `Experts.prepare`."""
         dtype = compute_dtype(x_TD)
-        read_TD = self.lora_dropout(x_TD.to(dtype)) if self.drops(context) else x_TD
+        read_TD = self.drop(x_TD.to(dtype), context) if self.drops(context) else x_TD
         return project(read_TD, self.down(context), dtype=dtype)
 
     def activations(self, h: torch.Tensor) -> torch.Tensor:

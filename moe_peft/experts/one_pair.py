@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
 from .one_down import OneDownExperts
+from .ranked import PairSizes, start_pair
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class OnePairExperts(OneDownExperts):
@@ -14,11 +20,8 @@ class OnePairExperts(OneDownExperts):
     Args:
         in_features: D, width of the input.
         out_features: O, width of the output.
-        num_experts: E.
-        r: Rank.
-        scaling: s, the factor of the routed sum.
-        lora_dropout: See `OneDownExperts`.
-        init_weights: See `LowRankExperts`.
+        init_weights: See `start_pair`.
+        **common: See `OneDownExperts`.
 
     Attributes:
         A: (r, D) down matrix.
@@ -30,16 +33,14 @@ class OnePairExperts(OneDownExperts):
         in_features: int,
         out_features: int,
         *,
-        num_experts: int,
-        r: int,
-        scaling: float,
-        lora_dropout: float = 0.0,
         init_weights: bool | str = True,
+        **common: Unpack[PairSizes],
     ) -> None:
-        super().__init__(in_features, num_experts=num_experts, r=r, scaling=scaling, lora_dropout=lora_dropout)
-        self.make_between(num_experts, r)
+        super().__init__(in_features, **common)
+        r = self.A.shape[0]
+        self.make_between(self.num_choices, r)
         self.B = nn.Parameter(torch.empty(r, out_features))
-        self.start(self.B, init_weights)
+        start_pair(self.A, self.B, init_weights)
 
     def make_between(self, num_experts: int, r: int) -> None:
         """Make and initialise the parameters of what stands between the matrices; called once, by the constructor.

@@ -6,6 +6,8 @@ with dropout on the elements of A.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
@@ -14,6 +16,10 @@ from ..part import Option
 from ..types import Routing, TokenContext
 from .one_down import OneDownExperts
 from .products import pair_products
+from .ranked import PairSizes, start_pair
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class SharedDownExperts(OneDownExperts):
@@ -22,12 +28,9 @@ class SharedDownExperts(OneDownExperts):
     Args:
         in_features: D, width of the input.
         out_features: O, width of the output.
-        num_experts: E.
-        r: Rank.
-        scaling: s, the factor of the routed sum.
-        lora_dropout: See `OneDownExperts`.
-        init_weights: See `LowRankExperts`.
+        init_weights: See `start_pair`.
         down_dropout: Probability that an element of A is dropped in training passes.
+        **common: See `OneDownExperts`.
 
     Attributes:
         A: (r, D) down matrix.
@@ -51,17 +54,14 @@ class SharedDownExperts(OneDownExperts):
         in_features: int,
         out_features: int,
         *,
-        num_experts: int,
-        r: int,
-        scaling: float,
-        lora_dropout: float = 0.0,
         init_weights: bool | str = True,
         down_dropout: float = 0.0,
+        **common: Unpack[PairSizes],
     ) -> None:
-        super().__init__(in_features, num_experts=num_experts, r=r, scaling=scaling, lora_dropout=lora_dropout)
+        super().__init__(in_features, **common)
         self.down_dropout = nn.Dropout(down_dropout)
-        self.B = nn.Parameter(torch.empty(num_experts, r, out_features))
-        self.start(self.B, init_weights)
+        self.B = nn.Parameter(torch.empty(self.num_choices, self.A.shape[0], out_features))
+        start_pair(self.A, self.B, init_weights)
 
     @classmethod
     def shapes(cls, num_experts: int, r: int) -> dict[str, tuple[int, ...]]:

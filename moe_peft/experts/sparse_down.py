@@ -6,11 +6,15 @@ normal with standard deviation 1 / E. The matrices are saved, as a seed alone wo
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from ..ops import AUTO
 from ..part import Option
-from .low_rank import LowRankExperts
+from .low_rank import LowRankArgs, LowRankExperts
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class SparseDownExperts(LowRankExperts):
@@ -19,14 +23,8 @@ class SparseDownExperts(LowRankExperts):
     Args:
         in_features: D, width of the input.
         out_features: O, width of the output.
-        num_experts: E.
-        r: Rank of one expert.
-        scaling: See `LowRankExperts`.
-        lora_dropout: See `LowRankExperts`.
-        init_weights: See `LowRankExperts`, for B alone.
-        experts_implementation: See `LowRankExperts`.
-        shared: See `LowRankExperts`.
         density: Share of the elements of a row of A that are not zero, at least one of them.
+        **common: See `LowRankExperts`; `init_weights` for B alone.
 
     Attributes:
         A: (E + S, r, D) down matrices, never trained.
@@ -52,28 +50,12 @@ class SparseDownExperts(LowRankExperts):
         in_features: int,
         out_features: int,
         *,
-        num_experts: int,
-        r: int,
-        scaling: float,
-        lora_dropout: float = 0.0,
-        init_weights: bool | str = True,
-        experts_implementation: str = AUTO,
-        shared: int = 0,
         density: float = 0.25,
+        **common: Unpack[LowRankArgs],
     ) -> None:
-        super().__init__(
-            in_features,
-            out_features,
-            num_experts=num_experts,
-            r=r,
-            scaling=scaling,
-            lora_dropout=lora_dropout,
-            init_weights=init_weights,
-            experts_implementation=experts_implementation,
-            shared=shared,
-        )
+        super().__init__(in_features, out_features, **common)
         self.A.requires_grad_(False)
         count = max(1, round(density * in_features))
         kept = torch.rand_like(self.A).argsort(-1).argsort(-1) < count
         with torch.no_grad():
-            self.A.copy_((torch.randn_like(self.A) / num_experts).masked_fill(~kept, 0.0))
+            self.A.copy_((torch.randn_like(self.A) / self.num_choices).masked_fill(~kept, 0.0))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,6 +23,10 @@ from ..part import Option
 from ..types import Routing, TokenContext
 from .experts import Experts
 from .low_rank import LowRankExperts
+from .ranked import PairArgs, RankedExperts
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def _count(name: str, default: int, help: str) -> Option:
@@ -41,14 +45,11 @@ class ZeroComputationExperts(LowRankExperts):
     Args:
         in_features: D, width of the input.
         out_features: O, width of the output.
-        num_experts: E, the low-rank ones.
-        r: Rank of one of them.
-        scaling: s, the factor of their sum.
-        lora_dropout: See `LowRankExperts`; for the sigmoid too.
-        init_weights: See `LowRankExperts`.
         zeros: Experts that add nothing.
         constants: Experts that add a vector.
         copies: Experts that add the input times a learned factor.
+        **common: See `LowRankExperts`; `num_experts` counts the low-rank ones, and `lora_dropout` acts on what the
+            sigmoid reads too.
 
     Attributes:
         A: (E, r, D) down matrices.
@@ -58,7 +59,7 @@ class ZeroComputationExperts(LowRankExperts):
         a: (copies,) factors.
     """
 
-    fields: tuple[str, ...] = ("scaling", "lora_dropout", "init_weights")
+    fields: tuple[str, ...] = RankedExperts.fields
     options = (
         _count("zeros", 1, "Experts that add nothing."),
         _count("constants", 1, "Experts that add a vector."),
@@ -71,14 +72,10 @@ class ZeroComputationExperts(LowRankExperts):
         in_features: int,
         out_features: int,
         *,
-        num_experts: int,
-        r: int,
-        scaling: float,
-        lora_dropout: float = 0.0,
-        init_weights: bool | str = True,
         zeros: int = 1,
         constants: int = 1,
         copies: int = 0,
+        **common: Unpack[PairArgs],
     ) -> None:
         if copies and in_features != out_features:
             raise ValueError(
@@ -86,17 +83,9 @@ class ZeroComputationExperts(LowRankExperts):
                 f"gives {out_features}: an input can be added to an output of its own width alone. Name other "
                 "modules in target_modules, or wrap blocks."
             )
-        super().__init__(
-            in_features,
-            out_features,
-            num_experts=num_experts,
-            r=r,
-            scaling=scaling,
-            lora_dropout=lora_dropout,
-            init_weights=init_weights,
-        )
-        self.num_low_rank, self.zeros, self.constants, self.copies = num_experts, zeros, constants, copies
-        self.num_choices = num_experts + zeros + constants + copies
+        super().__init__(in_features, out_features, shared=0, **common)  # every expert of the bank is routed
+        self.num_low_rank, self.zeros, self.constants, self.copies = self.num_choices, zeros, constants, copies
+        self.num_choices += zeros + constants + copies
         bound = math.sqrt(1 / in_features)
         if constants:
             self.W = nn.Parameter(torch.empty(constants, in_features).uniform_(-bound, bound))
@@ -105,7 +94,7 @@ class ZeroComputationExperts(LowRankExperts):
             self.a = nn.Parameter(torch.zeros(copies))
         own = {"B": True, "v": constants, "a": copies}
         self.up = tuple(name for name, there in own.items() if there)
-        if init_weights is False:
+        if common.get("init_weights") is False:
             for name in self.up[1:]:
                 nn.init.normal_(self.get_parameter(name), std=0.5)
 

@@ -21,6 +21,20 @@ CASES = {
     "rslora": (tiny_llama, LoraMoeConfig, {"num_experts": 4, "r": 2}, {"use_rslora": True}, "use_rslora"),
     "experts": (tiny_olmoe, EsftConfig, {"experts": {"0": [1, 3]}}, {"experts": {"0": [2, 0]}}, "experts"),
 }
+OFTEN = {
+    ("alpha", False, False), ("alpha", True, True), ("top_k", True, False), ("normalisation", False, True),
+    ("rslora", False, False), ("experts", True, True),
+}  # fmt: skip
+
+
+def combinations():
+    """Each case under each way of making and attaching a trainer; all but a few of them in the slow run."""
+    for case in CASES:
+        for model_init in (False, True):
+            for attached in (False, True):
+                ways = f"{'model_init' if model_init else 'model'}-{'attached' if attached else 'plain'}"
+                marks = () if (case, model_init, attached) in OFTEN else pytest.mark.slow
+                yield pytest.param(case, model_init, attached, id=f"{case}-{ways}", marks=marks)
 
 
 def trainer_of(folder, make, model_init, attached, max_steps):
@@ -40,9 +54,7 @@ def trainer_of(folder, make, model_init, attached, max_steps):
     return attach(trainer) if attached else trainer
 
 
-@pytest.mark.parametrize("attached", [False, True], ids=["plain", "attached"])
-@pytest.mark.parametrize("model_init", [False, True], ids=["model", "model_init"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "model_init", "attached"), combinations())
 def test_other_settings_are_refused_and_the_same_resume(case, model_init, attached, tmp_path):
     build, config, fields, changed, name = CASES[case]
 

@@ -18,6 +18,7 @@ else:
 from . import experts, losses, routers, telemetry
 from .describe import describe
 from .forward import groups, router_loss
+from .forward.replicas import synchronize_adapters
 from .hub import push_adapter
 from .integrations import CoefficientSchedule, FreezeCallback, MoeCallback, attach
 from .layers import routed_layers
@@ -89,6 +90,7 @@ __all__ = [
     "score_experts",
     "select_experts",
     "selection_table",
+    "synchronize_adapters",
     "telemetry",
 ]
 

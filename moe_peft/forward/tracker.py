@@ -274,6 +274,8 @@ class ForwardTracker(WarningKeeper):
             self.frozen.freeze(entry.module)
         if entry.is_model and entry.module.training and torch.is_grad_enabled():
             self._warn_accumulation(entry.module)
+            if not torch.compiler.is_compiling():
+                self._warn_copies(entry.module)
         return super().open(entry, args, kwargs, hooked=hooked)
 
     def finish(self, forward_pass: ForwardPass, output: Any) -> Any:

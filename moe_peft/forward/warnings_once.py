@@ -1,4 +1,4 @@
-"""What a model's forwards warn of, each once: layers outside of a forward, gradients that add up unweighed."""
+"""What a model's forwards warn of, each once: layers outside of a forward, gradients that nobody weighs or joins."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ..messages import shown, warn
 from .calls import CallKeeper
 from .forward_pass import ForwardPass
 from .joined_losses import WindowSums
+from .replicas import warning_of
 
 OUTSIDE = (
     "A routed layer in train mode ran outside a forward of its model: router losses, dropout and capacity are off "
@@ -42,12 +43,15 @@ class WarningKeeper(CallKeeper):
     Attributes:
         window: Sums of the accumulation window so far, set by the trainer's callback; None in a plain loop.
         managed: Whether a trainer's callback keeps `loss_scale` and `window`.
+        late: Names of adapters that came after the model had been split, until somebody looks at their training; the
+            keys of a dict, whose order is the same on all processes.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.window: WindowSums | None = None
         self.managed = False
+        self.late: dict[str, None] = {}
         self._warned: set[str] = set()
 
     def _forget(self) -> None:
@@ -76,6 +80,15 @@ class WarningKeeper(CallKeeper):
         if unweighed and self.loss_scale == 1.0 and parameter.grad is not None and seen == self._last_parameter:
             self._warn_once(ACCUMULATION)
         self._last_parameter = seen
+
+    def _warn_copies(self, model: nn.Module) -> None:
+        """Warn where a plain loop trains copies of an adapter that no process shares with the others."""
+        while self.late and not self.managed:
+            name = next(iter(self.late))
+            del self.late[name]
+            message = warning_of(model, name)
+            if message is not None:
+                self._warn_once(message)
 
     def _warn_unknown(self, passes: Sequence[ForwardPass]) -> None:
         for forward_pass in passes:

@@ -16,6 +16,7 @@ from ..config.config import MoeConfig
 from ..config.patterns import check_patterns
 from ..forward.find import find_trackers
 from ..forward.layout import turns_before
+from ..forward.replicas import is_split
 from ..forward.tracker import ForwardTracker
 from ..layers import LAYERS, RoutedLayer, joined_places
 from ..messages import warn
@@ -96,6 +97,8 @@ class RoutedTuner(BaseTuner):
             tracker = ForwardTracker(joined_places)
             tracker.attach(model)
         self._tracker = tracker
+        if adapter_name is not None and is_split(model):
+            tracker.late[adapter_name] = None
         for column, groups in peft_config.group_columns.items():
             tracker.group_columns[column] = tracker.group_columns.get(column, frozenset()) | groups
 

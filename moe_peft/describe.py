@@ -20,6 +20,7 @@ from .messages import shown
 from .part import ModulePart
 from .place import Place
 from .places.hidden import choose_places
+from .tables import table
 
 # Tokens of a training batch, and of one step of decoding.
 TOKENS = (2048, 1)
@@ -60,13 +61,7 @@ class Description:
             sizes = ", ".join(f"{name}={value}" for name, value in config.sizes_at(place).items())
             width = f"{place.in_features} -> {place.out_features}"
             rows.append((place.name, place.kind, width, f"{count:,}", *self._sizes(sizes)))
-        widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                f"{cell:{'>' if column == 3 else '<'}{widths[column]}}" for column, cell in enumerate(row)
-            ).rstrip()
-            for row in rows
-        ]
+        lines = [table(rows, "<<<><")]
         if self.implementations:
             ways = (
                 f"{', '.join(names)} for {tokens:,} token{'s' * (tokens > 1)}"

@@ -19,9 +19,9 @@ from torch import nn
 
 import moe_peft
 from moe_peft.backbone.sizes import num_base_weights
-from moe_peft.cli.tables import table
 from moe_peft.config.checked import CheckedConfig
 from moe_peft.place import Place
+from moe_peft.tables import table
 
 # Those of TRL's own scripts.
 RANK, DROPOUT = 16, 0.05

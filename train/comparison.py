@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_peft.tables import aligned
+
 # Script -> the curve in training, and the held-out one; of reinforcement learning the rewards.
 METRICS = dict.fromkeys(("sft", "dpo", "kto", "reward"), ("loss", "eval_loss"))
 METRICS |= dict.fromkeys(("grpo", "rloo"), ("reward", "eval_reward"))
@@ -96,12 +98,10 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         rows: What `table_of` returned.
     """
     cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    aligned = [
-        [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in cells
-    ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in aligned)
+    lines = aligned(cells)
+    widths = [len(cell) for cell in lines[0]]
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
 def _cell(value: Any) -> str:

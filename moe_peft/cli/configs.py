@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..tables import table
 from .shipped import KINDS, find_config, names_of
 
 TITLES = {
@@ -32,10 +33,8 @@ def run(argv: list[str]) -> int:
         return 0
     for kind in KINDS:
         files = names_of(kind)
-        width = max(map(len, files)) + 2
-        print(f"{kind}: {TITLES[kind]}")
-        for name, path in files.items():
-            print(f"  {name:<{width}}{_first_words(path.read_text(encoding='utf-8'))}")
+        rows = [(name, _first_words(path.read_text(encoding="utf-8"))) for name, path in files.items()]
+        print(f"{kind}: {TITLES[kind]}\n{table(rows, '<', indent=2)}")
     return 0
 
 

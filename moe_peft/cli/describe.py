@@ -12,9 +12,9 @@ import torch
 
 from ..backbone.without_weights import meta_model
 from ..describe import Description
+from ..tables import table
 from ..tools.memory import training_memory
 from .shipped import shipped
-from .tables import table
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

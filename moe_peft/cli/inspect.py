@@ -10,8 +10,8 @@ from typing import Any
 
 from ..backbone.without_weights import meta_model
 from ..hub.card import is_hub_name
+from ..tables import table
 from ..tools.health import AdapterHealth, inspect_adapter, read_config
-from .tables import table
 
 FILES = ["adapter_config.json", "adapter_model.safetensors", "routing_history.safetensors"]
 LINES = 12

@@ -10,10 +10,10 @@ from typing import Any
 
 from ..config.card_section import AUTO_CLASSES
 from ..files import write_text
+from ..tables import table
 from ..tools.health import read_config
 from ..tools.tokens import TokenRouting, token_routing
 from .inspect import local_folder
-from .tables import table
 
 COLUMNS = 6
 

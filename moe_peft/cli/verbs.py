@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..tables import table
+
 # Verb -> (module of this folder, the script that it launches if it trains, help).
 VERBS: dict[str, tuple[str, str | None, str]] = {
     "sft": ("launch", "sft", "train an adapter on texts, conversations, or prompts with completions"),
@@ -33,14 +35,15 @@ USAGE = "moe-peft VERB [arguments]; `moe-peft VERB --help` says what a verb take
 
 def help_text() -> str:
     """The help of the command itself."""
-    width = max(map(len, VERBS)) + 2
+    listed = table([(verb, words) for verb, (_, _, words) in VERBS.items()], "<", indent=2)
+    rows = dict(zip(VERBS, listed.splitlines(), strict=True))
     lines = [
         f"usage: {USAGE}",
         "",
         "Mixture-of-experts adapters for the stock Hugging Face stack.",
     ]
     for title, verbs in (("train", TRAINING), ("look, and run", LOOKING)):
-        lines += ["", f"{title}:", *(f"  {verb:<{width}}{VERBS[verb][2]}" for verb in verbs)]
+        lines += ["", f"{title}:", *(rows[verb] for verb in verbs)]
     lines += [
         "",
         "a first run:",

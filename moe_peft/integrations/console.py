@@ -11,6 +11,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..tables import table
+
 PREFIX = "moe/"
 # Statistics in the order of the columns, and their headings.
 COLUMNS = {
@@ -95,9 +97,7 @@ def routing_table(entries: Mapping[str, float], step: int) -> str:
     head = ", ".join([f"routing at step {step}", *(f"{name} {value:.4g}" for name, value in losses.items())])
     if not known:
         return head
-    width = max(map(len, rows))
-    lines = [head, "  " + " " * width + "".join(f"{COLUMNS[what]:>12}" for what in known)]
+    cells = [["", *(COLUMNS[what] for what in known)]]
     for label, row in rows.items():
-        cells = (f"{row[what]:>12.3f}" if what in row else f"{'-':>12}" for what in known)
-        lines.append(f"  {label.replace('_', ' '):<{width}}{''.join(cells)}")
-    return "\n".join(lines)
+        cells.append([label.replace("_", " "), *(f"{row[what]:.3f}" if what in row else "-" for what in known)])
+    return f"{head}\n{table(cells, indent=2)}"

@@ -11,6 +11,7 @@ from types import NoneType
 from typing import Any
 
 from ..messages import shown
+from ..tables import table
 from .scores import ExpertScores
 from .select import select_experts
 from .selected import ExpertSelection
@@ -53,10 +54,9 @@ def selection_table(selection: ExpertSelection, scores: ExpertScores | None = No
                 made = select_experts(scores, **{**asdict(rule), "normalize_scores": normalize})
                 header.append(name)
                 columns.append([str(made.counts[layer]) for layer in selection.experts])
-    lines = _aligned(header, columns)
-    ids = [" ".join(map(str, own)) for own in selection.experts.values()]
-    lines = [f"{line}  {own}".rstrip() for line, own in zip(lines, ["experts", *ids], strict=True)]
-    return "\n".join([*lines, _total(selection)])
+    columns.append([" ".join(map(str, own)) for own in selection.experts.values()])
+    rows = [(*header, "experts"), *zip(*columns, strict=True)]
+    return f"{table(rows, '>' * len(header) + '<')}\n{_total(selection)}"
 
 
 def overlap_table(selections: Mapping[str, ExpertSelection]) -> str:
@@ -82,7 +82,7 @@ def overlap_table(selections: Mapping[str, ExpertSelection]) -> str:
     for overlap in overlaps.values():
         values = [overlap.get(layer, 1.0) for layer in layers]
         columns.append([f"{value:.2f}" for value in (*values, sum(values) / max(len(values), 1))])
-    return "\n".join(_aligned(header, columns))
+    return table([header, *zip(*columns, strict=True)], ">")
 
 
 def plot_selection(selections: Mapping[str, ExpertSelection], path: str | Path) -> None:
@@ -195,10 +195,3 @@ def _total(selection: ExpertSelection) -> str:
     if selection.rule is not None:
         parts.append(str(selection.rule))
     return "; ".join(parts)
-
-
-def _aligned(header: Sequence[str], columns: Sequence[Sequence[str]]) -> list[str]:
-    """Right-aligned columns under their headers."""
-    cells = [[name, *column] for name, column in zip(header, columns, strict=True)]
-    widths, rows = [max(map(len, column)) for column in cells], zip(*cells, strict=True)
-    return ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]

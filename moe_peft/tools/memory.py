@@ -25,6 +25,7 @@ from ..backbone.structure import find_moe_layers
 from ..config.config import MoeConfig
 from ..quantization.four_bit import four_bit_bytes
 from ..quantization.loading import expert_parameters
+from ..tables import table
 
 # AdamW keeps two numbers in float32 for each that it trains.
 ADAM_BYTES = 8
@@ -89,13 +90,7 @@ class TrainingMemory:
         activations = [self.activations_checkpointed if c else self.activations for _, c in ways]
         rows.append([f"activations of {self.tokens:,} tokens", *map(_shown, activations)])
         rows.append(["together", *(_shown(self.total(four_bit=b, checkpointing=c)) for b, c in ways)])
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        return "\n".join(
-            "  ".join(
-                [f"{row[0]:<{widths[0]}}", *(f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))]
-            )
-            for row in rows
-        )
+        return table(rows)
 
 
 def training_memory(

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
+import subprocess
 import sys
+from importlib.util import find_spec
 
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import moe_peft
 from moe_peft.cli import main
+from tests.docs.pages import DOCS, programs
+from tests.train.tiny_run import make_base, words
 
 SCRIPT = """import sys, peft, beside
 print(sys.argv[1:], __name__, beside.WORD, peft.PeftType.ROUTED in peft.PEFT_TYPE_TO_CONFIG_MAPPING)
@@ -40,3 +53,47 @@ def test_what_is_not_there_is_one_line(capsys):
     assert "there is no such script. For an installed tool write -m" in capsys.readouterr().err
     assert main(["run", "-m", "no_module_of_this_name.at_all"]) == 1
     assert "there is no module of that name" in capsys.readouterr().err
+
+
+def random_adapter(folder):
+    """A base model and an adapter on it whose weights say something."""
+    base = make_base(folder / "base")
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), moe_peft.MoloraConfig(task_type="CAUSAL_LM", num_experts=4, r=4)
+    )
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder / "adapter")
+    return base, str(folder / "adapter")
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed")
+def test_the_task_of_the_page_on_evaluation_measures_the_adapted_model(tmp_path):
+    base, adapter = random_adapter(tmp_path)
+    rows = [{"question": words(i, 5), "choices": [f"w{9 + i}", f"w{30 + i}"], "answer": i % 2} for i in range(4)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tasks").mkdir()
+    (task,) = programs(DOCS / "evaluate.md", "yaml")
+    (tmp_path / "tasks/capitals.yaml").write_text(task)
+    (command,) = [own for own in programs(DOCS / "evaluate.md", "bash") if "--include_path" in own]
+    command = command.replace("Qwen/Qwen3-0.6B", base).replace("outputs/capitals", adapter)
+    name, *given = shlex.split(command.replace("\\\n", " "))
+    assert name == "moe-peft"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run([sys.executable, "-m", "moe_peft", *given], **options)
+    assert done.returncode == 0 and "|capitals|" in done.stdout, done.stderr[-3000:]
+    (log,) = (tmp_path / "outputs/lm_eval").rglob("samples_capitals_*.jsonl")
+    tokenizer, fresh = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+    model = PeftModel.from_pretrained(fresh, adapter).eval()
+    samples = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len(samples) == len(rows)
+    for sample in samples:
+        row = sample["doc"]
+        with torch.no_grad():
+            inputs = tokenizer(row["question"], return_tensors="pt")
+            scores = model(**inputs).logits[0, -1].log_softmax(-1)
+        for choice, ((found, _),) in zip(row["choices"], sample["resps"], strict=True):
+            assert float(found) == pytest.approx(scores[tokenizer.convert_tokens_to_ids(choice)].item(), abs=1e-4)

@@ -19,10 +19,10 @@ ENTRIES = {
     "moe/layers_2-3/drop_rate": 0.25,
 }
 TABLE = """routing at step 7, load_balancing 1.25
-                 entropy    max/mean     dropped
-  all places       0.900       1.500           -
-  layers 0-1       0.800           -           -
-  layers 2-3       1.000           -       0.250"""
+              entropy  max/mean  dropped
+  all places    0.900     1.500        -
+  layers 0-1    0.800         -        -
+  layers 2-3    1.000         -    0.250"""
 
 
 def test_a_table_has_a_line_for_all_places_and_for_each_group_of_layers():

@@ -58,17 +58,23 @@ def on_models(turn: int):
     seen = {*PARTS, *PAIRS}
     for number, choice in enumerate(choice for choice in TRIPLES if choice not in seen):
         if number % NUM_LAWS == turn:
-            place = list(PLACES)[(number // NUM_LAWS) % len(PLACES)]
+            places = places_of(choice)
+            place = places[(number // NUM_LAWS) % len(places)]
             params.append(pytest.param(place, choice, marks=pytest.mark.slow, id=f"{place}-{name_of(choice)}"))
     for choice in placed():
         params.append(pytest.param(PLACED[EXPERTS[choice[3]].placement][0], choice, id=name_of(choice)))
     for number, choice in enumerate(dict.fromkeys([*PARTS, *PAIRS])):
-        places = [place for place in PLACES if place == "llama" or choice[3] not in OF_LINEAR]
+        places = places_of(choice)
         for where, place in enumerate(places):
             kept = choice in PARTS and (number + turn + where) % len(places) == 0
             marks = [] if kept else [pytest.mark.slow]
             params.append(pytest.param(place, choice, marks=marks, id=f"{place}-{name_of(choice)}"))
     return pytest.mark.parametrize(("place", "choice"), params)
+
+
+def places_of(choice: Choice) -> list[str]:
+    """The tiny models on which the experts of a choice can stand."""
+    return [place for place in PLACES if place == "llama" or choice[3] not in OF_LINEAR]
 
 
 def classes_of(choice: Choice) -> list[type[Part]]:

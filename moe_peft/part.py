@@ -101,9 +101,11 @@ class ModulePart(Part):
         keeps_float32: Whether its parameters stay float32 in a 16-bit model.
         mergeable: Whether it does the same to every token, so that the adapter can become a fixed weight.
         up: Names of the parameters that start at zero and carry the result out, for a learning rate of their own.
+        ones: Names of the parameters that start at one.
     """
 
     up: tuple[str, ...] = ()
+    ones: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
     keeps_float32: bool = False
     mergeable: bool = False

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..backbone.without_weights import meta_model
+from ..config.adapter_files import COMPRESSED, CONFIG, WEIGHTS
 from ..hub.card import is_hub_name
 from ..tables import table
 from ..tools.health import AdapterHealth, inspect_adapter, read_config
 
-FILES = ["adapter_config.json", "adapter_model.safetensors", "routing_history.safetensors"]
+FILES = [CONFIG, WEIGHTS, COMPRESSED, "routing_history.safetensors"]
 LINES = 12
 
 

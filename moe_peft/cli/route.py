@@ -53,12 +53,13 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def load(folder: Path, base: str | None) -> tuple[Any, Any]:
+def load(folder: Path, base: str | None, adapter_name: str = "default") -> tuple[Any, Any]:
     """The adapted model and its tokenizer.
 
     Args:
         folder: Of the adapter; its own tokenizer counts before the base model's.
         base: Name of the base model; None takes the adapter's own.
+        adapter_name: What the adapter is called in the model.
 
     Raises:
         ValueError: No base model is known.
@@ -76,7 +77,7 @@ def load(folder: Path, base: str | None) -> tuple[Any, Any]:
     model: Any = auto_class.from_pretrained(name)
     if has_tokenizer and len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
-    return PeftModel.from_pretrained(model, str(folder)), tokenizer
+    return PeftModel.from_pretrained(model, str(folder), adapter_name=adapter_name), tokenizer
 
 
 def chosen(places: list[str], part: str | None) -> list[str]:

@@ -18,6 +18,8 @@ from ..messages import shown
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"
+# Weights in a form that is made for the way alone.
+COMPRESSED = "adapter_compressed.safetensors"
 # How safetensors' names of types without a fraction begin.
 INTEGERS = ("I", "U", "BOOL")
 
@@ -147,6 +149,8 @@ def find_weights(folder: str | Path, subfolder: str | None = None) -> Path | Non
         return path / WEIGHTS
     if (path / PICKLED_WEIGHTS).is_file():
         refuse_pickle(str(path / PICKLED_WEIGHTS))
+    if (path / COMPRESSED).is_file():
+        refuse_compressed(path)
     if (path / CONFIG).is_file():
         raise ValueError(
             f"{path} holds no {WEIGHTS}, so there are no weights to load. Name the folder that model.save_pretrained "
@@ -170,6 +174,21 @@ def refuse_pickle(name: str) -> None:
     )
 
 
+def refuse_compressed(folder: Path) -> None:
+    """Refuse weights that are compressed.
+
+    Args:
+        folder: Their folder.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(
+        f"{folder} holds a compressed adapter ({COMPRESSED}), which loads once it is decompressed: "
+        "moe-peft decompress FOLDER --output ADAPTER, or moe_peft.tools.decompress_adapter(folder, output)."
+    )
+
+
 def check_adapter_files(folder: str, subfolder: str | None, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Check the weights in a local folder; a name on the Hub is left to the loading of its weights.
 
@@ -185,6 +204,8 @@ def check_adapter_files(folder: str, subfolder: str | None, expected: Mapping[st
     if not (path / WEIGHTS).is_file():
         if (path / PICKLED_WEIGHTS).is_file():
             refuse_pickle(str(path / PICKLED_WEIGHTS))
+        if (path / COMPRESSED).is_file():
+            refuse_compressed(path)
         return
     for key, shape in read_header(path / WEIGHTS).shapes.items():
         for ending, begin in expected.items():

@@ -34,6 +34,7 @@ class VectorExperts(Experts):
     """
 
     fields: tuple[str, ...] = ("init_weights",)
+    ones = ("vectors",)
     keeps_float32 = True
     mergeable = True
 

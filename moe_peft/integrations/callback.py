@@ -9,13 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from ..forward.find import find_trackers
 from ..forward.joined_losses import WindowSums
 from ..forward.tracker import ForwardTracker
+from ..layers import routed_layers
 from ..layers.after_step import after_step
+from ..layers.router_norms import router_norms
 from ..telemetry.history import FILE_NAME, RoutingHistory
 from ..telemetry.meter import RoutingMeter, metrics_of
 from .adaptive import AdaptiveCoefficients
@@ -72,6 +76,8 @@ class MoeCallback(RestoringCallback, ExportableState):
         self._adaptive = AdaptiveCoefficients.of(kwargs["model"])
         self._adaptive.set(given or self._saved_coefficients(state))
         self.history = _resumed_history(args, state) if state.global_step > 0 else RoutingHistory()
+        if state.global_step == 0 and self.telemetry_steps and not uses_deepspeed(args):
+            self.history.initial_norms = _router_norms(kwargs["model"])
         self.meter = RoutingMeter()
 
     def on_step_begin(
@@ -220,6 +226,12 @@ def _resumed_history(args: TrainingArguments, state: TrainerState) -> RoutingHis
         if isinstance(folder, (str, Path)) and (Path(folder) / FILE_NAME).is_file():
             return RoutingHistory.load(folder)
     return RoutingHistory()
+
+
+def _router_norms(model: nn.Module) -> dict[str, torch.Tensor]:
+    """By place and adapter the lengths that tools compare with those after training."""
+    names = {name for layer in routed_layers(model) for name in layer.active_adapters if name in layer.experts}
+    return {f"{place}/{name}": own for name in sorted(names) for place, own in router_norms(model, name).items()}
 
 
 def _micro_batches(args: TrainingArguments, state: TrainerState, dataloader: Any) -> int:

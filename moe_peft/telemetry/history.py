@@ -12,18 +12,21 @@ from safetensors.torch import save_file
 from .meter import Reading
 
 FILE_NAME = "routing_history.safetensors"
+NORM = "router_norm/"
 
 
 class RoutingHistory:
     """Grows with every logging step of a run.
 
     The file holds "step" (S,) int64 and, for every place, "load/<place>/<adapter>" and "importance/<place>/<adapter>",
-    both (S, E) float32 with rows that sum to one; NaN where a place was not measured at a step.
+    both (S, E) float32 with rows that sum to one; NaN where a place was not measured at a step. "router_norm/..." is
+    (E,) float64, the length of what the place's router knew of each expert when the run began.
     """
 
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.rows: dict[str, dict[int, torch.Tensor]] = {}
+        self.initial_norms: dict[str, torch.Tensor] = {}
 
     def append(self, step: int, reading: Reading) -> None:
         """Add what was measured up to an optimizer step."""
@@ -38,7 +41,7 @@ class RoutingHistory:
         for name, rows in self.rows.items():
             missing = torch.full_like(next(iter(rows.values())), float("nan"))
             tensors[name] = torch.stack([rows.get(step, missing) for step in self.steps])
-        return tensors
+        return tensors | {f"{NORM}{place}": norms_E for place, norms_E in self.initial_norms.items()}
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write the file, whole or not at all.
@@ -71,7 +74,9 @@ class RoutingHistory:
         with safe_open(path, framework="pt") as file:
             history.steps = file.get_tensor("step").tolist()
             for name in file.keys():  # noqa: SIM118, the file is no mapping
-                if name != "step":
+                if name.startswith(NORM):
+                    history.initial_norms[name.removeprefix(NORM)] = file.get_tensor(name)
+                elif name != "step":
                     rows = zip(history.steps, file.get_tensor(name), strict=True)
                     history.rows[name] = {step: row for step, row in rows if not row.isnan().all()}
         return history

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from ..layers.router_norms import router_norms
 from .add_expert import add_expert
 from .compose import compose, train_router_alone
+from .compress import Compressed, compress_adapter, decompress_adapter
 from .data_mixing import DynamicMixing, MixedData
 from .distil import Distilled, distil_to_lora
 from .esft_files import export_esft, import_esft
@@ -25,6 +27,7 @@ from .upcycle import upcycle
 from .without_base import load_without_base
 
 __all__ = [
+    "Compressed",
     "Distilled",
     "DynamicMixing",
     "MixedData",
@@ -33,6 +36,8 @@ __all__ = [
     "SmallerAdapter",
     "add_expert",
     "compose",
+    "compress_adapter",
+    "decompress_adapter",
     "delta_similarity",
     "distil_to_lora",
     "expert_mask",
@@ -51,6 +56,7 @@ __all__ = [
     "merge_for_task",
     "prune_experts",
     "read_texts",
+    "router_norms",
     "routing_report",
     "routing_saturation",
     "slim",

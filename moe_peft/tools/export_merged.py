@@ -79,7 +79,7 @@ def export_merged(
         groups = _groups(layout, changes)
         with new_folder(folder) as growing:
             _copy(checkpoint, growing)
-            for path in [] if tokenizer is None else _tokenizer_files(Path(tokenizer)):
+            for path in [] if tokenizer is None else tokenizer_files(Path(tokenizer)):
                 shutil.copyfile(path, growing / path.name)
             with overwriting(checkpoint, growing) as files:
                 for group in groups:
@@ -127,7 +127,12 @@ def _copy(checkpoint: Checkpoint, folder: Path) -> None:
             shutil.copytree(path, folder / path.name)
 
 
-def _tokenizer_files(folder: Path) -> list[Path]:
+def tokenizer_files(folder: Path) -> list[Path]:
+    """A tokenizer's and a processor's files of a folder, with the picture that its card shows.
+
+    Args:
+        folder: Of an adapter or a model.
+    """
     return [path for pattern in BESIDE if "/" not in pattern for path in folder.glob(pattern) if path.is_file()]
 
 

@@ -234,7 +234,7 @@ def _place_health(name: str, tensors: Mapping[str, torch.Tensor], config: MoeCon
     bank = {own.removeprefix("experts."): t for own, t in tensors.items() if own.startswith("experts.")}
     sizes = {tensor.shape[0] for tensor in bank.values() if tensor.dim()}
     num_experts = sizes.pop() if len(sizes) == 1 else 1
-    ups = [own for own in bank if _carries_out(own)]
+    ups = [own for own in bank if carries_out(own)]
     dead, equal = [], []
     seen: dict[str, int] = {}
     for expert in range(num_experts):
@@ -255,9 +255,30 @@ def _place_health(name: str, tensors: Mapping[str, torch.Tensor], config: MoeCon
     return PlaceHealth(name, count, num_experts, tuple(dead), tuple(equal), norms)
 
 
-def _carries_out(name: str) -> bool:
+def carries_out(name: str) -> bool:
     """Whether a tensor of an expert starts at zero and carries its result out, as the classes of experts say."""
     return any(name == up or name.endswith(f"_{up}") for kind in _kinds(ModulePart) for up in kind.up)
+
+
+def starts_at_one(name: str) -> bool:
+    """Whether a tensor of an expert starts at one, as the classes of experts say."""
+    return any(name in kind.ones for kind in _kinds(ModulePart))
+
+
+def expert_tensors(header: AdapterFile, prefix: str) -> dict[str, tuple[str, str]]:
+    """The tensors of experts in a file: key -> name of the place, and of the tensor there.
+
+    Args:
+        header: Of the file.
+        prefix: What the attributes of the adapter's type begin with.
+    """
+    places, _ = _by_place(header, prefix)
+    own = {key: (place, rest) for place, keys in places.items() for rest, key in keys.items()}
+    return {
+        key: (place, rest.removeprefix("experts."))
+        for key, (place, rest) in own.items()
+        if rest.startswith("experts.")
+    }
 
 
 def _kinds(cls: type[Any]) -> set[type[Any]]:

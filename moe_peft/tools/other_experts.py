@@ -1,22 +1,22 @@
 """An adapter with others of its experts, beside it under a new name: some left out, some new.
 
-Which dimension of a tensor counts experts is asked of the parts: they are built twice, for one expert more.
+What the adapter trains beside its experts and routers, as whole modules and embeddings of tokens, is taken over too.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
 
+from ..config.expert_dimensions import expert_dimensions, resized
 from ..layers import RoutedLayer
 from ..messages import shown
 from ..place import Place
+from .beside import copy_further
 from .checks import check_finite_adapter, check_module, check_text
 
 # Stands for an expert that is new.
@@ -53,6 +53,7 @@ def with_experts(
     model.set_adapter(new_name)
     for name, layer in layers.items():
         _take(layer, config, new, adapter_name, new_name, experts[name])
+    copy_further(model, adapter_name, new_name)
     return layers
 
 
@@ -123,27 +124,11 @@ def routed_by_name(model: Any, adapter_name: str) -> dict[str, RoutedLayer]:
     return layers
 
 
-def resized(config: Any, num_experts: int) -> Any:
-    """A configuration for another number of experts; a token uses no more than there are.
-
-    Args:
-        config: Of an adapter.
-        num_experts: E.
-    """
-    fields: dict[str, Any] = {"num_experts": num_experts}
-    top_k = getattr(config, "top_k", None)
-    if top_k is not None:
-        fields["top_k"] = min(top_k, num_experts)
-    if num_experts == 1 and getattr(config, "norm_topk_prob", False):
-        fields["top_k"] = 1
-    return dataclasses.replace(config, **fields)
-
-
 @torch.no_grad()
 def _take(layer: RoutedLayer, old: Any, new: Any, old_name: str, new_name: str, experts: Sequence[int]) -> None:
     """Copy what an adapter has of each expert; what counts no experts is copied whole."""
     place = Place("any", layer.in_features, layer.out_features)
-    dimensions = _dimensions(new, place)
+    dimensions = expert_dimensions(new, place)
     for attribute, bank in (("experts", layer.experts), ("router", layer.router)):
         if new_name not in bank:
             continue
@@ -168,21 +153,3 @@ def _rows(experts: Sequence[int], count: int, size: int) -> list[int]:
 def _mask(rows: Sequence[int], dims: int, dimension: int, device: torch.device) -> torch.Tensor:
     known = torch.tensor([row != NEW for row in rows], device=device)
     return known.view([-1 if own == dimension else 1 for own in range(dims)])
-
-
-def _dimensions(config: Any, place: Place) -> dict[tuple[str, str], list[int]]:
-    """Which dimensions of each tensor grow with the number of experts."""
-    found: dict[tuple[str, str], list[int]] = {}
-    with torch.device("meta"):
-        one, more = (resized(config, count).build(place) for count in (config.num_experts, config.num_experts + 1))
-    pairs: list[tuple[str, nn.Module | None, nn.Module | None]] = [
-        ("experts", one.experts, more.experts),
-        ("router", one.router, more.router),
-    ]
-    for attribute, small, large in pairs:
-        if small is not None and large is not None:
-            sizes = dict(large.named_parameters())
-            for name, parameter in small.named_parameters():
-                both = zip(parameter.shape, sizes[name].shape, strict=True)
-                found[attribute, name] = [index for index, (a, b) in enumerate(both) if a != b]
-    return found

@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 from moe_peft.integrations import attach
+from moe_peft.layers.router_norms import router_norms
 from moe_peft.telemetry.history import FILE_NAME, RoutingHistory
 from tests.integrations.test_callback import adapted, rows
 
@@ -41,6 +42,11 @@ def test_every_logging_step_has_a_row_of_shares(tmp_path):
         for kind in ("load", "importance"):
             assert tensors[f"{kind}/{place}"].shape == (3, 4)
             torch.testing.assert_close(tensors[f"{kind}/{place}"].sum(1), torch.ones(3))
+    assert history.initial_norms.keys() == places
+    changed = {
+        place: own - history.initial_norms[f"{place}/default"] for place, own in router_norms(trainer.model).items()
+    }
+    assert all(own.shape == (4,) and own.any() for own in changed.values())
     logged = [entry["moe/max_over_mean_load"] for entry in trainer.state.log_history if "loss" in entry]
     loads = torch.stack([tensors[f"load/{place}"] for place in places])
     assert logged == pytest.approx((loads.amax(-1) * 4).mean(0).tolist(), rel=1e-5)
@@ -54,7 +60,8 @@ def test_a_checkpoint_holds_the_history_up_to_it_and_a_resumed_run_continues_it(
     continued, first = RoutingHistory.load(tmp_path / "whole").tensors(), early.tensors()
     assert continued["step"].tolist() == [2, 4, 6]
     for name, rows_so_far in first.items():
-        assert torch.equal(continued[name][:2], rows_so_far)
+        whole = continued[name] if name.startswith("router_norm/") else continued[name][:2]
+        assert torch.equal(whole, rows_so_far)
 
 
 def test_nothing_is_saved_where_nothing_is_measured(tmp_path):

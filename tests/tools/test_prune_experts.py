@@ -7,7 +7,8 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from moe_peft import MoloraConfig, RoutedConfig, routed_layers
-from moe_peft.tools import prune_experts
+from moe_peft.telemetry.history import RoutingHistory
+from moe_peft.tools import prune_experts, router_norms
 from tests.contract.cases import randomize
 from tests.tiny import padded_batch, tiny_llama
 from tests.tools.exported import logits
@@ -68,6 +69,56 @@ def test_equal_experts_merge_without_loss_where_pruning_has_one():
         old, new = layer.experts["default"], layer.experts["merged"]
         for place, expert in enumerate(found.kept["model.layers.0.self_attn.q_proj"]):
             torch.testing.assert_close(new.B[place].T @ new.A[place], old.B[expert].T @ old.A[expert])
+
+
+def test_the_experts_whose_router_vectors_grew_most_are_kept(tmp_path):
+    model = adapted(scorer="linear", router="top_k", top_k=2)
+    start = router_norms(model)
+    grown = {layer.place: [expert, 3 - expert] for expert, layer in enumerate(routed_layers(model))}
+    with torch.no_grad():
+        for layer in routed_layers(model):
+            weight = layer.router["default"].weight
+            weight *= 0.5  # what shrinks counts least
+            weight[grown[layer.place]] *= 4
+    found = prune_experts(model, "small", 2, BATCHES, by="router_change", initial_norms=start)
+    assert [set(own) for own in found.kept.values()] == [set(own) for own in grown.values()]
+    history = RoutingHistory()
+    history.initial_norms = {f"{place}/default": own for place, own in start.items()}
+    history.save(tmp_path)
+    again = prune_experts(model, "again", 2, BATCHES, by="router_change", initial_norms=tmp_path, merge=True)
+    assert again.kept == found.kept
+    model.save_pretrained(tmp_path, selected_adapters=["again"])
+    again.write_card(tmp_path / "again")
+    assert f"| loss after | {again.difference.loss_after:.4g} |" in (tmp_path / "again/README.md").read_text()
+
+
+def test_scores_of_ones_own_choose():
+    model = adapted()
+    scores = {layer.place: [0.0, 5.0, -1.0, 1.0] for layer in routed_layers(model)}
+    assert [*prune_experts(model, "s", 2, BATCHES, by="scores", scores=scores).kept.values()] == [[1, 3], [1, 3]]
+
+
+def test_numbers_to_choose_by_that_do_not_fit_are_refused(tmp_path):
+    model = adapted(scorer="linear", router="top_k")
+    names, norms = list(model.state_dict()), router_norms(model)
+    for fields, message in (
+        ({"by": "router_change"}, "before training"),
+        ({"by": "router_change", "initial_norms": tmp_path}, "no routing_history"),
+        ({"by": "router_change", "initial_norms": {}}, "places without"),
+        ({"by": "router_change", "initial_norms": {place: own[:2] for place, own in norms.items()}}, "4 finite"),
+        ({"by": "scores"}, "needs scores"),
+        ({"by": "scores", "scores": dict.fromkeys(norms, "many")}, "4 finite"),
+        ({"by": "scores", "scores": {place: [1, 2, 3, float("nan")] for place in norms}}, "4 finite"),
+        ({"scores": {}}, "Leave it out"),
+        ({"by": ["load"]}, "must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prune_experts(model, "small", 2, BATCHES, **fields)
+    constant = adapted(scorer="linear", router="constant")
+    starts = {layer.place: torch.ones(4) for layer in routed_layers(constant)}
+    with pytest.raises(ValueError, match="no vector for each expert"):
+        prune_experts(constant, "small", 2, BATCHES, by="router_change", initial_norms=starts)
+    assert list(model.state_dict()) == names
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..layers.router_norms import router_norms
 from .add_expert import add_expert
+from .choose_loras import ChosenLoras, choose_loras
 from .compose import compose, train_router_alone
 from .compress import Compressed, compress_adapter, decompress_adapter
 from .data_mixing import DynamicMixing, MixedData
@@ -27,6 +28,7 @@ from .upcycle import upcycle
 from .without_base import load_without_base
 
 __all__ = [
+    "ChosenLoras",
     "Compressed",
     "Distilled",
     "DynamicMixing",
@@ -35,6 +37,7 @@ __all__ = [
     "SelfContrast",
     "SmallerAdapter",
     "add_expert",
+    "choose_loras",
     "compose",
     "compress_adapter",
     "decompress_adapter",

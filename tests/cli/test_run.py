@@ -11,8 +11,9 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import moe_peft
 from moe_peft.cli import main
@@ -67,6 +68,21 @@ def random_adapter(folder):
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder / "adapter")
     return base, str(folder / "adapter")
+
+
+@torch.no_grad()
+def test_the_server_of_transformers_finds_an_adapter_beside_its_bases_configuration(tmp_path):
+    """It asks the folder's configuration for a class, and that class for the model of the folder."""
+    base, adapter = random_adapter(tmp_path)
+    AutoConfig.from_pretrained(base).save_pretrained(adapter)
+    AutoTokenizer.from_pretrained(base).save_pretrained(adapter)
+    config = AutoConfig.from_pretrained(adapter)
+    served = getattr(transformers, config.architectures[0]).from_pretrained(adapter, device_map="cpu").eval()
+    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    inputs = AutoTokenizer.from_pretrained(adapter)(words(1, 6), return_tensors="pt")
+    assert torch.equal(served(**inputs).logits, expected(**inputs).logits)
+    with expected.disable_adapter():
+        assert not torch.equal(served(**inputs).logits, expected(**inputs).logits)
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tarfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,20 +16,51 @@ ROOT = Path(__file__).parents[1]
 LEFT_OUT = {".gitignore"}
 
 
-def test_the_source_distribution_is_the_repository(tmp_path):
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """The source distribution of the files that the repository tracks."""
+    folder = tmp_path_factory.mktemp("packaging")
+    if not listed():
         pytest.skip("not a clone, so nothing says which files belong to it")
-    code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path / 'dist')!r})"
-    source = tmp_path / "source"
-    for name in listed.stdout.split():
-        if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(folder / 'dist')!r})"
+    source = folder / "source"
+    for name in listed():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes((ROOT / name).read_bytes())
     made = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr[-2000:]
-    (archive,) = (tmp_path / "dist").glob("*.tar.gz")
+    (archive,) = (folder / "dist").glob("*.tar.gz")
+    return archive
+
+
+def listed() -> list[str]:
+    found = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    return [name for name in found.stdout.split() if (ROOT / name).is_file()] if not found.returncode else []
+
+
+def test_the_source_distribution_is_the_repository(archive):
     with tarfile.open(archive) as file:
         packed = {name.partition("/")[2] for name in file.getnames()}
-    assert not [name for name in listed.stdout.split() if name not in packed | LEFT_OUT and (ROOT / name).is_file()]
+    assert not [name for name in listed() if name not in packed | LEFT_OUT]
     assert not [name for name in packed if "__pycache__" in name]
+
+
+@pytest.mark.slow
+def test_tests_of_the_source_distribution_run_from_it(archive, tmp_path):
+    with tarfile.open(archive) as file:
+        file.extractall(tmp_path, filter="data")
+    (root,) = tmp_path.iterdir()
+    slice_of_it = ["tests/test_tables.py", "tests/test_options.py", "tests/routers/test_top_k.py"]
+    assert all((root / name).is_file() for name in slice_of_it)
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *slice_of_it]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("twine") is None, reason="twine is not installed")
+def test_an_index_would_take_the_source_distribution_and_its_readme(archive):
+    command = [sys.executable, "-m", "twine", "check", "--strict", str(archive)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "PASSED" in done.stdout, done.stdout + done.stderr

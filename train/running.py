@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +30,9 @@ def run(make_parser: Callable[[], Any], main: Callable[..., Any]) -> None:
         parser = make_parser()
         main(*parser.parse_args_and_config())
     except KeyboardInterrupt:
-        print("Interrupted before training began; nothing was saved.", file=sys.stderr, flush=True)
+        interrupt_once()
+        if os.environ.get("RANK", "0") == "0":
+            print("Interrupted before training began; nothing was saved.", file=sys.stderr, flush=True)
         raise SystemExit(INTERRUPTED) from None
     except MENDABLE as error:
         if wants_traceback() or getattr(error, IN_TRAINING, False):
@@ -36,3 +40,9 @@ def run(make_parser: Callable[[], Any], main: Callable[..., Any]) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"{getattr(parser, 'prog', 'moe-peft')}: {one_line(error)}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
+
+
+def interrupt_once() -> None:
+    """Let no further Ctrl-C disturb how this process ends: a launcher passes on the one that the terminal has sent."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -17,7 +17,8 @@ from endings import check_output, finished, interrupted, make_room
 from flags import PREFIX
 from hub import complete_card, push_to_hub, save_model
 from rates import choose_rate
-from running import IN_TRAINING
+from running import IN_TRAINING, interrupt_once
+from trackers import check_trackers
 
 import moe_peft
 from moe_peft.config.config import MoeConfig
@@ -50,6 +51,7 @@ def prepare(
         config.check_loading(model_args)
     check_packing(training_args, config)
     check_output(training_args.output_dir)
+    check_trackers(training_args.report_to)
     if model_args.model_revision != "main":
         config.revision = model_args.model_revision
     training_args.resume_from_checkpoint = resume_point(training_args)
@@ -178,6 +180,7 @@ def train(trainer: Any, script_args: Any, moe_args: MoeArguments, report: Any = 
             report.before()
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     except KeyboardInterrupt:
+        interrupt_once()
         interrupted(training_args)
     except Exception as error:
         setattr(error, IN_TRAINING, True)

@@ -59,8 +59,10 @@ def run(verb: str, script: str, argv: list[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
-        code = _exit_code(error)
-        print(f"moe-peft {verb}: a process ended with exit code {code}; its own message is above.", file=sys.stderr)
+        code = exit_code(error)
+        if code != INTERRUPTED:
+            said = f"a process ended with exit code {code}; its own message is above."
+            print(f"moe-peft {verb}: {said}", file=sys.stderr)
         return code
     return 0
 
@@ -163,8 +165,19 @@ def replace_process(command: list[str], environment: dict[str, str]) -> int:
     return subprocess.call(command, env=environment)
 
 
-def _exit_code(error: Any) -> int:
-    """Exit code of the first process that failed."""
+def exit_code(error: Any) -> int:
+    """What the launcher's error means for the command: how its first failed process ended, or which signal came.
+
+    Args:
+        error: As torch's elastic launcher raises it: with `failures` of its processes, or the `sigval` that it got.
+
+    Returns:
+        As a shell counts: 128 and the number of a signal, 130 for Ctrl-C.
+    """
+    signal = getattr(error, "sigval", None)
+    if signal is not None:
+        return 128 + int(signal)
     failures = getattr(error, "failures", None) or {}
-    codes = [failure.exitcode for failure in failures.values() if failure.exitcode > 0]
-    return codes[0] if codes else 1
+    codes = [failure.exitcode for failure in failures.values()]
+    # A process that a signal ended has its negative number.
+    return next((code for code in codes if code > 0), 128 - codes[0] if codes else 1)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from moe_peft.cli import launch, main
 from moe_peft.cli.shipped import names_of, shipped
@@ -83,6 +88,48 @@ def test_a_run_by_the_module_trains_and_a_mistake_is_one_line(tmp_path):
     assert wrong.returncode == 1 and "Traceback" not in wrong.stderr + wrong.stdout
     last = wrong.stderr.strip().splitlines()[-1]
     assert last.startswith("moe-peft sft: RoutedConfig: top_k=9 must be between 1 and num_experts=4")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (SignalException("", signal.SIGINT), 130),
+        (SignalException("", signal.SIGTERM), 143),
+        (SimpleNamespace(failures={0: SimpleNamespace(exitcode=130)}), 130),
+        (SimpleNamespace(failures={0: SimpleNamespace(exitcode=-9)}), 137),
+        (SimpleNamespace(failures={1: SimpleNamespace(exitcode=2), 0: SimpleNamespace(exitcode=1)}), 2),
+        (RuntimeError(), 1),
+    ],
+)
+def test_the_command_ends_as_its_first_process_or_its_signal_says(error, code):
+    assert launch.exit_code(error) == code
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+def test_ctrl_c_ends_several_processes_with_130_and_one_line(tmp_path):
+    base = make_base(tmp_path / "base")
+    data = make_data(tmp_path / "data", [{"text": words(i, 5)} for i in range(10)])
+    values = {"bf16": None, "use_cpu": None, "max_steps": 100_000, "save_steps": 5, "save_total_limit": 2}
+    run = write_run(tmp_path, model_name_or_path=base, dataset_name=data, ddp_find_unused_parameters=False, **values)
+    command = [sys.executable, "-m", "moe_peft", "sft", "--config", str(run), "--num_processes", "2", "--use_cpu"]
+    log = (tmp_path / "log.txt").open("w+")
+    options = {"stdout": log, "stderr": log, "cwd": tmp_path, "env": environment(tmp_path)}
+    started = subprocess.Popen(command, start_new_session=True, **options)
+    try:
+        until = time.monotonic() + 280
+        while started.poll() is None and not list(tmp_path.glob("out/checkpoint-*/trainer_state.json")):
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        # As a terminal does: to every process of the group.
+        os.killpg(started.pid, signal.SIGINT)
+        assert started.wait(120) == 130, (tmp_path / "log.txt").read_text()[-3000:]
+    finally:
+        if started.poll() is None:
+            os.killpg(started.pid, signal.SIGKILL)
+        log.close()
+    printed = (tmp_path / "log.txt").read_text()
+    assert printed.count("Interrupted") == 1 and "Traceback" not in printed, printed[-3000:]
 
 
 @pytest.mark.slow

@@ -46,7 +46,9 @@ def settings(folder, **fields):
 def plain_trainer(folder, tokenizer, tracker, **fields):
     data = Dataset.from_list([{k: v for k, v in row.items() if k != "task_type"} for row in rows(8)])
     args = TrainingArguments(**settings(folder, eval_strategy="steps", eval_steps=4, **fields))
-    return Trainer(model=adapted(), args=args, train_dataset=data, eval_dataset=data, callbacks=[tracker])
+    return Trainer(
+        model=adapted(), args=args, train_dataset=data, eval_dataset=data, callbacks=[tracker] if tracker else None
+    )
 
 
 def sft_trainer(folder, tokenizer, tracker, **fields):

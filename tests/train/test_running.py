@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -40,7 +42,14 @@ def test_an_error_of_training_keeps_its_traceback_and_one_can_be_asked_for(monke
         ending(ValueError("b"), monkeypatch, MOE_PEFT_TRACEBACK="1")
 
 
-def test_ctrl_c_ends_with_130(monkeypatch, capsys):
-    with pytest.raises(SystemExit) as end:
-        ending(KeyboardInterrupt(), monkeypatch)
-    assert end.value.code == 130 and "nothing was saved" in capsys.readouterr().err
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ctrl_c_ends_with_130_and_is_said_once_whatever_a_launcher_passes_on(rank, monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as end:
+            ending(KeyboardInterrupt(), monkeypatch, RANK=rank)
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert end.value.code == 130
+    assert ("nothing was saved" in capsys.readouterr().err) == (rank == "0")

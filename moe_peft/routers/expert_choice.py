@@ -11,11 +11,14 @@ balance loss of selections goes with it.
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 
 from ..types import Routing, TokenContext
 from .capacity import places, rank_by_score
 from .selector import Selector
 
+# Scores closer than this many last bits are equal: vectorised gates differ by one or two between tokens of one score.
+LAST_BITS = 4
 # Experts of a token in the mean, where the configuration says nothing (the paper's).
 CAPACITY_FACTOR = 2.0
 
@@ -55,9 +58,20 @@ class ExpertChoice(Selector):
                 "the tokens of whole rows. Set chunk_size_feed_forward=0 in the model's configuration (or switch "
                 "tiling off), or use another router."
             )
-        rank_TE, lengths_S, owner_T = rank_by_score(probs_TE.detach(), context)
+        rank_TE, lengths_S, owner_T = rank_by_score(_levels(probs_TE.detach()), context)
         taken_TE = rank_TE <= places(lengths_S, self.capacity_factor, num_experts)[owner_T][:, None]
         if context.valid is not None:
             taken_TE = taken_TE & context.valid[:, None]
         weights_TE = probs_TE.masked_fill(~taken_TE, 0.0)
         return Routing(weights=weights_TE, experts=None, logits=logits_TE, probs=probs_TE, context=context)
+
+
+def _levels(scores_TE: torch.Tensor) -> torch.Tensor:
+    """(T, E) numbers in the order of the scores of each expert, equal where only rounding tells scores apart.
+
+    Tokens of one task or one token id are taken in their order then, whatever stands beside them in the batch.
+    """
+    sorted_TE, order_TE = scores_TE.sort(dim=0, descending=True)
+    rounding_TE = LAST_BITS * torch.finfo(scores_TE.dtype).eps * sorted_TE[1:].abs()
+    below_TE = F.pad((sorted_TE[:-1] - sorted_TE[1:] > rounding_TE).long(), (0, 0, 1, 0)).cumsum(0)
+    return torch.zeros_like(scores_TE).scatter(0, order_TE, -below_TE.to(scores_TE.dtype))

@@ -54,6 +54,19 @@ def test_equal_scores_are_served_in_the_order_of_the_tokens():
     assert router(x, TokenContext()).request_matrix()[:2].all() and not router(x, TokenContext()).weights[2:].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tokens_of_one_score_are_equal_whatever_a_vectorised_gate_makes_of_them(dtype):
+    generator, differed = torch.Generator().manual_seed(0), False
+    for count in [3, 5, 7, 11, 13, 23] * 30:
+        z_TE = torch.randn(3, generator=generator, dtype=dtype).expand(count, 3).contiguous()
+        probs_TE = z_TE.sigmoid()
+        differed |= bool((probs_TE != probs_TE[:1]).any())
+        taken_TE = ExpertChoice(capacity_factor=0.5)(z_TE, probs_TE, TokenContext(), 3).request_matrix().bool()
+        places = max(1, math.ceil(count / 6))
+        assert taken_TE[:places].all() and not taken_TE[places:].any()
+    assert differed, "no gate of this machine differs between equal tokens: other numbers are needed"
+
+
 def test_it_is_for_encoders_and_refused_for_causal_models():
     with pytest.raises(ValueError, match=r"causal language model, or allow_non_causal=True: with ExpertChoice"):
         RoutedConfig(router="expert_choice", task_type="CAUSAL_LM")

@@ -19,10 +19,12 @@ from peft import get_peft_model
 from timing import write
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig, BertModel
 
 import moe_peft
 from moe_peft import RoutedConfig, routed_layers
-from moe_peft.tools import merge_for_task
+from moe_peft.ops import mean_softplus
+from moe_peft.tools import merge_for_task, slim
 from moe_peft.types import Routing, TokenContext
 
 WIDTH, TOKENS, CLUSTERS = 16, 256, 8
@@ -165,6 +167,76 @@ def merge_error(seed: int, steps: int) -> float:
     return worst
 
 
+def unknown_winners(seed: int, steps: int) -> tuple[float, float]:
+    """Share of the tokens whose winner a router does not know, before and after training with competitions."""
+    args = {"compete_rate": 0.3, "warm_up": steps // 10}
+    fields = {"scorer": "compete", "router_args": args, "losses": {"router_distillation": 1.0}, "num_experts": 4}
+    model, task = adapted(seed, top_k=2, norm_topk_prob=True, init_weights=False, **fields), Task(seed)
+    (layer,) = routed_layers(model)
+    bank = layer.experts["default"]
+
+    @torch.no_grad()
+    def missed() -> float:
+        x = task.batch()[0]
+        answers_TE = mean_softplus(*bank.responses(bank.activations(bank.prepare(x, TokenContext()))))
+        return float((decided(model, x).probs.argmax(-1) != answers_TE.argmax(-1)).float().mean())
+
+    before = missed()
+    train(model, task, steps)
+    return before, missed()
+
+
+def slimmed(seed: int, steps: int, grows: bool) -> dict[int, float]:
+    """Error at k of 8 experts over that at 8, after training with a growing k or with all of them, randomly routed."""
+    fields = {"scorer": "fixed_random", "num_experts": 8, "router": "top_k", "norm_topk_prob": True}
+    model, task = adapted(seed, top_k=8, **fields), Task(seed)
+    (layer,), done = routed_layers(model), [0]
+    select = layer.router["default"].select
+
+    def grow() -> None:
+        done[0] += 1
+        select.top_k = 1 + min(7, done[0] * 8 // steps) if grows else 8
+
+    select.top_k = 1 if grows else 8
+    train(model, task, steps, grow)
+    x, wanted = task.batch()
+    errors = {}
+    for k in (1, 2, 4, 8):
+        with slim(model, top_k=k), torch.no_grad():
+            errors[k] = float(nn.functional.mse_loss(model(x), wanted))
+    return {k: error / errors[8] for k, error in errors.items()}
+
+
+def row_unevenness(seed: int, steps: int, router: str) -> float:
+    """Largest over mean load of the rows of an encoder's batch with padding, on average over rows and layers."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    base = BertModel(BertConfig(vocab_size=64, attn_implementation="eager", **sizes), add_pooling_layer=False)
+    more = {"capacity_factor": 2.0} if router == "expert_choice" else {"top_k": 2}
+    config = RoutedConfig(router=router, num_experts=4, r=4, router_aux_loss_coef=0.0, **more)
+    model = get_peft_model(base, config).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    lengths = torch.tensor([24, 17, 9, 13])
+    batch = {"attention_mask": (torch.arange(24) < lengths[:, None]).long()}
+    batch["input_ids"] = torch.randint(64, (4, 24)).clamp(max=20)  # one id comes oftener than all others
+    wanted = torch.randn(4, 24, 32)
+    for _ in range(max(steps // 10, 1)):
+        nn.functional.mse_loss(model(**batch).last_hidden_state, wanted).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ratios: list[float] = []
+
+    def read(module: nn.Module, args: Any, routing: Routing) -> None:
+        for load_E in routing.request_matrix().view(4, 24, -1).sum(1):
+            ratios.append(float(load_E.max() / load_E.mean()))
+
+    for layer in routed_layers(model):
+        layer.router["default"].register_forward_hook(read)
+    with torch.no_grad():
+        model.eval()(**batch)
+    return sum(ratios) / len(ratios)
+
+
 def row(promise: str, setting: str, promised: str, values: list[float], form: str = "{:.2f}") -> Row:
     """A row of the table, with a figure for each seed."""
     shown = ", ".join(form.format(value) for value in values)
@@ -197,8 +269,24 @@ def measured(seeds: list[int], steps: int) -> Iterator[Row]:
         text = f"{operations:.2f} times the operations, {parameters:.2f} times the parameters"
         promise = "CP costs the same for any E: 64 experts over 4"
         yield {"promise": promise, "setting": experts, "promised": promised, "measured": text}
-    errors = [merge_error(seed, steps) for seed in seeds]
-    yield row("tables of tasks merge exactly", "2 tasks, float64", "below 1e-12", errors, "{:.0e}")
+    winners = [unknown_winners(seed, steps) for seed in seeds]
+    for when, name in enumerate(("at the start", "after training")):
+        promised = "" if not when else "less than at the start"
+        yield row("a router learns who wins: share it does not know", name, promised, [own[when] for own in winners])
+    for grows in (False, True):
+        errors = [slimmed(seed, steps, grows) for seed in seeds]
+        for k in (4, 2, 1):
+            setting = f"k=8 slimmed to {k}" if not grows else f"k grown to 8, slimmed to {k}"
+            promised = "falls with each more" if grows else ""
+            yield row(
+                "fewer experts than trained: error over that at 8", setting, promised, [own[k] for own in errors]
+            )
+    for router in ("top_k", "expert_choice"):
+        load = [row_unevenness(seed, steps, router) for seed in seeds]
+        promised = "" if router == "top_k" else "1.00"
+        yield row("experts that choose have even loads in an encoder: largest over mean", router, promised, load)
+    merged = [merge_error(seed, steps) for seed in seeds]
+    yield row("tables of tasks merge exactly", "2 tasks, float64", "below 1e-12", merged, "{:.0e}")
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 # Words of `Part.gives` and `Part.needs` that are no names in `Routing.extras`.
-ABILITIES = frozenset({"selection", "activations", "shared_activations", "extra_scores"})
+ABILITIES = frozenset({"selection", "activations", "shared_activations", "responses", "extra_scores"})
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Part:
         fields: Names of the configuration's fields that the constructor takes by keyword, beside sizes.
         options: Further keywords of the constructor, which `router_args`, `experts_args` and `losses` set.
         gives: What is there for other parts: "selection" (some experts are left out), "activations" (A_e x of each
-            expert apart), "shared_activations" (A x of all together), "extra_scores" (scores of more columns than
-            experts), or names in `Routing.extras`.
+            expert apart), "shared_activations" (A x of all together), "responses" (what each expert alone would add),
+            "extra_scores" (scores of more columns than experts), or names in `Routing.extras`.
         needs: What it asks of the other parts of a layer, in the same words.
         context_needs: Names of what `TokenContext` must hold, in evaluation too: "sequences" for mask and sequences,
             which training passes always know, and what is beyond them.

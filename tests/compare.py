@@ -58,6 +58,7 @@ def full_routing(num_tokens: int, num_experts: int, top_k: int | None = None, **
     """A random decision that holds all that losses may ask for; arguments as in `random_routing`."""
     routing = random_routing(num_tokens, num_experts, top_k, **settings)
     extras = {"null_probs": routing.probs[:, :2] / 3, "sparsity": routing.logits[:, 0] / 9 - 1}
+    extras |= {"student_probs": routing.probs, "teacher_probs": routing.probs.detach() / 2}
     return replace(routing, extras=extras)
 
 

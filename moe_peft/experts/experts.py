@@ -120,6 +120,17 @@ class Experts(ModulePart, nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} keeps no activations of each expert apart.")
 
+    def responses(self, activations_TEr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What each expert alone would add under the weight one, as products; kinds that have it give "responses".
+
+        Args:
+            activations_TEr: Of `activations`.
+
+        Returns:
+            (T, E, r) and (E, r, O), whose product of an expert's r columns and rows is its (T, O).
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not tell what each expert alone would add.")
+
     def combine(
         self, h: torch.Tensor, base_out_TO: torch.Tensor, routing: Routing, *, in_place: bool = False
     ) -> torch.Tensor:
@@ -279,6 +290,20 @@ class Experts(ModulePart, nn.Module):
         tolerance = float(S_R[0]) * max(delta_OD.shape) * torch.finfo(delta_OD.dtype).eps
         rank = max(int((tolerance < S_R).sum()), 1)
         return V_RD[:rank], U_OR[:, :rank] * S_R[:rank]
+
+    def mean_factors(self, weights_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A low-rank pair of one expert's rank that stands for the experts' mean, by their weights.
+
+        Kinds with two matrices for each expert take the mean of either, which is not that of the products; the other
+        kinds have `delta_factors` of that rank.
+
+        Args:
+            weights_E: (E,) combine weights.
+
+        Returns:
+            A (r, D) and B (O, r), float32 or wider.
+        """
+        return self.delta_factors(weights_E)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Experts:
         """Follow a change of device, but never one to a 16-bit dtype, where the parameters stay float32."""

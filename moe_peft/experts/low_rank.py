@@ -68,7 +68,7 @@ class LowRankExperts(RankedExperts):
             "Further experts that every token uses with weight one.",
         ),
     )
-    gives = frozenset({"activations"})
+    gives = frozenset({"activations", "responses"})
     up: tuple[str, ...] = ("B",)
     mergeable = True
     casts_input = True
@@ -79,6 +79,8 @@ class LowRankExperts(RankedExperts):
         """Note whether a kind reads and combines in its own way, which the ops know nothing of."""
         super().__init_subclass__(**kwargs)
         cls._as_defined = cls.prepare is LowRankExperts.prepare and cls.combine is LowRankExperts.combine
+        if not cls._as_defined and not {"gives", "responses"} & set(cls.__dict__):
+            cls.gives = cls.gives - {"responses"}
 
     def __init__(
         self,
@@ -146,6 +148,13 @@ class LowRankExperts(RankedExperts):
     def activations(self, h: torch.Tensor) -> torch.Tensor:
         """(T, E, r) of all down projections, without those of shared experts."""
         return h.view(h.shape[0], *self.A.shape[:2])[:, : self.num_choices]
+
+    def responses(self, activations_TEr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Activations behind the nonlinearity, with the scale, and the up matrices; see `Experts.responses`."""
+        act = self.activation(TokenContext())
+        if act is not None:
+            activations_TEr = act(activations_TEr.flatten(1)).view_as(activations_TEr)
+        return self.scaling * activations_TEr, self.B[: self.num_choices]
 
     def undropped(self, x_TD: torch.Tensor, h: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """Down projections of the input as it is; see `Experts.undropped`."""
@@ -256,6 +265,15 @@ class LowRankExperts(RankedExperts):
         weights_E = torch.cat([weights_E.to(dtype), torch.ones(self.shared, dtype=dtype, device=weights_E.device)])
         B_RO = (self.B.to(dtype) * weights_E.to(self.B.device)[:, None, None]).reshape(-1, self.B.shape[-1])
         return self.A.to(dtype).reshape(-1, self.A.shape[-1]), self.scaling * B_RO.T
+
+    def mean_factors(self, weights_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Means of A_e and of s B_e, the latter times sum w_e, and shared pairs below; see `Experts.mean_factors`."""
+        dtype, E = torch.promote_types(self.A.dtype, torch.float32), self.num_choices
+        A, B, weights = self.A.to(dtype), self.scaling * self.B.to(dtype), weights_E.to(self.A.device, dtype)
+        total = weights.sum()
+        shares = weights / total if total != 0 else weights
+        A_rD, B_rO = (torch.einsum("e,erd->rd", own, of) for own, of in ((shares, A[:E]), (weights, B[:E])))
+        return torch.cat([A_rD, *A[E:]]), torch.cat([B_rO, *B[E:]]).T
 
     def delta_weight(self, weights_E: torch.Tensor) -> torch.Tensor:
         """S * sum_e w_e B_e A_e; arguments as in `Experts.delta_weight`."""

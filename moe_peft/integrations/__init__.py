@@ -5,6 +5,7 @@ from __future__ import annotations
 from .attach import attach
 from .callback import MoeCallback
 from .collator import GroupCollator
+from .consistency import consistent, consistent_loss, twice
 from .ewc import EwcCallback, Fisher, fisher_information
 from .freezing import FreezeCallback
 from .scheduled_value import ScheduledValue
@@ -19,5 +20,8 @@ __all__ = [
     "MoeCallback",
     "ScheduledValue",
     "attach",
+    "consistent",
+    "consistent_loss",
     "fisher_information",
+    "twice",
 ]

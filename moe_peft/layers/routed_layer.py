@@ -80,6 +80,9 @@ class RoutedLayer(MergingLayer):
         if router.reads == "activations":
             decide = partial(self.route, adapter_name, context=context)
             return bank(read_TD, out_TO, PendingRouting(context, decide), in_place=in_place)
+        if router.probes(context):
+            decide = partial(self._route_by_responses, adapter_name, x_TD, context)
+            return bank(read_TD, out_TO, PendingRouting(context, decide), in_place=in_place)
         weight = router.constant_weight
         if weight is not None and self._undecided(adapter_name, router, bank):
             out = bank.add_all(read_TD, out_TO, weight, context, in_place=in_place)
@@ -127,6 +130,13 @@ class RoutedLayer(MergingLayer):
             context: What is known about the tokens.
         """
         return self.note(adapter_name, self.router[adapter_name](x_TD, context))
+
+    def _route_by_responses(
+        self, adapter_name: str, x_TD: torch.Tensor, context: TokenContext, activations_TEr: torch.Tensor
+    ) -> Routing:
+        """Let an adapter's router decide by what each expert would add, and note the decision."""
+        responses = self.experts[adapter_name].responses(activations_TEr)
+        return self.note(adapter_name, self.router[adapter_name](x_TD, context, responses))
 
     def check_rows(self, adapter_names: list[str], x: torch.Tensor, min_dim: int = 1) -> None:
         """Refuse adapter names that cannot be matched with the rows of an input.

@@ -93,6 +93,16 @@ class RoutedLinear(LinearLayer):
         factors: tuple[torch.Tensor, torch.Tensor] = self.experts[adapter_name].delta_factors(weights_E)
         return factors
 
+    def get_mean_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The low-rank pair of one expert's rank that stands for the mean of a mergeable adapter's experts.
+
+        Returns:
+            A (R, D) and B (O, R), also for a `Conv1D`.
+        """
+        weights_E = constant_weights(self.router[adapter_name], self.in_features)
+        factors: tuple[torch.Tensor, torch.Tensor] = self.experts[adapter_name].mean_factors(weights_E)
+        return factors
+
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """The matrix a mergeable adapter adds to the base weight.
 

@@ -11,6 +11,7 @@ from .importance import Importance, importance
 from .load_balancing import GShardLoadBalancing, LoadBalancing, gshard_load_balancing, load_balancing
 from .localized_balancing import LocalizedBalancing
 from .null_load_balancing import NullLoadBalancing
+from .router_distillation import RouterDistillation
 from .sparsity_bound import SparsityBound
 from .token_entropy import TokenEntropy
 from .z_loss import ZLoss, z_loss
@@ -28,6 +29,7 @@ LOSSES: dict[str, type[RouterLoss]] = {
     "entropy_balance": EntropyBalance,
     "certainty_balance": CertaintyBalance,
     "expert_clusters": ExpertClusters,
+    "router_distillation": RouterDistillation,
 }
 
 __all__ = [

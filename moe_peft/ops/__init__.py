@@ -13,6 +13,7 @@ from .dense import combine_experts, dense_experts
 from .dtypes import autocast_is_on, cast_to_compute_dtype, compute_dtype, outside_autocast, without_rounding
 from .eager import eager_experts
 from .gather import gather_experts
+from .mean_softplus import mean_softplus
 from .project import keeps_a_graph, project, worth_a_function
 from .sorted_slots import grouped_experts, segment_experts
 
@@ -39,6 +40,7 @@ __all__ = [
     "grouped_experts",
     "joins",
     "keeps_a_graph",
+    "mean_softplus",
     "outside_autocast",
     "project",
     "segment_experts",

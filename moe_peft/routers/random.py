@@ -4,8 +4,9 @@
     evaluation   w_e = 1 / E
 
 AdaMix (Wang et al., arXiv 2205.12410) and THOR (Zuo et al., arXiv 2110.04260), whose loss of two passes that must
-agree is left to the training loop. As nothing depends on the input in evaluation, the adapter merges, into the mean of
-what the experts add; AdaMix takes the mean of their matrices instead, which is the same where they share one of both.
+agree is `moe_peft.integrations.consistent`. As nothing depends on the input in evaluation, the adapter merges, into
+the mean of what the experts add; AdaMix takes the mean of their matrices instead (`average_experts`), which is the
+same where they share one of both.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class RandomRouter(Router):
         init_std: float | None = None,
     ) -> None:
         super().__init__(in_features, num_experts, routed_scaling_factor=routed_scaling_factor)
-        self.draw_for = draw_for
+        self.draw_for, self.one_draw = draw_for, draw_for == "batch"
 
     def scores(self, x: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """Score all experts alike; arguments as in `Router.scores`."""

@@ -9,12 +9,15 @@ from ..options import option_values
 from ..part import Part
 from .activation_abs import ActivationAbs
 from .activation_norm import ActivationNorm
+from .balanced_assignment import BalancedAssignment
 from .bias_balanced import BiasBalanced
 from .capacity import Capacity, CapacityRouter
 from .centroid import Centroid
+from .compete import Compete
 from .constant import ConstantRouter
 from .cosine import Cosine
 from .dense import Dense, DenseRouter
+from .domain_embedding import DomainEmbedding
 from .entmax import Entmax
 from .entropy_top_k import EntropyTopK
 from .expert_choice import ExpertChoice
@@ -30,6 +33,7 @@ from .mean_activation import MeanActivation
 from .mixture import MixtureRouter
 from .null_top_k import NullTopK
 from .positive import Positive
+from .product_keys import ProductKeys
 from .prompt_mean import PromptMean
 from .random import RandomRouter
 from .relaxed_bernoulli import RelaxedBernoulli
@@ -43,6 +47,7 @@ from .task_table import TaskTable
 from .threshold import Threshold
 from .token_hash import TokenHash
 from .token_mask import TokenMask
+from .token_student import TokenStudent
 from .top_k import TopK, TopKRouter
 from .top_p import TopP
 from .tree import Tree
@@ -69,6 +74,10 @@ SCORERS: dict[str, type[Router]] = {
     "token_mask": TokenMask,
     "tree": Tree,
     "two_layer": TwoLayer,
+    "compete": Compete,
+    "domain_embedding": DomainEmbedding,
+    "product_keys": ProductKeys,
+    "token_student": TokenStudent,
 }
 # p = gate(z)
 GATES: dict[str, type[Gate]] = {
@@ -94,6 +103,7 @@ SELECTORS: dict[str, type[Selector]] = {
     "expert_choice": ExpertChoice,
     "sparsemixer": SparseMixer,
     "expert_prototyping": ExpertPrototyping,
+    "balanced_assignment": BalancedAssignment,
 }
 # Whole routers; those with the name of a selector are its router with linear scores and a softmax.
 ROUTERS: dict[str, type[Router]] = {

@@ -49,6 +49,9 @@ class Router(ModulePart, nn.Module):
             what the context holds.
         gives: "extra_scores", further columns that a selector reads, where a scorer is not limited to the experts.
         learns: Whether it has parameters that the task or a router loss trains.
+        descriptions: Name of the parameter that holds a description of each expert (E, width), of routers that make
+            their rows of it; tools set it.
+        one_draw: Whether what a training pass draws at random holds for all of its rows.
         takes_prototypes: Whether its `weight` holds a vector of the input's space for each expert, which tools set.
         perturbs_training: Whether training passes may decide otherwise than evaluation does: with jitter, dropped
             gates, a capacity or sampled gates. Trainers that compare two passes of a model set it to False.
@@ -59,6 +62,8 @@ class Router(ModulePart, nn.Module):
     gives = frozenset({"extra_scores"})
     reads: Reads = "input"
     learns: bool = False
+    descriptions: str | None = None
+    one_draw: bool = False
     takes_prototypes: bool = False
     keeps_float32 = True
     varies = frozenset({"expert_dropout"})
@@ -200,6 +205,14 @@ class Router(ModulePart, nn.Module):
             (num_scores, D), which the experts' GEMM may take along; None where the scores are anything else.
         """
         return None
+
+    def probes(self, context: TokenContext) -> bool:
+        """Whether this pass's decision also reads what each expert would add, a third argument of its forward then.
+
+        Args:
+            context: What is known about the tokens.
+        """
+        return False
 
     def decide(self, logits_TE: torch.Tensor, context: TokenContext) -> Routing:
         """Turn scores into a decision.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..layers.router_norms import router_norms
 from .add_expert import add_expert
+from .average_experts import Averaged, average_experts
 from .choose_loras import ChosenLoras, choose_loras
 from .compose import compose, train_router_alone
 from .compress import Compressed, compress_adapter, decompress_adapter
@@ -12,6 +13,7 @@ from .distil import Distilled, distil_to_lora
 from .esft_files import export_esft, import_esft
 from .expert_lora_files import export_expert_lora, export_per_expert, import_expert_lora
 from .expert_mask import expert_mask
+from .expert_vectors import describe_experts
 from .export_lora import export_lora
 from .export_merged import export_merged
 from .merge_for_task import merge_for_task
@@ -28,6 +30,7 @@ from .upcycle import upcycle
 from .without_base import load_without_base
 
 __all__ = [
+    "Averaged",
     "ChosenLoras",
     "Compressed",
     "Distilled",
@@ -37,11 +40,13 @@ __all__ = [
     "SelfContrast",
     "SmallerAdapter",
     "add_expert",
+    "average_experts",
     "choose_loras",
     "compose",
     "compress_adapter",
     "decompress_adapter",
     "delta_similarity",
+    "describe_experts",
     "distil_to_lora",
     "expert_mask",
     "export_esft",

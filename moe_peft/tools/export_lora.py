@@ -6,6 +6,8 @@ pair is [A_1; ...; A_E] and s [w_1 B_1, ..., w_E B_E], without a singular value 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from .beside import further_tensors
 from .checks import check_peft_model
 from .expert_lora_files import PREFIX, WEIGHTS, export_expert_lora
 from .merge_for_task import decided
+from .other_experts import routed_by_name
 
 WAYS = (
     "Merge it into the weights (export_merged) where that is exact, distil it to one LoRA with a measured error "
@@ -56,11 +59,33 @@ def export_lora(
         return
     with decided(model, adapter_name, task):
         _check(model, layers, adapter_name)
-        config, tensors = _pairs(model, adapter_name)
+        named = routed_by_name(model, adapter_name)
+        pairs = {name: own.get_delta_factors(adapter_name) for name, own in named.items()}  # type: ignore[operator]
+    with write_lora(model, folder, adapter_name, pairs):
+        pass
+
+
+@contextmanager
+def write_lora(
+    model: PeftModel, folder: str | Path, adapter_name: str, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+) -> Iterator[Path]:
+    """Write pairs in the place of an adapter's experts as a stock LoRA, with what was trained beside them.
+
+    Args:
+        model: A model with the adapter.
+        folder: The folder to make; it is there once the block ends without an error.
+        adapter_name: Which adapter.
+        pairs: Full name of each of its layers -> A (R, D) and B (O, R), with the scale in it.
+
+    Yields:
+        The folder while it is made, for further files.
+    """
+    config, tensors = _pairs(model, adapter_name, pairs)
     tensors |= further_tensors(model, adapter_name)
     with new_folder(folder) as growing:
         config.save_pretrained(str(growing))
         save_file(tensors, growing / WEIGHTS, metadata={"format": "pt"})
+        yield growing
 
 
 def _check(model: PeftModel, layers: list[RoutedLayer], adapter_name: str) -> None:
@@ -76,19 +101,17 @@ def _check(model: PeftModel, layers: list[RoutedLayer], adapter_name: str) -> No
     check_merges(base, plan, safe_merge=False)
 
 
-@torch.no_grad()
-def _pairs(model: PeftModel, adapter_name: str) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+def _pairs(
+    model: PeftModel, adapter_name: str, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """The stock configuration, whose scale is one everywhere, and the pairs by their names in a file."""
     tensors: dict[str, torch.Tensor] = {}
-    ranks: dict[str, int] = {}
-    transposed = False
-    for name, layer in model.get_base_model().named_modules():
-        if isinstance(layer, RoutedLayer) and adapter_name in layer.experts:
-            A_RD, B_OR = layer.get_delta_factors(adapter_name)  # type: ignore[operator]
-            ranks[name] = len(A_RD)
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = A_RD.detach().cpu().clone().contiguous()
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = B_OR.detach().cpu().clone().contiguous()
-            transposed |= isinstance(layer.get_base_layer(), Conv1D)
+    for name, pair in pairs.items():
+        for letter, factor in zip("AB", pair, strict=True):
+            tensors[f"{PREFIX}{name}.lora_{letter}.weight"] = factor.detach().cpu().clone().contiguous()
+    ranks = {name: len(A_RD) for name, (A_RD, _) in pairs.items()}
+    layers = routed_by_name(model, adapter_name)
+    transposed = any(isinstance(layers[name].get_base_layer(), Conv1D) for name in pairs)
     own: Any = model.peft_config[adapter_name]
     rank = max(ranks.values())
     others = {name: own_rank for name, own_rank in ranks.items() if own_rank != rank}

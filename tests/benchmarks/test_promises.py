@@ -57,3 +57,20 @@ def test_the_cost_of_diagonals_does_not_grow_with_the_experts(promises):
 @every_seed
 def test_tables_of_tasks_merge_exactly(promises, seed):
     assert promises.merge_error(seed, STEPS) < 1e-12
+
+
+@every_seed
+def test_a_router_learns_which_experts_win(promises, seed):
+    before, after = promises.unknown_winners(seed, STEPS)
+    assert after < min(0.5, before)
+
+
+@every_seed
+def test_an_adapter_that_grew_is_better_with_each_expert_more(promises, seed):
+    grown = promises.slimmed(seed, STEPS, grows=True)
+    assert grown[1] > grown[2] > grown[4] > grown[8] == 1
+
+
+@every_seed
+def test_experts_that_choose_tokens_are_used_alike_in_an_encoder(promises, seed):
+    assert promises.row_unevenness(seed, STEPS, "expert_choice") == 1.0 < promises.row_unevenness(seed, STEPS, "top_k")

@@ -21,6 +21,56 @@ def test_a_method_is_found_as_people_write_its_name(spelling):
     assert find_config(spelling, "--moe_preset", ("methods",)) == names_of("methods")["routed_hydralora"]
 
 
+# Methods of the literature as people write them, and the preset that each is. X-LoRA and Lily are stock peft's, and MoLEx
+# routes whole layers, which no adapter of a layer does.
+LITERATURE = {
+    "AdaMix": "adamix",
+    "AdaMoE": "adamoe",
+    "AdaMoLE": "adamole",
+    "Arrow": "arrow",
+    "Autonomy-of-Experts": "autonomy_of_experts",
+    "CoMoL": "comol",
+    "CompeteSMoE": "competesmoe",
+    "DeepSeek": "deepseek",
+    "DynMoLE": "dynmole",
+    "FlyLoRA": "flylora",
+    "GOAT": "goat",
+    "GRIN": "grin",
+    "HMoRA": "hmora",
+    "HydraLoRA": "hydralora",
+    "LD-MoLE": "ld_mole",
+    "LoRA-Mixer": "lora_mixer",
+    "MixLoRA": "mixlora",
+    "MixLoRA-FFN": "mixlora_ffn",
+    "MoA": "moa",
+    "MoDULA": "modula",
+    "MOELoRA": "moelora",
+    "contrastive MoELoRA": "contrastive_moelora",
+    "MoLA": "mola",
+    "MoR": "mor",
+    "MoRAL": "moral",
+    "MoSLD": "mosld",
+    "Nexus": "nexus",
+    "Poly": "poly",
+    "ReMoE": "remoe",
+    "SkillNet": "skillnet",
+    "SMEAR": "smear",
+    "SMoRA": "smora",
+    "StableMoE": "stablemoe",
+    "Switch": "switch",
+    "Switch-LoRA": "switch_lora",
+    "THOR": "thor",
+    "TT-LoRA MoE": "tt_lora_moe",
+    "X-MoE": "x_moe",
+}
+
+
+@pytest.mark.parametrize("name", LITERATURE)
+def test_the_methods_of_the_literature_are_presets_under_their_names(name):
+    wanted = names_of("methods")[f"routed_{LITERATURE[name]}"]
+    assert find_config(name, "--moe_preset", ("methods",)) == wanted
+
+
 def test_no_two_methods_have_the_same_name_in_any_spelling():
     found = [_plain(name.removeprefix("routed_")) for name in names_of("methods")]
     assert len(set(found)) == len(found)

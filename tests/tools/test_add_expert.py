@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from moe_peft import RoutedConfig, routed_layers
-from moe_peft.tools import add_expert
+from moe_peft.tools import add_expert, describe_experts
 from tests.contract.cases import randomize
 from tests.tiny import tiny_llama
 from tests.tools.exported import logits, trained_lora
@@ -45,6 +45,43 @@ def test_the_new_expert_is_nothing_a_copy_or_a_lora_and_the_old_ones_stay(tmp_pa
             torch.testing.assert_close(logits(model), own, rtol=0, atol=1e-6)
         model.set_adapter("default")
     assert model.peft_config["lora"].num_experts == 3 and torch.equal(logits(model), old)
+
+
+def described():
+    fields = {"scorer": "domain_embedding", "router_args": {"width": 3, "hidden": 5}, "num_experts": 2, "r": 4}
+    model = get_peft_model(tiny_llama(), RoutedConfig(target_modules=["q_proj", "up_proj"], **fields))
+    randomize(model)
+    return model.eval()
+
+
+def test_a_description_alone_gives_a_new_expert_its_row_of_the_router():
+    model = described()
+    describe_experts(model, [[1.0, 2, 3], [-1, 0, 1]])
+    rows = [layer.router["default"].rows(torch.float32) for layer in routed_layers(model)]
+    add_expert(model, "new", description=[1.0, 2.0, 3.0])
+    for layer, old in zip(routed_layers(model), rows, strict=True):
+        router = layer.router["new"]
+        torch.testing.assert_close(router.rows(torch.float32), old[[0, 1, 0]])
+        assert not router.domains.requires_grad
+
+
+def test_descriptions_that_do_not_fit_are_refused_before_anything_changes():
+    model, other = described(), adapted()
+    before = {key: own.clone() for key, own in model.state_dict().items()}
+    for call, message in (
+        (lambda: add_expert(model, "new", description=[1.0, 2.0]), r"shape \(2,\).*\(3,\)"),
+        (lambda: add_expert(model, "new", description=[1.0, 2.0, float("nan")]), "not finite"),
+        (lambda: add_expert(other, "new", description=[1.0, 2.0, 3.0]), "no rows of descriptions"),
+        (lambda: describe_experts(model, [[1.0, 2, 3]]), r"shape \(1, 3\).*\[2\] experts.*width 3"),
+        (lambda: describe_experts(model, "text"), "tensor or lists"),
+        (lambda: describe_experts(model, [[1.0, 2, 3], [1.0]]), "tensor or lists"),
+        (lambda: describe_experts(other, [[1.0], [2.0]]), "no rows of descriptions"),
+        (lambda: describe_experts(model, [[1.0, 2, 3], [1, 2, 3]], "none"), "No layer holds"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[key], own) for key, own in before.items())
 
 
 def test_what_does_not_fit_is_refused_before_anything_changes(tmp_path):

@@ -21,8 +21,8 @@ def test_a_method_is_found_as_people_write_its_name(spelling):
     assert find_config(spelling, "--moe_preset", ("methods",)) == names_of("methods")["routed_hydralora"]
 
 
-# Methods of the literature as people write them, and the preset that each is. X-LoRA and Lily are stock peft's, and MoLEx
-# routes whole layers, which no adapter of a layer does.
+# Methods of the literature as people write them, and the preset that each is. X-LoRA and Lily are of stock peft, and
+# MoLEx routes whole layers, which no adapter of a layer does.
 LITERATURE = {
     "AdaMix": "adamix",
     "AdaMoE": "adamoe",

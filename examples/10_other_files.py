@@ -68,7 +68,7 @@ for layer, (name, (width, out)), expert in product(range(2), widths.items(), ran
     tensors |= {f"{key}A.weight": torch.randn(4, width) / 8, f"{key}B.weight": torch.randn(out, 4) / 8}
 (folder / "mix").mkdir()
 save_file(tensors, folder / "mix/adapter_model.safetensors")
-settings = {"peft_type": "MIXLORA", "routing_strategy": "mixlora", "num_experts": 2, "top_k": 1}
+settings = {"peft_type": "MIXLORA", "routing_strategy": "mixlora", "num_experts": 2, "top_k": 2}
 settings |= {"r": 4, "lora_alpha": 8}
 (folder / "mix/adapter_config.json").write_text(json.dumps(settings))
 print(tools.import_mixture(copy.deepcopy(dense), folder / "mix").peft_config["default"].summary())

@@ -26,7 +26,7 @@ from ..messages import shown
 from ..telemetry.statistics import RoutingStatistics
 from .checks import check_finite_adapter, check_peft_model, is_real
 from .measure import Batch, Comparison, Difference, checked_batches, evaluating, labels_of, next_tokens
-from .other_experts import only, routed_by_name
+from .other_experts import deciding_places, only, routed_by_name
 from .truncate import truncated
 
 Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -98,9 +98,9 @@ def distil_to_lora(
     _check_training(fresh_base, learning_rate)
     own: Any = model.peft_config[adapter_name]
     with only(model, adapter_name):
-        means = _mean_weights(model, data)
+        means, deciding = _mean_weights(model, data), deciding_places(layers, adapter_name)
         factors = {
-            name: layer.experts[adapter_name].delta_factors(means[layer.place].float())
+            name: layer.experts[adapter_name].delta_factors(means[deciding[name]].float())
             for name, layer in layers.items()
         }
         pairs, lost = _truncated(factors, rank, max_lost)

@@ -124,6 +124,22 @@ def routed_by_name(model: Any, adapter_name: str) -> dict[str, RoutedLayer]:
     return layers
 
 
+def deciding_places(layers: Mapping[str, RoutedLayer], adapter_name: str) -> dict[str, str]:
+    """Which place decides for each layer: its own, or the first of its block where the decision is shared.
+
+    Args:
+        layers: By full name, as `routed_by_name` returns them.
+        adapter_name: The adapter that they hold.
+    """
+    follow = {
+        name
+        for name, layer in layers.items()
+        if adapter_name in layer.router and layer.router[adapter_name].reads == "block"
+    }
+    leaders = {layer.block: layer.place for name, layer in layers.items() if name not in follow}
+    return {name: leaders[layer.block] if name in follow else layer.place for name, layer in layers.items()}
+
+
 @torch.no_grad()
 def _take(layer: RoutedLayer, old: Any, new: Any, old_name: str, new_name: str, experts: Sequence[int]) -> None:
     """Copy what an adapter has of each expert; what counts no experts is copied whole."""

@@ -30,7 +30,7 @@ from .checks import check_peft_model
 from .compose import put_pair
 from .measure import Batch, Comparison, Difference, checked_batches, evaluating, next_tokens
 from .measured_card import add_measured
-from .other_experts import check_new, only, routed_by_name, with_experts
+from .other_experts import check_new, deciding_places, only, routed_by_name, with_experts
 from .stock_lora import Pair
 from .truncate import cosine, truncated
 
@@ -102,7 +102,8 @@ def prune_experts(
         batches: Of the task: keyword arguments of the model.
         by: "importance", the share of the weights that go to an expert, "load", its share of the requests,
             "router_change", the growth of the router's vector for it since training began, or "scores".
-        scores: Place -> (E,) numbers of a task's own, the largest kept; for by="scores".
+        scores: Place -> (E,) numbers of a task's own, the largest kept; for by="scores". Places that follow the
+            decision of another one have none.
         initial_norms: What `router_norms(model)` returned before training, or a folder with the history of the run,
             which `moe_peft.attach` writes; for by="router_change".
         merge: Whether the other experts are merged into the kept ones, by importance or load, instead of left out; for
@@ -130,11 +131,12 @@ def prune_experts(
         raise ValueError("merge=True needs experts that are pairs of matrices. Leave merge out, which prunes.")
     with only(model, adapter_name):
         before, shares = _measured(model, data, by if by in MEASURES else next(iter(MEASURES)))
-    unused = [name for name, layer in layers.items() if layer.place not in shares]
+    deciding = deciding_places(layers, adapter_name)
+    unused = [name for name, place in deciding.items() if place not in shares]
     if unused:
         raise ValueError(f"prune_experts: no batch reaches {shown(unused)}, so that its experts cannot be compared.")
-    used = {name: shares[layer.place] for name, layer in layers.items()}
-    ranked = {name: given[layer.place] for name, layer in layers.items()} if given else used
+    used = {name: shares[place] for name, place in deciding.items()}
+    ranked = {name: given[place] for name, place in deciding.items()} if given else used
     kept = {name: sorted(own.argsort(descending=True, stable=True)[:keep].tolist()) for name, own in ranked.items()}
     with_experts(model, adapter_name, new_name, kept)
     merged = {name: [[expert] for expert in ids] for name, ids in kept.items()}
@@ -162,7 +164,8 @@ def _given(
             raise ValueError(f"prune_experts: {MISSING[own]}")
         if value is not None and by != own:
             raise ValueError(f"prune_experts: {name} is for by={own!r} alone, and by={by!r}. Leave it out.")
-    counts = {layer.place: layer.experts[adapter_name].num_choices for layer in layers.values()}
+    deciding = deciding_places(layers, adapter_name)
+    counts = {deciding[name]: layer.experts[adapter_name].num_choices for name, layer in layers.items()}
     if by == "scores":
         return _checked(scores, counts, "scores")
     if by != "router_change":

@@ -22,8 +22,9 @@ def adapted(**fields):
     return model
 
 
-def test_constant_routing_of_full_rank_loses_nothing(tmp_path):
-    model = adapted(scorer="layer_logits")
+@pytest.mark.parametrize("fields", [{}, {"router_scope": "block", "target_modules": ["q_proj", "k_proj"]}])
+def test_constant_routing_of_full_rank_loses_nothing(fields, tmp_path):
+    model = adapted(scorer="layer_logits", **fields)
     found = distil_to_lora(model, tmp_path / "lora", BATCHES, fresh_base=tiny_llama, rank=6)
     assert max(found.lost.values()) < 1e-6 and found.difference.divergence < 1e-6
     stock = PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora")

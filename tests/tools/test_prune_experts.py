@@ -92,6 +92,18 @@ def test_the_experts_whose_router_vectors_grew_most_are_kept(tmp_path):
     assert f"| loss after | {again.difference.loss_after:.4g} |" in (tmp_path / "again/README.md").read_text()
 
 
+@pytest.mark.parametrize("by", ["importance", "router_change", "scores"])
+def test_places_of_a_block_that_share_a_decision_keep_the_same_experts(by):
+    places = {"target_modules": ["q_proj", "k_proj"], "router_scope": "block"}
+    model = adapted(scorer="linear", router="top_k", top_k=2, **places)
+    norms = router_norms(model)
+    assert len(norms) == 2
+    given = {"router_change": {"initial_norms": norms}, "scores": {"scores": dict.fromkeys(norms, (3, 1, 2, 0))}}
+    kept = list(prune_experts(model, "small", 2, BATCHES, by=by, **given.get(by, {})).kept.values())
+    assert len(kept) == 4 and kept[0] == kept[1] and kept[2] == kept[3]
+    assert by != "scores" or kept == [[0, 2]] * 4
+
+
 def test_scores_of_ones_own_choose():
     model = adapted()
     scores = {layer.place: [0.0, 5.0, -1.0, 1.0] for layer in routed_layers(model)}

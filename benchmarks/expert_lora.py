@@ -14,7 +14,6 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, set_seed
 
 import moe_peft
+from moe_peft.tools.peak_memory import rise_of_memory
 
 ATTENTION = "attention-only LoRA"
 STOCK, FAST, OWN = "stock target_parameters", "accelerate_expert_lora", "ExpertLoraConfig"
@@ -150,7 +150,7 @@ def _places(stock: PeftModel, own: PeftModel) -> list[list[tuple[tuple[str, str]
 
 
 def peak_memory(name: str, args: argparse.Namespace, num_experts: int, dtype: str) -> float | None:
-    """MiB by which a training step of one contestant raises the peak of a process of its own; None beyond the time."""
+    """MiB by which a training step of one contestant raises the peak of a process of its own; None if unknown."""
     sizes = ("hidden", "layers", "top_k", "tokens", "r", "threads")
     flags = [word for size in sizes for word in (f"--{size.replace('_', '-')}", str(getattr(args, size)))]
     own = ["--experts", str(num_experts), "--dtypes", dtype, "--alone", name]
@@ -159,32 +159,15 @@ def peak_memory(name: str, args: argparse.Namespace, num_experts: int, dtype: st
         done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=args.memory_seconds)
     except subprocess.TimeoutExpired:
         return None
-    return float(done.stdout.split()[-1])
+    rise = done.stdout.split()[-1]
+    return None if rise == "None" else float(rise)
 
 
 def alone(args: argparse.Namespace, dtype: torch.dtype, ids: torch.Tensor) -> None:
     """Print the rise of the peak of memory in a training step."""
     model = contestant(args.alone, args, dtype)
-    print(rise_of_memory(step(model, ids.to(model.device))) / 2**20)
-
-
-def rise_of_memory(run: Callable[[], object]) -> int:
-    """Bytes by which `run()` raises the peak of memory above what is in use: of the GPU, else of this process."""
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        # `ru_maxrss` keeps the parent's peak and that of building the model; Linux starts `VmHWM` again on "5".
-        Path("/proc/self/clear_refs").write_text("5")
-    before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
-    run()
-    return (torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before
-
-
-def resident(field: str) -> int:
-    """Bytes of memory of this process as Linux counts them: `VmRSS`, or their peak `VmHWM`."""
-    status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith(f"{field}:")).split()[1]) * 1024
+    _, rise = rise_of_memory(step(model, ids.to(model.device)))
+    print(None if rise is None else rise / 2**20)
 
 
 def measure(args: argparse.Namespace, num_experts: int, dtype: str, ids: torch.Tensor) -> list[dict[str, Any]]:

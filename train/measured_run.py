@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from running import run
 
 from moe_peft.files import write_text
+from moe_peft.tools.peak_memory import rise_of_memory
 
 # Curves that a comparison reads from the trainer's log, where they are there.
 CURVES = ("loss", "eval_loss", "reward", "eval_reward")
@@ -29,35 +29,21 @@ def measure(script: str, words: Sequence[str]) -> dict[str, Any]:
         words: Of its command line.
 
     Returns:
-        `parameters` (trained), `steps`, `seconds` (of training, without evaluations), `memory` (peak, in bytes: of
-        the device, or on a CPU what the process grew by; None where the system does not say), and `curves`
-        (name -> [[step, value], ...]).
+        `parameters` (trained), `steps`, `seconds` (of training, without evaluations), `memory` (bytes, see
+        `rise_of_memory`), and `curves` (name -> [[step, value], ...]).
     """
     module = importlib.import_module(script)
     parsed = module.make_parser().parse_args_and_config(list(words))
-    before = peak_memory()
-    trainer = module.main(*parsed)
-    after = peak_memory()
+    trainer, memory = rise_of_memory(lambda: module.main(*parsed))
     history = trainer.state.log_history
     seconds = next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry)
     return {
         "parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "steps": trainer.state.global_step,
         "seconds": seconds - sum(entry.get("eval_runtime", 0.0) for entry in history),
-        "memory": None if before is None or after is None else after - before,
+        "memory": memory,
         "curves": {name: [[e["step"], e[name]] for e in history if name in e] for name in CURVES},
     }
-
-
-def peak_memory() -> int | None:
-    """Bytes that were in use at once at most, so far; None where the system does not say."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Parser:

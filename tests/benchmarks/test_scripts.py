@@ -93,14 +93,3 @@ def test_a_process_that_takes_too_long_is_given_up(scripts, monkeypatch):
     monkeypatch.setattr(subprocess, "run", late)
     sizes = {"hidden": 8, "layers": 1, "top_k": 1, "tokens": 2, "r": 1, "threads": 1, "memory_seconds": 1.0}
     assert expert_lora.peak_memory(expert_lora.OWN, argparse.Namespace(**sizes), 4, "float32") is None
-
-
-def test_the_rise_of_memory_starts_at_the_step_whatever_was_taken_before(scripts):
-    import expert_lora
-    import torch
-
-    large = torch.ones(64 * 2**20, dtype=torch.uint8)
-    del large
-    small = expert_lora.rise_of_memory(lambda: None)
-    found = expert_lora.rise_of_memory(lambda: torch.ones(64 * 2**20, dtype=torch.uint8))
-    assert small < 32 * 2**20 < found < 128 * 2**20

@@ -74,6 +74,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/growth.py --output benchmarks/results/growth.json --plot docs/growth.svg
 	$(BIN)/python benchmarks/catalogue.py --output benchmarks/results/catalogue.json
 	$(BIN)/python benchmarks/promises.py --output benchmarks/results/promises.json
+	$(BIN)/python benchmarks/tools.py --output benchmarks/results/tools.json --plot docs/tools.svg
 	$(BIN)/python benchmarks/table.py
 
 clean:

@@ -1,4 +1,4 @@
-"""Writes the tables of measurements into docs/performance.md, from the files under benchmarks/results.
+"""Writes the tables of measurements into the pages that show them, from the files under benchmarks/results.
 
     python benchmarks/table.py
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "benchmarks" / "results"
+PAGES, RESULTS = [ROOT / "docs" / name for name in ("performance.md", "tools.md")], ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 # Figures of a row, as a page shows them.
 FIGURES = {
@@ -77,4 +77,5 @@ def _text(value: object) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")

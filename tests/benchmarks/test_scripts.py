@@ -18,6 +18,7 @@ SMALL = {
     "routed_sum": "--tokens 3 --experts 8 --width 16 --out 16 --rounds 2",
     "catalogue": "--hidden 32 --tokens 8 --rounds 1 --only tree entmax null_top_k ffn_lora task_table expert_clusters",
     "promises": "--seeds 0 --steps 2",
+    "tools": "--seeds 0 --steps 2",
     "growth": "--width 64 --tokens 4 --rounds 2",
 }
 
@@ -40,7 +41,7 @@ def test_a_benchmark_writes_rows_that_a_table_shows(name, scripts, monkeypatch, 
         monkeypatch.setattr(growth, "TOKENS", (4, 8))
         monkeypatch.setattr(growth, "LAYERS", (1, 2))
     threads, module = torch.get_num_threads(), __import__(name)
-    plot = ["--plot", str(tmp_path / "growth.svg")] if name == "growth" else []
+    plot = ["--plot", str(tmp_path / f"{name}.svg")] if name in ("growth", "tools") else []
     monkeypatch.setattr(sys, "argv", [name, *SMALL[name].split(), *plot, "--output", str(tmp_path / f"{name}.json")])
     try:
         module.main()
@@ -54,7 +55,7 @@ def test_a_benchmark_writes_rows_that_a_table_shows(name, scripts, monkeypatch, 
             assert row["ratio"] == 1.0
     text = table.table(name, tmp_path)
     assert text.count("\n| ") > len(record["rows"])
-    assert not plot or (tmp_path / "growth.svg").read_text().count("<svg") == 1
+    assert not plot or (tmp_path / f"{name}.svg").read_text().count("<svg") == 1
 
 
 def test_every_registered_part_is_timed_with_parts_that_it_fits(scripts):

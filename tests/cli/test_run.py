@@ -71,15 +71,14 @@ def random_adapter(folder):
 
 
 @torch.no_grad()
-def test_the_server_of_transformers_finds_an_adapter_beside_its_bases_configuration(tmp_path):
+def test_the_server_of_transformers_finds_an_adapter_in_the_folder_of_its_base(tmp_path):
     """It asks the folder's configuration for a class, and that class for the model of the folder."""
     base, adapter = random_adapter(tmp_path)
-    AutoConfig.from_pretrained(base).save_pretrained(adapter)
-    AutoTokenizer.from_pretrained(base).save_pretrained(adapter)
-    config = AutoConfig.from_pretrained(adapter)
-    served = getattr(transformers, config.architectures[0]).from_pretrained(adapter, device_map="cpu").eval()
     expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
-    inputs = AutoTokenizer.from_pretrained(adapter)(words(1, 6), return_tensors="pt")
+    expected.save_pretrained(base)
+    config = AutoConfig.from_pretrained(base)
+    served = getattr(transformers, config.architectures[0]).from_pretrained(base, device_map="cpu").eval()
+    inputs = AutoTokenizer.from_pretrained(base)(words(1, 6), return_tensors="pt")
     assert torch.equal(served(**inputs).logits, expected(**inputs).logits)
     with expected.disable_adapter():
         assert not torch.equal(served(**inputs).logits, expected(**inputs).logits)

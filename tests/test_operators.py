@@ -28,11 +28,11 @@ CEILINGS = {
     "loramoe": (lambda: LoraMoeConfig(lora_dropout=0.0, **SHAPE), 12, 35, 34),
     "top-2, balance and z-loss": (
         lambda: RoutedConfig(router="top_k", top_k=2, router_z_loss_coef=0.001, **SHAPE),
-        16,
+        15,
         40,
         39,
     ),
-    "sira": (lambda: SiraConfig(**SHAPE), 16, 51, 40),
+    "sira": (lambda: SiraConfig(**SHAPE), 15, 51, 40),
     "ia3": (lambda: IA3Config(**VECTORS), 3, 3, 7),
     "mov": (lambda: MovConfig(num_experts=8, **VECTORS), 17, 22, 31),
 }

@@ -74,6 +74,7 @@ class LowRankExperts(RankedExperts):
     casts_input = True
     act: Callable[[torch.Tensor], torch.Tensor] | None = None
     _as_defined: bool = True
+    _called_as_defined: bool = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Note whether a kind reads and combines in its own way, which the ops know nothing of."""
@@ -81,6 +82,7 @@ class LowRankExperts(RankedExperts):
         cls._as_defined = cls.prepare is LowRankExperts.prepare and cls.combine is LowRankExperts.combine
         if not cls._as_defined and not {"gives", "responses"} & set(cls.__dict__):
             cls.gives = cls.gives - {"responses"}
+        cls._called_as_defined = cls._as_defined and cls.forward is LowRankExperts.forward
 
     def __init__(
         self,
@@ -212,12 +214,32 @@ class LowRankExperts(RankedExperts):
         in_place: bool = False,
     ) -> torch.Tensor | None:
         """Add every expert with one weight, as one low-rank pair of rank E * r; arguments as in `Experts.add_all`."""
-        plain = self._as_defined and type(self).forward is LowRankExperts.forward
-        if not plain or self.experts_implementation not in ("dense", AUTO):
+        if not self._called_as_defined or self.experts_implementation not in ("dense", AUTO):
             return None
         h_TR, act = self.prepare(x_TD, context), self.activation(context)
         scaling = self.scaling * weight
         return combine_experts(h_TR, base_out_TO, self.B, None, scaling=scaling, act=act, in_place=in_place)
+
+    def takes_gates(self, x_TD: torch.Tensor, num_slots: int) -> bool:
+        """Where two products over all experts are the way to their sum; see `Experts.takes_gates`."""
+        if not self._called_as_defined or self.shared:
+            return False
+        dtype = None if num_slots >= self.num_choices else compute_dtype(x_TD)
+        return self.implementation(x_TD.shape[0], num_slots, dtype=dtype) == "dense"
+
+    def add_gated(
+        self,
+        x_TD: torch.Tensor,
+        base_out_TO: torch.Tensor,
+        gates_TE: torch.Tensor,
+        context: TokenContext,
+        *,
+        in_place: bool = False,
+    ) -> torch.Tensor:
+        """Add the weighted sum of all experts to the base output; arguments as in `Experts.add_gated`."""
+        A, act = self.A, self.activation(context)
+        h_TR = project(x_TD, A.reshape(-1, A.shape[-1]), dtype=compute_dtype(x_TD))
+        return combine_experts(h_TR, base_out_TO, self.B, gates_TE, scaling=self.scaling, act=act, in_place=in_place)
 
     def activation(self, context: TokenContext) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """Elementwise function between the two matrices in this pass; None for the identity."""

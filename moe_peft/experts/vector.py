@@ -87,8 +87,28 @@ class VectorExperts(Experts):
         Returns:
             (T, O) in the dtype of `base_out_TO`.
         """
+        return self._scaled(base_out_TO, routing.gate_matrix())
+
+    def takes_gates(self, x_TD: torch.Tensor, num_slots: int) -> bool:
+        """Wherever they are combined as defined here; see `Experts.takes_gates`."""
+        own = type(self)
+        return own.combine is VectorExperts.combine and own.forward is Experts.forward
+
+    def add_gated(
+        self,
+        x_TD: torch.Tensor,
+        base_out_TO: torch.Tensor,
+        gates_TE: torch.Tensor,
+        context: TokenContext,
+        *,
+        in_place: bool = False,
+    ) -> torch.Tensor:
+        """Scale the base output by weights of tokens, or of heads; arguments as in `combine`."""
+        return self._scaled(base_out_TO, gates_TE)
+
+    def _scaled(self, base_out_TO: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         dtype = base_out_TO.dtype
-        gates = routing.gate_matrix().to(dtype)
+        gates = gates.to(dtype)
         # One is subtracted in the vectors' own precision, so that a fresh bank is exactly the identity.
         offsets, u = (self.vectors - 1).to(dtype), base_out_TO
         if self.num_heads > 1:

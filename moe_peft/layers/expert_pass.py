@@ -8,7 +8,7 @@ own computation.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -116,17 +116,17 @@ def is_watched(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     own = module.__dict__
     replaced = "_old_forward" in own or own.get("_compiled_call_impl") is not None
-    return replaced or any(hooks) or any(hooks_of_all_modules())
+    return replaced or any(hooks) or all_modules_are_hooked()
 
 
-def hooks_of_all_modules() -> tuple[Mapping, ...]:
-    """Hooks that run when any module at all is called."""
+def all_modules_are_hooked() -> bool:
+    """Whether hooks run when any module at all is called."""
     own = nn.modules.module
-    return (
-        own._global_forward_hooks,
-        own._global_forward_pre_hooks,
-        own._global_backward_hooks,
-        own._global_backward_pre_hooks,
+    return bool(
+        own._global_forward_hooks
+        or own._global_forward_pre_hooks
+        or own._global_backward_hooks
+        or own._global_backward_pre_hooks
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,27 +45,19 @@ class LinearLayer(RoutedLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         mixes = adapter_names is not None or self.tracker.mixes_rows()
-        names = () if mixes else self.active_names()
+        names = [] if mixes else self.active_names()
         if not mixes and not names:
             return self.base_layer(x, *args, **kwargs)
+        adapted = partial(self._mixed, adapter_names) if mixes else partial(self.with_adapters, names)
         if not self.splits:
-            return self._adapted(mixes, adapter_names, names, self.base_layer, x, *args, **kwargs)
+            return adapted(self.base_layer, x, *args, **kwargs)
         base = WholeLinear(self.base_layer, self.get_base_layer(), self.in_features, self.out_features)
-        out = self._adapted(mixes, adapter_names, names, base, base.whole_input(x), *args, **kwargs)
-        return base.own_part(out)
+        return base.own_part(adapted(base, base.whole_input(x), *args, **kwargs))
 
-    def _adapted(
-        self,
-        mixes: bool,
-        row_names: list[str] | None,
-        names: Sequence[str],
-        base: Callable[..., Any],
-        x: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
+    def _mixed(
+        self, row_names: list[str] | None, base: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        if not mixes:
-            return self.with_adapters(names, base, x, *args, **kwargs)
+        """Apply to each row its adapter, wherever the rows stand in x; None takes the names of this thread's call."""
         turned = self.tracker.positions_first(x, self.rows, self.place)
         rows_first = x.transpose(0, 1) if turned else x
         row_names = self.tracker.row_names(rows_first) if row_names is None else row_names

@@ -84,10 +84,13 @@ class RoutedLayer(MergingLayer):
             decide = partial(self._route_by_responses, adapter_name, x_TD, context)
             return bank(read_TD, out_TO, PendingRouting(context, decide), in_place=in_place)
         weight = router.constant_weight
-        if weight is not None and self._undecided(adapter_name, router, bank):
+        if weight is not None and not self.objectives[adapter_name] and self._unseen(router, bank):
             out = bank.add_all(read_TD, out_TO, weight, context, in_place=in_place)
             if out is not None:
                 return out
+        gates_TE = self.unseen_gates(router, bank, x_TD, context)
+        if gates_TE is not None:
+            return bank.add_gated(read_TD, out_TO, gates_TE, context, in_place=in_place)
         rows = shared_rows(router, bank, read_TD, context) if joins(x_TD.shape[0]) else None
         if rows is not None:
             h_TR, logits_TE = products(read_TD, *rows)
@@ -96,15 +99,28 @@ class RoutedLayer(MergingLayer):
         # A router reads the input as it comes: autocast's rounding would change which experts are selected.
         return bank(read_TD, out_TO, self.note(adapter_name, router(x_TD, context)), in_place=in_place)
 
-    def _undecided(self, adapter_name: str, router: Router, bank: Experts) -> bool:
-        """Whether nothing depends on a decision that is the same for every token, and nobody would see it."""
-        return (
-            self.block is None
-            and not self.objectives[adapter_name]
-            and not self.tracker.watched()
-            and is_plain(router)
-            and is_plain(bank)
-        )
+    def unseen_gates(
+        self, router: Router, bank: Experts, x_TD: torch.Tensor, context: TokenContext
+    ) -> torch.Tensor | None:
+        """Weights that experts can act on without a decision, where nobody would see one.
+
+        Args:
+            router: Of an adapter here, which reads the input.
+            bank: Its experts.
+            x_TD: (T, D) what the router reads, also of heads.
+            context: What is known about the tokens.
+
+        Returns:
+            (T, E); None in training passes, for as many tokens as are worth a joined product, where somebody looks
+            at decisions or calls, and for parts that have no such way.
+        """
+        if context.training or joins(x_TD.shape[0]) or not self._unseen(router, bank):
+            return None
+        return router.gates(x_TD, context) if bank.takes_gates(x_TD, router.num_slots) else None
+
+    def _unseen(self, router: Router, bank: Experts) -> bool:
+        """Whether nobody sees what a router decides, nor that router and experts are called."""
+        return self.block is None and not self.tracker.watched() and is_plain(router, bank)
 
     def _led(self, adapter_name: str, x_TD: torch.Tensor) -> Routing:
         """The decision that the first place of the block has made about the same tokens.

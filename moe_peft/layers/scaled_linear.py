@@ -69,8 +69,14 @@ class ScaledLinear(LinearLayer):
             assert router is not None, "vectors have no decision but that of a router of their own"
             read = hidden if bank.router_reads_hidden else u if read_by_routers is None else read_by_routers
             read_XD = read.reshape(-1, read.shape[-1] // bank.num_heads)
-            routing = self.note(name, router(read_XD, _per_head(context, bank.num_heads)))
-            scaled = bank(None, scaled.reshape(-1, u.shape[-1]), routing).view(u.shape)
+            per_head = _per_head(context, bank.num_heads)
+            scaled_TO = scaled.reshape(-1, u.shape[-1])
+            gates_XE = self.unseen_gates(router, bank, read_XD, per_head)
+            if gates_XE is None:
+                scaled_TO = bank(None, scaled_TO, self.note(name, router(read_XD, per_head)))
+            else:
+                scaled_TO = bank.add_gated(read_XD, scaled_TO, gates_XE, per_head)
+            scaled = scaled_TO.view(u.shape)
         return scaled
 
     def with_adapters_of_rows(
@@ -181,10 +187,10 @@ class ScaledLinear(LinearLayer):
 
 def _per_head(context: TokenContext, num_heads: int) -> TokenContext:
     """Describe the heads of tokens, the heads of a token together."""
-    if num_heads == 1:
+    own = (context.valid, context.sequences, context.token_ids, context.prompt)
+    if num_heads == 1 or all(tensor is None for tensor in own):
         return context
     valid, sequences, token_ids, prompt = (
-        None if tensor is None else tensor.repeat_interleave(num_heads)
-        for tensor in (context.valid, context.sequences, context.token_ids, context.prompt)
+        None if tensor is None else tensor.repeat_interleave(num_heads) for tensor in own
     )
     return replace(context, valid=valid, sequences=sequences, token_ids=token_ids, prompt=prompt)

@@ -9,7 +9,7 @@ from ..experts import Experts
 from ..ops import compute_dtype, project
 from ..routers import Router
 from ..types import TokenContext
-from .expert_pass import hooks_of_all_modules
+from .expert_pass import all_modules_are_hooked
 
 
 def shared_rows(
@@ -22,7 +22,7 @@ def shared_rows(
     """
     if compute_dtype(x_TD).itemsize < 4:
         return None
-    if not (is_plain(router) and is_plain(bank)):
+    if not is_plain(router, bank):
         return None
     if bank.implementation(x_TD.shape[0], router.num_slots) not in (None, "dense"):
         return None
@@ -32,15 +32,24 @@ def shared_rows(
     return rows, weight
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether calling a module runs its class's forward and nothing else, on weights that are there."""
-    own = module.__dict__  # in every forward of every place, so each look is one at a dictionary
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+def is_plain(*modules: nn.Module) -> bool:
+    """Whether calling modules runs their classes' forwards and nothing else, on weights that are there.
+
+    Args:
+        *modules: Any; in every forward of every place, so that each look is one at a dictionary.
+    """
+    if all_modules_are_hooked():
         return False
-    if "forward" in own or own.get("_compiled_call_impl") is not None or any(hooks_of_all_modules()):
-        return False
-    absent = [name for name, parameter in own["_parameters"].items() if parameter is not None and parameter.is_meta]
-    return not absent
+    for module in modules:
+        own = module.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return False
+        if "forward" in own or own.get("_compiled_call_impl") is not None:
+            return False
+        for parameter in own["_parameters"].values():
+            if parameter is not None and parameter.is_meta:
+                return False
+    return True
 
 
 def products(x_TD: torch.Tensor, rows_RD: torch.Tensor, weight_ED: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -77,8 +77,8 @@ def _gated(h_TR: torch.Tensor, gates_TE: torch.Tensor | None) -> torch.Tensor:
         return h_TR
     (num_tokens, ranks), num_experts = h_TR.shape, gates_TE.shape[-1]
     by_expert_TEr = h_TR.view(num_tokens, num_experts, ranks // num_experts)
-    gated_TEr = by_expert_TEr * gates_TE.to(h_TR.dtype).unsqueeze(-1)
-    return gated_TEr.reshape(num_tokens, ranks)
+    gates_TE = gates_TE if gates_TE.dtype == h_TR.dtype else gates_TE.to(h_TR.dtype)
+    return (by_expert_TEr * gates_TE.unsqueeze(-1)).reshape(num_tokens, ranks)
 
 
 def _combined(
@@ -90,7 +90,9 @@ def _combined(
     in_place: bool,
 ) -> torch.Tensor:
     dtype = product_dtype(h_TR)
-    gated_TR, B_RO = _gated(h_TR, gates_TE).to(dtype), B.reshape(-1, B.shape[-1]).to(dtype)
+    gated_TR, B_RO = _gated(h_TR, gates_TE), B.reshape(-1, B.shape[-1])
+    if not gated_TR.dtype == B_RO.dtype == dtype:  # a cast to the same dtype costs host time too
+        gated_TR, B_RO = gated_TR.to(dtype), B_RO.to(dtype)
     if base_out_TO.dtype == dtype and in_place:
         return base_out_TO.addmm_(gated_TR, B_RO, alpha=scaling)  # in place, autocast has no say
     if base_out_TO.dtype == dtype and not autocast_is_on(h_TR.device.type):

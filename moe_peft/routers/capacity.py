@@ -52,6 +52,10 @@ class Capacity(TopK):
         self.capacity_order = capacity_order
         self.causal = capacity_order == "position"
 
+    def gates(self, probs_TE: torch.Tensor) -> torch.Tensor | None:
+        """Those of the k largest, as there is no capacity outside of training passes; see `Selector.gates`."""
+        return super().gates(probs_TE)
+
     def __call__(
         self,
         logits_TE: torch.Tensor,

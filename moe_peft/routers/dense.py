@@ -26,6 +26,10 @@ class Dense(Selector):
         """Weigh every expert by its probability; arguments as in `Selector`."""
         return Routing(weights=probs_TE, experts=None, logits=logits_TE, probs=probs_TE, context=context)
 
+    def gates(self, probs_TE: torch.Tensor) -> torch.Tensor:
+        """The probabilities; see `Selector.gates`."""
+        return probs_TE
+
 
 class DenseRouter(LinearRouter):
     """Linear scores, softmax, all experts.

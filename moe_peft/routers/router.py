@@ -68,12 +68,14 @@ class Router(ModulePart, nn.Module):
     keeps_float32 = True
     varies = frozenset({"expert_dropout"})
     perturbs_training: bool = True
+    _as_defined: bool = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let no class inherit the promise that its weights are the same for every token, if it makes them itself."""
         super().__init_subclass__(**kwargs)
         if "mergeable" not in cls.__dict__ and {"scores", "decide", "forward"} & set(cls.__dict__):
             cls.mergeable = Router.mergeable  # type: ignore[method-assign]
+        cls._as_defined = cls.decide is Router.decide and cls.forward is Router.forward
 
     def __init__(
         self,
@@ -213,6 +215,24 @@ class Router(ModulePart, nn.Module):
             context: What is known about the tokens.
         """
         return False
+
+    def gates(self, x: torch.Tensor, context: TokenContext) -> torch.Tensor | None:
+        """Combine weights without a decision, for passes in which nobody sees one, as where a token is decoded.
+
+        Args:
+            x: What the router reads, (T, D) or (T, E, r), of any floating dtype.
+            context: What is known about the tokens, outside of a training pass.
+
+        Returns:
+            (T, E) what `Routing.gate_matrix` gives of the decision; None where the decision is the only way to it.
+        """
+        select = self.select
+        if select is None or type(select).gates is Selector.gates or not self._as_defined or "decide" in self.__dict__:
+            return None
+        if self._selector_tensors or self.num_scores != self.num_experts:
+            return None
+        gates_TE = select.gates(self.gate(self.scores(x, context), context))
+        return gates_TE if gates_TE is None or self.routed_scaling_factor == 1.0 else self.scale(gates_TE)
 
     def decide(self, logits_TE: torch.Tensor, context: TokenContext) -> Routing:
         """Turn scores into a decision.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 
@@ -23,12 +24,17 @@ class Selector(Part, ABC):
     """
 
     counts: bool = False
-
     extra_scores: int = 0
     gates_extra: bool = False
     extra_starts_at_zero: bool = False
     num_slots: int | None = None
     constant_for_one: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let no class that decides in its own way inherit the short way to another rule's weights."""
+        super().__init_subclass__(**kwargs)
+        if "__call__" in cls.__dict__ and "gates" not in cls.__dict__:
+            cls.gates = Selector.gates  # type: ignore[method-assign]
 
     def tensors(self, num_experts: int) -> dict[str, torch.Tensor]:
         """Tensors by name that the rule reads or changes itself; the router saves them, and nothing trains them.
@@ -45,6 +51,17 @@ class Selector(Part, ABC):
             statistics: What this place's router decided in the training passes of the step, of all processes.
             **own: The tensors of `tensors`, by name.
         """
+
+    def gates(self, probs_TE: torch.Tensor) -> torch.Tensor | None:
+        """The weights that a decision outside of training passes comes to, of rules with a short way to them.
+
+        Args:
+            probs_TE: (T, E) gate probabilities.
+
+        Returns:
+            (T, E) what `Routing.gate_matrix` gives of the decision; None where there is no shorter way.
+        """
+        return None
 
     @abstractmethod
     def __call__(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..types import Routing, TokenContext
@@ -24,6 +26,12 @@ class TopK(Selector):
     gives = frozenset({"selection"})
     varies = frozenset({"top_k", "expert_dropout"})
     constant_for_one = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let no class that picks in its own way inherit the short way, in which every slot holds an expert."""
+        super().__init_subclass__(**kwargs)
+        if "pick" in cls.__dict__ and "gates" not in cls.__dict__:
+            cls.gates = Selector.gates  # type: ignore[method-assign]
 
     def __init__(self, *, top_k: int, norm_topk_prob: bool = False, expert_dropout: float = 0.0) -> None:
         self.top_k = top_k
@@ -53,6 +61,11 @@ class TopK(Selector):
             experts_TK = experts_TK.masked_fill(weights_TK == 0, num_experts)
         weights_TK = self.rescale(weights_TK)
         return Routing(weights=weights_TK, experts=experts_TK, logits=logits_TE, probs=probs_TE, context=context)
+
+    def gates(self, probs_TE: torch.Tensor) -> torch.Tensor | None:
+        """The kept probabilities among zeros; see `Selector.gates`."""
+        weights_TK, experts_TK = self.pick(probs_TE)
+        return torch.zeros_like(probs_TE).scatter(-1, experts_TK, self.rescale(weights_TK))
 
     def pick(self, probs_TE: torch.Tensor, **own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The kept experts of each token.

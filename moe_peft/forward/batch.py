@@ -13,6 +13,8 @@ from torch import nn
 from ..messages import shown
 
 IGNORED_LABEL = -100
+# What decoders call the states of the encoder that they attend to.
+ENCODER_STATES = "encoder_hidden_states"
 
 
 def named_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -33,12 +35,54 @@ def named_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict
 
 
 def batch_shape(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(B, L) of the token ids or embeddings; None where there are none."""
+    """(B, L) of the token ids or embeddings; None where there are none.
+
+    Decoders of sound take the ids of all codebooks as rows of their own, (B * codebooks, L).
+    """
     for name in ("input_ids", "inputs_embeds"):
         tensor = inputs.get(name)
         if isinstance(tensor, torch.Tensor) and tensor.ndim >= 2:
-            return tensor.shape[0], tensor.shape[1]
+            return _number_of_samples(inputs, tensor), tensor.shape[1]
     return None
+
+
+def _number_of_samples(inputs: Mapping[str, Any], tokens: torch.Tensor) -> int:
+    """B, where the mask or the encoder states have a row for each sample and the tokens have several."""
+    num_rows, mask, states = tokens.shape[0], two_dimensional(inputs.get("attention_mask")), inputs.get(ENCODER_STATES)
+    if mask is not None and mask.shape[1] == tokens.shape[1]:
+        samples = mask.shape[0]
+    elif tokens.ndim == 2 and isinstance(states, torch.Tensor) and states.ndim == 3:
+        samples = states.shape[0]
+    else:
+        return num_rows
+    return samples if samples and num_rows % samples == 0 else num_rows
+
+
+def mask_of(
+    inputs: Mapping[str, Any], whole: Mapping[str, Any], shape: tuple[int, int] | None
+) -> torch.Tensor | None:
+    """The mask of a stack's own tokens.
+
+    A decoder whose batch has labels alone is given none: its padding is what comes after the last label of a row.
+
+    Args:
+        inputs: Arguments of the stack.
+        whole: Those of the call of the whole model that it belongs to, which may be the same.
+        shape: (B, L) of the stack's tokens.
+
+    Returns:
+        (B, L), or longer where earlier tokens are cached; None where all tokens are valid.
+    """
+    own = two_dimensional(inputs.get("attention_mask"))
+    if own is not None or inputs.get(ENCODER_STATES) is None:
+        return own
+    given = two_dimensional(whole.get("decoder_attention_mask"))
+    if given is not None:
+        return given if tuple(given.shape) == shape else None
+    labels = two_dimensional(whole.get("labels"))
+    if labels is None or labels.is_floating_point() or tuple(labels.shape) != shape:
+        return None
+    return (labels != IGNORED_LABEL).flip(1).cummax(1).values.flip(1)
 
 
 def two_dimensional(value: Any) -> torch.Tensor | None:

@@ -67,6 +67,8 @@ def _valid(
 ) -> tuple[torch.Tensor | None, bool]:
     """(T,) which tokens are no padding, None for all of them, and whether that is known."""
     mask = own_pass.encoder_attention_mask if from_encoder else own_pass.attention_mask
+    if mask is not None and len(rows) == 3 and rows[0] == mask.shape[0]:
+        return _valid_of_heads(own_pass, rows, device, from_encoder)
     if mask is None or len(rows) != 2:
         return None, True
     # A longer mask is that of cached tokens; but other rows, as a vision tower's patches, have no mask at all.
@@ -77,8 +79,24 @@ def _valid(
         return None, True
     frames_BF = own_pass.frames(rows[1])
     if frames_BF is None:
-        return None, not _has_padding(own_pass, rows)
+        return None, _is_relative(own_pass, mask, rows[1]) or not _has_padding(own_pass, rows)
     return frames_BF.reshape(-1).to(device), True
+
+
+def _valid_of_heads(
+    own_pass: ForwardPass, rows: tuple[int, ...], device: torch.device, from_encoder: bool
+) -> tuple[torch.Tensor | None, bool]:
+    """The same of rows (B, H, L) or (B, L, H), as of heads, each of which has all positions."""
+    found = [_valid(own_pass, (rows[0], length), device, from_encoder) for length in rows[1:]]
+    masks = [None if valid is None else valid.view(rows[0], -1) for valid, _ in found]
+    if masks[0] is not None and masks[1] is not None:
+        # As many heads as positions: which are which is not known where it matters.
+        return None, bool(masks[0].all())
+    if masks[0] is not None:
+        return masks[0][:, :, None].expand(rows).reshape(-1), True
+    if masks[1] is not None:
+        return masks[1][:, None].expand(rows).reshape(-1), True
+    return None, True
 
 
 def _sequences(
@@ -96,11 +114,20 @@ def _sequences(
     return None, 1
 
 
+def _is_relative(own_pass: ForwardPass, mask: torch.Tensor, length: int) -> bool:
+    """Whether a length is that of the relative positions of some rows, 2 F - 1, which are no tokens and all count."""
+    positions, rest = divmod(length + 1, 2)
+    known = own_pass.frames is not None and (positions == mask.shape[1] or own_pass.frames(positions) is not None)
+    return rest == 0 and known
+
+
 def _has_padding(own_pass: ForwardPass, rows: tuple[int, ...]) -> bool:
     """Whether rows of another length than their mask may have padding, in a training pass."""
     mask, shape = own_pass.attention_mask, own_pass.shape
-    if not own_pass.training or mask is None or shape is None or torch.compiler.is_compiling():
+    if not own_pass.training or mask is None or torch.compiler.is_compiling():
         return False
+    if shape is None:  # samples of sound, and frames of which the stack does not say how they are made
+        return rows[1] != mask.shape[1] and rows[1] > 1 and not bool(mask.all())
     return rows[1] > shape[1] > 1 and tuple(mask.shape) == shape and not bool(mask.all())
 
 
@@ -129,11 +156,16 @@ def of_one_modality(own_pass: ForwardPass, rows: tuple[int, ...]) -> torch.Tenso
 
 
 def describe_media(own_pass: ForwardPass, leading: tuple[int, ...], device: torch.device) -> TokenContext:
-    """Describe tokens of images and sound, all of which are valid; arguments as in `describe`."""
+    """Describe tokens of images and sound, which are valid but for the padding of sound; arguments as in `describe`."""
     images = leading[0] if len(leading) >= 2 else 1
+    frames_of = own_pass.media_frames
+    frames_BF = frames_of(leading[1]) if frames_of is not None and len(leading) == 2 else None
+    if frames_BF is not None and frames_BF.shape[0] != images:
+        frames_BF = None
     per_image = torch.Size(leading[1:]).numel()
     return TokenContext(
         training=own_pass.training,
+        valid=None if frames_BF is None else frames_BF.reshape(-1).to(device),
         sequences=torch.arange(images, device=device).repeat_interleave(per_image) if images > 1 else None,
         num_sequences=images,
         loss_scale=own_pass.losses.scale if own_pass.training else None,

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..place import Rows
 from ..types import Routing, TokenContext
-from .batch import SampleGroups, batch_shape, first_mask, further_inputs, segments_of, two_dimensional
+from .batch import SampleGroups, batch_shape, first_mask, further_inputs, mask_of, segments_of, two_dimensional
 from .description import describe, describe_media, of_one_modality
 from .frames import frame_mask_of
 from .joined_losses import ForwardLosses
@@ -29,6 +29,7 @@ DESCRIPTION = (
     "modalities",
     "groups",
     "frames",
+    "media_frames",
     "token_ids",
     "prompt",
     "cached",
@@ -37,6 +38,8 @@ DESCRIPTION = (
 
 # What decoders call the mask of the encoder states that they attend to.
 ENCODER_MASKS = ("encoder_attention_mask", "encoder_padding_mask")
+# What models of text and sound call the mask of the sound.
+MEDIA_MASKS = ("feature_attention_mask", "input_features_mask")
 
 
 @dataclass
@@ -52,6 +55,7 @@ class ForwardPass:
         modalities: (B, L) zero at text, where blocks are given the tokens of one modality alone.
         groups: (B,) or (S,) group per sequence, or (B, L) group per token.
         frames: Makes the (B, F) mask of hidden states of another length F, as of frames of sound.
+        media_frames: The same of sound that stands beside text, of a mask of its own.
         position: The slice of the rows that ran last, where the input told which it is.
         progress: Name of a place -> positions of the rows, or tokens, that it was given in slices which do not tell.
         unknown: Name of a place that has read tokens of which nothing tells whether they are padding; "" for none.
@@ -78,6 +82,7 @@ class ForwardPass:
     modalities: torch.Tensor | None = None
     groups: SampleGroups | None = None
     frames: Callable[[int], torch.Tensor | None] | None = None
+    media_frames: Callable[[int], torch.Tensor | None] | None = None
     position: Slice | None = None
     progress: dict[str, int] = field(default_factory=dict)
     unknown: str = ""
@@ -107,11 +112,12 @@ class ForwardPass:
             made.follow(call.behind)
             return made
         shape = batch_shape(inputs)
+        mask = mask_of(inputs, call.whole_inputs or inputs, shape)
         return cls(
             training=call.training,
             losses=call.losses,
             shape=shape,
-            attention_mask=two_dimensional(inputs.get("attention_mask")),
+            attention_mask=mask,
             encoder_attention_mask=first_mask(inputs, ENCODER_MASKS),
             segments=segments_of(inputs),
             # ERNIE 4.5 VL has a block for each modality.
@@ -119,7 +125,8 @@ class ForwardPass:
             groups=call.groups,
             module=call.module,
             first_node=call.first_node,
-            frames=frame_mask_of(call.module, two_dimensional(inputs.get("attention_mask"))),
+            frames=frame_mask_of(call.module, mask),
+            media_frames=frame_mask_of(call.module, first_mask(inputs, MEDIA_MASKS)),
             **(further_inputs(inputs, call.whole_inputs or inputs, shape, needs) if needs else {}),
         )
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 # Methods that turn a number of samples into one of frames.
 FRAME_LENGTHS = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")
+# Method of layers that shorten the frames once more.
+STRIDES = "_compute_sub_sample_lengths_from_attention_mask"
 # Methods that pad the end of the rows, to whole windows or blocks.
 PADDERS = ("_pad_to_window_size", "_pad_to_block_size", "_pad_to_mult_of_chunk_length")
 
@@ -42,9 +44,11 @@ def frame_mask_of(stack: nn.Module, mask: torch.Tensor | None) -> Callable[[int]
 
 
 def _made(stack: nn.Module, mask: torch.Tensor, num_frames: int) -> torch.Tensor | None:
+    if num_frames == mask.shape[1]:
+        return mask.bool()
     if num_frames > mask.shape[1] and _owner(stack, PADDERS) is not None:
         return nn.functional.pad(mask, (0, num_frames - mask.shape[1])).bool()
-    for kind in (_sampled, _pooled, _downsampled, _latent):
+    for kind in (_sampled, _strided, _pooled, _downsampled, _latent):
         found = next((made for made in kind(stack, mask) if made.shape[1] == num_frames), None)
         if found is not None:
             return found.bool()
@@ -63,15 +67,47 @@ def _sampled(stack: nn.Module, mask: torch.Tensor) -> Iterator[torch.Tensor]:
     to_frames: Any = getattr(*found)
     known = signature(to_frames).parameters
     variants = [{"add_adapter": False}, {"add_adapter": True}] if "add_adapter" in known else [{}]
-    lengths_B = mask.long().sum(-1)
+    samples_B = torch.cat([mask.long().sum(-1), mask.new_full((1,), mask.shape[1], dtype=torch.long)])
     for variant in variants:
-        num_frames = int(to_frames(torch.tensor(mask.shape[1]), **variant))
-        frames_B = to_frames(lengths_B, **variant).to(mask.device)
-        frames_BF = torch.arange(num_frames, device=mask.device) < frames_B[:, None]
-        yield frames_BF
-        squeeze = getattr(getattr(stack, "config", None), "squeeze_factor", 1)
-        if squeeze > 1:
-            yield nn.functional.max_pool1d(frames_BF.float(), squeeze, squeeze)
+        for frames_B in _numbers_of_frames(to_frames, samples_B, variant):
+            *of_rows, num_frames = frames_B.tolist()
+            frames_BF = torch.arange(num_frames, device=mask.device) < mask.new_tensor(of_rows, dtype=torch.long)[:, None]
+            yield frames_BF
+            squeeze = getattr(getattr(stack, "config", None), "squeeze_factor", 1)
+            if squeeze > 1:
+                yield nn.functional.max_pool1d(frames_BF.float(), squeeze, squeeze)
+
+
+def _numbers_of_frames(
+    to_frames: Callable[..., Any], samples_B: torch.Tensor, variant: dict[str, bool]
+) -> Iterator[torch.Tensor]:
+    """What a stack's own method says of numbers of samples: one number of frames for each, or some in a row of layers.
+
+    Some take a tensor, some a single number, and some are of a part that no mask concerns, which fails either way.
+    """
+    made: Any
+    try:
+        made = to_frames(samples_B, **variant)
+    except (TypeError, ValueError, RuntimeError):
+        try:
+            made = torch.tensor([int(to_frames(n, **variant)) for n in samples_B.tolist()])
+        except (TypeError, ValueError, RuntimeError):
+            return
+    for numbers in made if isinstance(made, tuple) else (made,):
+        if isinstance(numbers, torch.Tensor) and numbers.shape == samples_B.shape:
+            yield numbers.long()
+
+
+def _strided(stack: nn.Module, mask: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Adapters of speech encoders shorten the frames with strided convolutions, one layer after the other."""
+    frames_B, num_frames = mask.long().sum(-1), mask.shape[1]
+    for module in stack.modules():
+        if not hasattr(module, STRIDES) or not (hasattr(module, "kernel_size") and hasattr(module, "stride")):
+            continue
+        kernel, stride = cast(int, module.kernel_size), cast(int, module.stride)
+        lost = kernel - 2 * (kernel // 2)
+        frames_B, num_frames = (frames_B - lost) // stride + 1, (num_frames - lost) // stride + 1
+        yield torch.arange(num_frames, device=mask.device) < frames_B[:, None]
 
 
 def _pooled(stack: nn.Module, mask: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -44,16 +44,18 @@ class RoutedBlock(RoutedLayer):
         own_x = x.clone() if self.jitters and self.training else x
         result = self.base_layer(*args, **kwargs)
         out = result[0] if isinstance(result, tuple) else result
-        context = self.tracker.tokens(own_x, self.rows, self.training, self.place)
         if adapter_names is None:
+            context = self.tracker.tokens(own_x, self.rows, self.training, self.place)
             for name in names:
                 out = self._add_adapter(name, own_x, out, context, args, kwargs)
         else:
             # Some blocks return flattened tokens.
             mixed = out.reshape(*x.shape[:-1], self.out_features).clone()
+            of_rows, own_x = self.rows_first(mixed), self.rows_first(own_x)
+            context = self.tracker.tokens(own_x, self.rows, self.training, self.place, turned=False)
             for name in names:
                 rows = [row for row, own in enumerate(adapter_names) if own == name]
-                mixed[rows] = self._add_adapter(name, own_x[rows], mixed[rows], context.rows(rows), args, kwargs)
+                of_rows[rows] = self._add_adapter(name, own_x[rows], of_rows[rows], context.rows(rows), args, kwargs)
             out = mixed.reshape(out.shape)
         return (out, *result[1:]) if isinstance(result, tuple) else out
 
@@ -77,6 +79,7 @@ class RoutedBlock(RoutedLayer):
         if self.disable_adapters or not (mixed or self.active_names()):
             return [], None
         x = first_floating(args, kwargs)
+        x = self.rows_first(x) if mixed else x
         if adapter_names is None:
             adapter_names = self.tracker.row_names(x)
         if adapter_names is None:
@@ -85,6 +88,15 @@ class RoutedBlock(RoutedLayer):
         if names:
             self.check_rows(adapter_names, x, min_dim=3)
         return names, adapter_names
+
+    def rows_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A view of hidden states whose first axis counts the rows of the batch.
+
+        Args:
+            tensor: (..., D), or the same with positions first.
+        """
+        turned = self.tracker.positions_first(tensor, self.rows, self.place)
+        return tensor.transpose(0, 1) if turned else tensor
 
     def _add_adapter(
         self,

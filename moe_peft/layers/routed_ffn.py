@@ -56,10 +56,12 @@ class RoutedFfn(RoutedBlock):
         self, base: nn.Module, names: list[str], adapter_names: list[str] | None, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """The FFN's equation, with what each adapter changes in its rows."""
-        x = first_floating(args, kwargs)
+        given = first_floating(args, kwargs)
+        x = given if adapter_names is None else self.rows_first(given)
         u, t = self.ffn.read(base, x)
         v = self.ffn.activate(base, u) * t
-        context = self.tracker.tokens(x, self.rows, self.training, self.place)
+        turned = None if adapter_names is None else False
+        context = self.tracker.tokens(x, self.rows, self.training, self.place, turned=turned)
         changed, additions = v, []
         for name in names:
             rows = None if adapter_names is None else [row for row, own in enumerate(adapter_names) if own == name]
@@ -71,7 +73,7 @@ class RoutedFfn(RoutedBlock):
         out = self.ffn.write(base, changed)
         for added_TO, rows in additions:
             out = _plus(out, added_TO, rows)
-        return out
+        return out if x is given else out.transpose(0, 1)
 
     def _experts(
         self, name: str, base: nn.Module, states: Sequence[torch.Tensor], context: TokenContext

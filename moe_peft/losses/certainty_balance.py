@@ -14,7 +14,8 @@ import torch
 
 from ..part import Option
 from ..types import RouterLoss, Routing
-from .masking import masked_sum, num_valid
+from .entropy import entropy
+from .masking import masked_sum, num_valid, shares
 
 
 def _is_share(value: object) -> bool:
@@ -50,9 +51,8 @@ class CertaintyBalance(RouterLoss):
 
     def sums(self, routing: Routing) -> torch.Tensor:
         """(..., E + 4) summed probabilities and entropies of tokens, their number, and it times each target."""
-        tiny = torch.finfo(routing.probs.dtype).tiny
-        p_TE = routing.probs / routing.probs.sum(-1, keepdim=True).clamp_min(tiny)
-        entropy_T1 = -(p_TE * p_TE.clamp_min(tiny).log()).sum(-1, keepdim=True)
+        p_TE = shares(routing.probs)
+        entropy_T1 = entropy(p_TE)[..., None]
         sums = masked_sum(torch.cat([p_TE, entropy_T1], -1), routing)
         tokens = num_valid(routing).expand_as(sums[..., :1])
         return torch.cat([sums, tokens, self.balance * tokens, self.certainty * tokens], -1)
@@ -62,10 +62,9 @@ class CertaintyBalance(RouterLoss):
         """(...) loss of (..., E + 4) sums."""
         num_experts = sums.shape[-1] - 4
         tokens = sums[..., -3].clamp_min(1)
-        tiny = torch.finfo(sums.dtype).tiny
         q_E = sums[..., :num_experts] / tokens[..., None]
         largest = torch.log(torch.full_like(tokens, max(num_experts, 2)))
-        used = -(q_E * q_E.clamp_min(tiny).log()).sum(-1) / largest
+        used = entropy(q_E) / largest
         certain = sums[..., num_experts] / tokens / largest
         target_used, target_certain = sums[..., -2] / tokens, sums[..., -1] / tokens
         return (target_used - used).relu() + (certain - target_certain).relu()

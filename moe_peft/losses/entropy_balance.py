@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 
 from ..types import RouterLoss, Routing
-from .masking import masked_sum
+from .entropy import entropy
+from .masking import masked_sum, shares
 
 
 class EntropyBalance(RouterLoss):
@@ -26,6 +27,4 @@ class EntropyBalance(RouterLoss):
     @staticmethod
     def value(sums: torch.Tensor) -> torch.Tensor:
         """(...) loss of (..., E) sums; zero where there are none."""
-        tiny = torch.finfo(sums.dtype).tiny
-        q_E = sums / sums.sum(-1, keepdim=True).clamp_min(tiny)
-        return (q_E * q_E.clamp_min(tiny).log()).sum(-1)
+        return -entropy(shares(sums))

@@ -29,3 +29,18 @@ def masked_sum(values: torch.Tensor, routing: Routing) -> torch.Tensor:
         keep = routing.valid.view(-1, *[1] * (values.ndim - 1 - routing.token_dim))
         values = values.masked_fill(~keep, 0.0)
     return values.sum(routing.token_dim)
+
+
+def shares(values: torch.Tensor) -> torch.Tensor:
+    """Values over their sum.
+
+    Where gates close all experts, or null experts have all the mass, the sum is so near to zero that its inverse has
+    no finite gradient: below the rounding of one, 2^-23 in float32, the values stay as small as they are.
+
+    Args:
+        values: (..., E), none negative.
+
+    Returns:
+        (..., E) that sum to one; nearly zeros where there is nothing to share.
+    """
+    return values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).eps)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from .choice import AUTO, Work, choose, joins
 from .dense import combine_experts, dense_experts
+from .directions import directions
 from .dtypes import autocast_is_on, cast_to_compute_dtype, compute_dtype, outside_autocast, without_rounding
 from .eager import eager_experts
 from .gather import gather_experts
@@ -35,6 +36,7 @@ __all__ = [
     "combine_experts",
     "compute_dtype",
     "dense_experts",
+    "directions",
     "eager_experts",
     "gather_experts",
     "grouped_experts",

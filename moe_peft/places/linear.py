@@ -26,7 +26,11 @@ from ..place import MoeLayer, Place
 
 # Second projections of gated FFNs: they scale what the first one lets through, and the kind "all" leaves them out.
 UNGATED_NAMES = ("up_proj", "wi_1")
-CROSS_ATTENTION = re.compile(r"encdecattention|encoder_attn|cross_?attn|crossattention", re.IGNORECASE)
+# How transformers calls attention to the states of an encoder; Perceiver's `cross_attention` is to its own inputs.
+CROSS_ATTENTION = re.compile(
+    r"encdecattention|encoder_attn|cross_?attn|crossattention|encoder_decoder_attention|cross_attention\.[kv]_",
+    re.IGNORECASE,
+)
 # Parts of sparse attention that choose the tokens to attend to: no gradient passes their choice.
 INDEXER = re.compile(r"(^|\.)index(er|_\w+)(\.|$)")
 

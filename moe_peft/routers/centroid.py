@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..ops import outside_autocast
+from ..ops import directions, outside_autocast
 from ..part import Option
 from ..types import TokenContext
 from .router import Router, RouterArgs
@@ -77,5 +77,5 @@ class Centroid(Router):
         """Score the experts for each token; arguments as in `Router.scores`."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with outside_autocast(x.device.type):
-            z_TE = F.linear(F.normalize(x.to(dtype), dim=-1), F.normalize(self.weight.to(dtype), dim=-1)) / self.tau
+            z_TE = F.linear(directions(x.to(dtype)), F.normalize(self.weight.to(dtype), dim=-1)) / self.tau
         return z_TE.abs() if self.sign_agnostic else z_TE

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..ops import project
+from ..ops import directions, project
 from ..part import Option
 from ..types import TokenContext
 from .router import Router, RouterArgs
@@ -21,8 +21,8 @@ from .router import Router, RouterArgs
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# Gain of the orthogonal vectors at the start, and the lowest temperature.
-GAIN, LOWEST = 0.32, 1e-4
+# Gain of the orthogonal vectors at the start, and the bounds of the temperature.
+GAIN, LOWEST, HIGHEST = 0.32, 1e-4, 1e6
 
 
 class Cosine(Router):
@@ -55,7 +55,7 @@ class Cosine(Router):
             "tau",
             0.07,
             "a number from 0.0001 to 1000000",
-            lambda value: not isinstance(value, bool) and LOWEST <= value <= 1e6,
+            lambda value: not isinstance(value, bool) and LOWEST <= value <= HIGHEST,
             "Temperature at the start; it is learned.",
         ),
     )
@@ -83,6 +83,6 @@ class Cosine(Router):
     def scores(self, x: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """Score the experts for each token; arguments as in `Router.scores`."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        low_TW = F.normalize(project(x, self.projection, dtype=dtype), dim=-1)
-        tau = self.log_tau.to(dtype).exp().clamp_min(LOWEST)
+        low_TW = directions(project(x, self.projection, dtype=dtype))
+        tau = self.log_tau.to(dtype).clamp(math.log(LOWEST), math.log(HIGHEST)).exp()
         return project(low_TW, F.normalize(self.weight.to(dtype), dim=-1)) / tau

@@ -15,7 +15,7 @@ import torch
 
 from ..part import Option
 from ..types import Routing, TokenContext
-from .selector import Selector
+from .selector import SMALLEST_SUM, Selector
 
 
 class ExpertPrototyping(Selector):
@@ -58,7 +58,7 @@ class ExpertPrototyping(Selector):
         groups_TZG = probs_TE.unflatten(-1, (self.num_prototypes, size))
         largest_TZ, places_TZ = groups_TZG.max(-1)
         experts_TZ = places_TZ + torch.arange(0, num_experts, size, device=places_TZ.device)
-        totals_TZ = groups_TZG.sum(-1).clamp_min(torch.finfo(probs_TE.dtype).tiny)
+        totals_TZ = groups_TZG.sum(-1).clamp_min(SMALLEST_SUM)
         return Routing(
             weights=largest_TZ / totals_TZ,
             experts=experts_TZ.masked_fill(largest_TZ == 0, num_experts),

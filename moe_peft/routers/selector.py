@@ -10,6 +10,9 @@ import torch
 from ..part import Part
 from ..types import Routing, StepStatistics, TokenContext
 
+# Weights are divided by no smaller sum of theirs: the gradient of a quotient by one has no finite value.
+SMALLEST_SUM = 1e-20
+
 
 class Selector(Part, ABC):
     """A rule without trained parameters.

@@ -13,7 +13,7 @@ import torch
 
 from ..part import Option
 from ..types import Routing, TokenContext
-from .selector import Selector
+from .selector import SMALLEST_SUM, Selector
 
 
 class Threshold(Selector):
@@ -52,7 +52,7 @@ class Threshold(Selector):
         tau_T = (self.tau_max or 1 / num_experts) * logits_TE[:, num_experts].sigmoid()
         above_TE = (probs_TE - tau_T[:, None]).relu()
         return Routing(
-            weights=above_TE / above_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(above_TE.dtype).tiny),
+            weights=above_TE / above_TE.sum(-1, keepdim=True).clamp_min(SMALLEST_SUM),
             experts=None,
             logits=logits_TE[:, :num_experts],
             probs=probs_TE,

@@ -9,7 +9,7 @@ import torch
 from ..types import Routing, TokenContext
 from .gates import Gate
 from .linear import LinearRouter
-from .selector import Selector
+from .selector import SMALLEST_SUM, Selector
 
 
 class TopK(Selector):
@@ -83,7 +83,7 @@ class TopK(Selector):
         """Let the weights of a token sum to one where `norm_topk_prob`; weights that are all zero stay so."""
         if not self.norm_topk_prob:
             return weights_TK
-        return weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(torch.finfo(weights_TK.dtype).tiny)
+        return weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(SMALLEST_SUM)
 
 
 class TopKRouter(LinearRouter):

@@ -11,6 +11,7 @@ from moe_peft.forward.batch import (
     batch_shape,
     check_groups,
     groups_per_sequence,
+    mask_of,
     named_inputs,
     number_segments,
     prompt_of,
@@ -33,6 +34,28 @@ def test_shape_comes_from_ids_or_embeddings():
     assert batch_shape({"input_ids": torch.ones(2, 3)}) == (2, 3)
     assert batch_shape({"inputs_embeds": torch.ones(2, 3, 4)}) == (2, 3)
     assert batch_shape({"pixel_values": torch.ones(2, 3, 4, 4)}) is None
+
+
+def test_ids_of_codebooks_are_rows_of_one_sample():
+    ids, mask, states = torch.ones(8, 3), torch.ones(2, 3), torch.ones(2, 5, 4)
+    assert batch_shape({"input_ids": ids, "attention_mask": mask}) == (2, 3)
+    assert batch_shape({"input_ids": ids, "encoder_hidden_states": states}) == (2, 3)
+    for others in ({"attention_mask": torch.ones(3, 3)}, {"attention_mask": torch.ones(2, 7)}, {}):
+        assert batch_shape({"input_ids": ids, **others}) == (8, 3)
+
+
+def test_a_decoder_without_a_mask_is_padded_behind_its_last_labels():
+    labels = torch.tensor([[5, -100, 6, -100], [-100, 3, 4, 5], [-100, -100, -100, -100]])
+    decoder, whole = {"encoder_hidden_states": torch.ones(3, 2, 2)}, {"labels": labels}
+    expected = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()
+    assert torch.equal(mask_of(decoder, whole, (3, 4)), expected)
+    given = torch.ones(3, 4)
+    assert mask_of({**decoder, "attention_mask": given}, whole, (3, 4)) is given
+    assert mask_of(decoder, {**whole, "decoder_attention_mask": given}, (3, 4)) is given
+    assert mask_of(decoder, {**whole, "decoder_attention_mask": given}, (3, 5)) is None
+    assert mask_of(decoder, whole, (3, 5)) is None and mask_of(decoder, {"labels": labels.float()}, (3, 4)) is None
+    # A stack that attends to no encoder may have a mask of another kind, or none.
+    assert mask_of({}, whole, (3, 4)) is None
 
 
 def test_positions_that_restart_start_a_document_unless_a_mask_says_the_row_is_padded():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 from peft import get_peft_model
+from torch import nn
 
 from moe_peft import LoraMoeConfig
 from moe_peft.forward.batch import SampleGroups
 from moe_peft.forward.forward_pass import ForwardPass
+from moe_peft.forward.frames import frame_mask_of
 from moe_peft.forward.joined_losses import ForwardLosses
 from moe_peft.telemetry.functions import record
 from moe_peft.types import LossScale
@@ -29,7 +31,38 @@ def test_axes_of_length_one_do_not_hide_the_rows():
         found = known.tokens(leading, CPU)
         assert torch.equal(found.valid, expected.valid) and torch.equal(found.sequences, expected.sequences)
         assert found.num_sequences == 2
-    assert known.tokens((5, 3), CPU).valid is None and known.tokens((2, 5, 3), CPU).valid is None
+    assert known.tokens((5, 3), CPU).valid is None and known.tokens((2, 4, 3), CPU).valid is None
+
+
+def test_each_of_several_heads_has_the_mask_of_its_row():
+    known = forward_pass()
+    for leading, expected in (
+        ((2, 3, 5), MASK[:, None].expand(2, 3, 5)),
+        ((2, 5, 3), MASK[:, :, None].expand(2, 5, 3)),
+    ):
+        assert torch.equal(known.tokens(leading, CPU).valid, expected.reshape(-1).bool())
+    unclear = known.tokens((2, 5, 5), CPU)
+    assert unclear.valid is None and not unclear.padding_known
+    assert ForwardPass(True, ForwardLosses(LossScale()), shape=(2, 5)).tokens((2, 5, 5), CPU).padding_known
+
+
+def test_frames_of_samples_that_no_method_tells_are_not_known():
+    mask = torch.tensor([[1] * 40, [1] * 20 + [0] * 20])
+    stack = nn.Linear(2, 2)
+    fields = {"attention_mask": mask, "module": stack, "frames": frame_mask_of(stack, mask)}
+    known = ForwardPass(True, ForwardLosses(LossScale()), **fields)
+    assert not known.tokens((2, 10), CPU).padding_known and not known.tokens((2, 50), CPU).padding_known
+    # Relative positions of 40 frames are no tokens, and a vector for each row is not padded.
+    assert known.tokens((2, 79), CPU).padding_known and known.tokens((2, 1), CPU).padding_known
+    assert torch.equal(known.tokens((2, 40), CPU).valid, mask.reshape(-1).bool())
+
+
+def test_sound_beside_text_has_a_mask_of_its_own():
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 6])
+    known = forward_pass(media_frames=frame_mask_of(nn.Linear(2, 2), mask))
+    assert torch.equal(known.tokens((3, 6), CPU, "media").valid, mask.reshape(-1).bool())
+    for leading in ((2, 6), (3, 5), (18,)):
+        assert known.tokens(leading, CPU, "media").valid is None
 
 
 def test_keys_and_values_of_one_shared_head_see_the_mask():

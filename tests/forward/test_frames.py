@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from moe_peft import RoutedConfig, router_loss
+from moe_peft.forward.frames import frame_mask_of
 from moe_peft.telemetry.functions import record
 
 SHARED = {"num_experts": 4, "r": 2, "init_weights": False, "lora_dropout": 0.0}
@@ -181,3 +182,42 @@ def test_rows_of_another_length_are_refused_where_there_is_padding():
     with pytest.raises(ValueError, match="up: its rows have another length than the attention mask"):
         model(inputs_embeds=x, attention_mask=mask)
     model.eval()(inputs_embeds=x, attention_mask=mask)
+
+
+class Sampler(torch.nn.Module):
+    def __init__(self, lengths):
+        super().__init__()
+        self._get_feat_extract_output_lengths = lengths
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        lambda n: (n - 1) // 2 + 1,
+        lambda n: int((n - 1) / 2 + 1),  # of one number alone
+        lambda n: (n // 4, (n - 1) // 2 + 1),  # of two layers
+    ],
+)
+def test_methods_of_a_stack_may_take_one_number_and_give_several(lengths):
+    mask = (torch.arange(8) < torch.tensor([8, 5, 0])[:, None]).long()
+    found = frame_mask_of(Sampler(lengths), mask)(4)
+    assert torch.equal(found.sum(1), torch.tensor([4, 3, 0]))
+
+
+def test_a_method_that_fails_says_nothing():
+    def broken(n):
+        raise TypeError(n)
+
+    assert frame_mask_of(Sampler(broken), torch.ones(2, 8))(4) is None
+
+
+def test_strided_layers_shorten_the_frames_one_after_the_other():
+    class Strided(torch.nn.Module):
+        kernel_size, stride = 8, 8
+
+        def _compute_sub_sample_lengths_from_attention_mask(self, mask):
+            raise NotImplementedError
+
+    mask = (torch.arange(40) < torch.tensor([40, 21])[:, None]).long()
+    frames = frame_mask_of(torch.nn.Sequential(Strided(), Strided()), mask)
+    assert frames(6).sum(1).tolist() == [6, 3] and frames(1).sum(1).tolist() == [1, 1] and frames(7) is None

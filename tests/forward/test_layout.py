@@ -128,6 +128,27 @@ def test_each_row_has_the_adapter_that_it_names(build, rows, width):
     assert not torch.allclose(expected["other"], expected["default"])
 
 
+@pytest.mark.parametrize(("rows", "width"), [(2, 8), (4, 4)])
+def test_each_row_has_the_adapter_that_it_names_in_blocks(rows, width):
+    torch.manual_seed(0)
+    base, _ = xlnet()
+    fields = {"wraps": "block", "target_modules": ["ff"], **SHARED}
+    model = get_peft_model(base, RoutedConfig(**fields))
+    model.add_adapter("other", RoutedConfig(**fields))
+    model, batch = model.eval(), batch_of((width,) * rows, width)
+    names, expected = ["other", "default", "__base__", "other"][:rows], {}
+    with torch.no_grad():
+        for name in ("default", "other"):
+            model.set_adapter(name)
+            expected[name] = model(**batch).logits
+        with model.disable_adapter():
+            expected["__base__"] = model(**batch).logits
+        found = model(**batch, adapter_names=names).logits
+    assert not torch.allclose(expected["other"], expected["default"])
+    for row, name in enumerate(names):
+        torch.testing.assert_close(found[row], expected[name][row], rtol=1e-4, atol=1e-5)
+
+
 def test_attention_that_turns_its_input_is_told_from_the_stack_where_rows_are_as_many_as_positions():
     torch.manual_seed(0)
     base, targets = longformer()

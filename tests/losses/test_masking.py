@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from moe_peft.losses import LOSSES
-from moe_peft.losses.masking import masked_sum, num_valid
+from moe_peft.losses.entropy import entropy
+from moe_peft.losses.masking import masked_sum, num_valid, shares
 from moe_peft.types import Routing, TokenContext
 from tests.compare import full_routing, random_routing
 
@@ -93,3 +94,13 @@ def test_every_loss_of_a_float32_decision_is_a_float32_scalar(name):
     routing = Routing(*tensors, extras=extras)
     value = loss_of(name)(routing)
     assert value.dtype == torch.float32 and value.ndim == 0
+
+
+def test_shares_sum_to_one_with_finite_gradients_where_there_is_nothing_to_share():
+    values = torch.rand(4, 3, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(shares(values), values / values.sum(-1, keepdim=True), rtol=1e-15, atol=0)
+    for scale in (0.0, 1e-45, 1e-30):
+        closed = torch.full((2, 3), scale, requires_grad=True)
+        for goal in (shares(closed).sum(), entropy(shares(closed)).sum()):
+            (grad,) = torch.autograd.grad(goal, closed)
+            assert torch.isfinite(goal) and torch.isfinite(grad).all()

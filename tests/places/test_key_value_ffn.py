@@ -239,11 +239,18 @@ def test_models_without_keys_and_values_are_refused():
 
 
 def test_keys_and_values_of_cross_attention_read_encoder_states():
-    names = ["decoder.block.0.layer.1.EncDecAttention.v", "layers.0.encoder_attn.k_proj", "h.0.crossattention.c_attn"]
+    names = [
+        "decoder.block.0.layer.1.EncDecAttention.v",
+        "layers.0.encoder_attn.k_proj",
+        "h.0.crossattention.c_attn",
+        "decoder.layers.0.cross_attention.v_proj",
+        "layer.0.encoder_decoder_attention.attention.key",
+    ]
     assert all(reads_encoder_states(name) for name in names)
     others = [
         "layers.0.encoder_attn.q_proj",
         "h.0.crossattention.c_proj",
+        "encoder.cross_attention.attention.self.key",
         "h.0.attn.c_attn",
         "layers.0.self_attn.v_proj",
     ]

@@ -58,9 +58,7 @@ def _number_of_samples(inputs: Mapping[str, Any], tokens: torch.Tensor) -> int:
     return samples if samples and num_rows % samples == 0 else num_rows
 
 
-def mask_of(
-    inputs: Mapping[str, Any], whole: Mapping[str, Any], shape: tuple[int, int] | None
-) -> torch.Tensor | None:
+def mask_of(inputs: Mapping[str, Any], whole: Mapping[str, Any], shape: tuple[int, int] | None) -> torch.Tensor | None:
     """The mask of a stack's own tokens.
 
     A decoder whose batch has labels alone is given none: its padding is what comes after the last label of a row.

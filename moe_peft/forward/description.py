@@ -156,7 +156,7 @@ def of_one_modality(own_pass: ForwardPass, rows: tuple[int, ...]) -> torch.Tenso
 
 
 def describe_media(own_pass: ForwardPass, leading: tuple[int, ...], device: torch.device) -> TokenContext:
-    """Describe tokens of images and sound, which are valid but for the padding of sound; arguments as in `describe`."""
+    """Describe tokens of images and sound, valid but for the padding of sound; arguments as in `describe`."""
     images = leading[0] if len(leading) >= 2 else 1
     frames_of = own_pass.media_frames
     frames_BF = frames_of(leading[1]) if frames_of is not None and len(leading) == 2 else None

@@ -71,7 +71,9 @@ def _sampled(stack: nn.Module, mask: torch.Tensor) -> Iterator[torch.Tensor]:
     for variant in variants:
         for frames_B in _numbers_of_frames(to_frames, samples_B, variant):
             *of_rows, num_frames = frames_B.tolist()
-            frames_BF = torch.arange(num_frames, device=mask.device) < mask.new_tensor(of_rows, dtype=torch.long)[:, None]
+            frames_BF = (
+                torch.arange(num_frames, device=mask.device) < mask.new_tensor(of_rows, dtype=torch.long)[:, None]
+            )
             yield frames_BF
             squeeze = getattr(getattr(stack, "config", None), "squeeze_factor", 1)
             if squeeze > 1:

@@ -41,18 +41,19 @@ SIZES: dict[str, object] = {
     "attention_window": 4,
     "block_size": 2,
 }
-TYPES = """
+NAMES = """
     bert gpt2 t5 xlnet longformer llama
-    afmoe albert apertus arcee bart big_bird bigbird_pegasus biogpt bitnet blenderbot bloom camembert cohere cohere2
-    convbert ctrl deberta deberta-v2 diffllama distilbert doge dpr electra ernie ernie4_5 esm eurobert exaone4 falcon
-    falcon_mamba flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss
-    granite granitemoe granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe ibert imagegpt internlm3 jetmoe led lfm2
-    longt5 m2m_100 mamba marian mbart megatron-bert minimax ministral mistral mixtral mobilebert modernbert
-    modernbert-decoder mpnet mpt mra mt5 mvp nemotron nllb-moe nomic_bert nystromformer olmo olmo2 olmo3 olmoe
-    openai-gpt opt pegasus persimmon phi phi3 phimoe plbart qwen2 qwen2_moe qwen3 qwen3_moe rembert roberta
-    roberta-prelayernorm roformer rwkv seed_oss smollm3 splinter squeezebert stablelm starcoder2 switch_transformers
-    tapas umt5 vaultgemma visual_bert xglm xlm-roberta xlm-roberta-xl yoso
-""".split()
+    albert apertus arcee bart big_bird bigbird_pegasus biogpt bitnet blenderbot bloom camembert cohere cohere2
+    convbert ctrl deberta deberta-v2 diffllama distilbert doge dpr electra ernie ernie4_5 esm eurobert exaone4
+    falcon falcon_mamba flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe gpt_bigcode gpt_neox
+    gpt_neox_japanese gpt_oss granite granitemoe granitemoeshared helium hunyuan_v1_dense ibert imagegpt
+    internlm3 led lfm2 longt5 m2m_100 mamba marian mbart megatron-bert minimax ministral mistral mixtral
+    mobilebert modernbert modernbert-decoder mpnet mpt mra mt5 mvp nemotron nllb-moe nomic_bert nystromformer
+    olmo olmo2 olmo3 olmoe openai-gpt opt pegasus persimmon phi phi3 plbart qwen2 qwen3 qwen3_moe rembert
+    roberta roberta-prelayernorm roformer rwkv seed_oss smollm3 splinter squeezebert stablelm starcoder2
+    switch_transformers tapas umt5 vaultgemma visual_bert xglm xlm-roberta xlm-roberta-xl yoso
+"""
+TYPES = NAMES.split()
 IN_EVERY_RUN = TYPES[:6]
 
 

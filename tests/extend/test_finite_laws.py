@@ -79,7 +79,9 @@ def results(
         goals["output"] = out_TO.float().mean()
     for name, goal in goals.items():
         grads = torch.autograd.grad(1e-3 * goal, list(leaves.values()), allow_unused=True, retain_graph=True)
-        found.update({f"gradient of {name} in {leaf}": g for leaf, g in zip(leaves, grads, strict=True) if g is not None})
+        found.update(
+            {f"gradient of {name} in {leaf}": g for leaf, g in zip(leaves, grads, strict=True) if g is not None}
+        )
     return {name: value.detach().float() for name, value in found.items()}
 
 

@@ -9,11 +9,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from moe_peft import routed_layers, router_loss
+from moe_peft.extend import EXPERTS
 from tests.contract.cases import randomize
 from tests.tiny import tiny_llama
 
-from .cases import PAIRS, PARTS, batch_for, config_of, context, on_layers, parts_of
-from .combinations import losses_for
+from .cases import PAIRS, PARTS, PLACED, batch_for, config_of, context, on_layers, parts_of
+from .combinations import losses_for, placed
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.bnb
@@ -66,14 +67,16 @@ def four_bit_model(folder):
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32).eval()
 
 
-@on_layers(PARTS[:2], PARTS)
+@on_layers([*PARTS[:2], *placed()], PARTS)
 def test_a_model_in_four_bits_starts_as_it_was_trains_and_comes_back(choice, saved_base, tmp_path):
     batch, base = batch_for("llama", choice, labels=True), four_bit_model(saved_base).requires_grad_(False)
     known = {key: value for key, value in batch.items() if key not in ("labels", "task_type")}
     with torch.no_grad():
         expected = base(**known).logits
     base = prepare_model_for_kbit_training(base)
-    model = get_peft_model(base, config_of(choice, task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"]))
+    kind = EXPERTS[choice[3]].placement
+    where = {"target_modules": ["q_proj", "down_proj"]} if kind is None else PLACED[kind][1]
+    model = get_peft_model(base, config_of(choice, task_type="CAUSAL_LM", **where))
     with torch.no_grad():
         assert torch.equal(model.eval()(**batch).logits, expected)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

@@ -19,14 +19,14 @@ from tests.tiny import padded_batch
 
 from . import registered
 from .cases import LEARNING, PAIRS, context_needs, make, name_of
-from .combinations import Choice
+from .combinations import Choice, placed
 
 TASKS = torch.tensor([0, 1, 1, 0])
 
 
 def choices() -> list[Choice]:
-    """Pairs of parts with router losses, or with tensors that change after each step."""
-    return [choice for choice in PAIRS if choice in LEARNING]
+    """Pairs of parts with router losses, or with tensors that change after each step, and kinds that act inside."""
+    return [*(choice for choice in PAIRS if choice in LEARNING), *placed()]
 
 
 def batch_of(choice: Choice, rank: int, world: int) -> dict[str, torch.Tensor]:

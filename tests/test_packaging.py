@@ -54,7 +54,7 @@ def test_tests_of_the_source_distribution_run_from_it(archive, tmp_path):
     assert all((root / name).is_file() for name in slice_of_it)
     environment = {**os.environ, "PYTHONPATH": str(root)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *slice_of_it]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
 
 

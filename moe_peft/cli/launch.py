@@ -46,6 +46,8 @@ def run(verb: str, script: str, argv: list[str]) -> int:
     launcher, own = split(argv, launch_command_parser())
     launcher = on_cpus(launcher, own)
     words = [*launcher, str(path), *own]
+    # The launcher would list what it takes where nothing is said, for every run.
+    logging.getLogger(launch_command.__module__).setLevel(logging.ERROR)
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
     several = arguments.use_deepspeed or arguments.use_fsdp or arguments.use_megatron_lm
     if arguments.cpu or not (several or arguments.multi_gpu or arguments.tpu):

@@ -54,10 +54,11 @@ def test_several_processes_without_gpus_have_a_configuration_of_the_launcher():
 
 
 @pytest.mark.parametrize("verb", ["sft", "select-experts"])
-def test_one_process_takes_the_place_of_the_command(verb, monkeypatch):
+def test_one_process_takes_the_place_of_the_command_without_a_word_of_the_launcher(verb, monkeypatch, caplog):
     started = []
     monkeypatch.setattr(launch, "replace_process", lambda command, env: started.append((command, env)) or 7)
     assert main([verb, "--config", "quickstart", "--num_processes", "1"]) == 7
+    assert not caplog.records
     ((command, variables),) = started
     script = shipped("train") / f"{verb.replace('-', '_')}.py"
     assert command == [sys.executable, str(script), "--config", "quickstart"]

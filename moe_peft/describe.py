@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
+from .backbone.partitioned import shape_of
 from .backbone.probe import called_modules
 from .backbone.sizes import num_base_weights
 from .config.config import MoeConfig
@@ -136,7 +138,7 @@ def describe(model: nn.Module, config: MoeConfig, inputs: Mapping[str, Any] | No
 def _trainable(module: nn.Module) -> int:
     """Parameters of a part that training changes; a part names those that it never trains."""
     frozen = module.frozen if isinstance(module, ModulePart) else ()
-    return sum(parameter.numel() for name, parameter in module.named_parameters() if name not in frozen)
+    return sum(math.prod(shape_of(parameter)) for name, parameter in module.named_parameters() if name not in frozen)
 
 
 def _implementation(model: nn.Module, place: Place, parts: RoutedParts, num_tokens: int) -> str | None:

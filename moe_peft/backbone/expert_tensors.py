@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .partitioned import is_partitioned, shape_of
+
 # State of a module that must not leak into a stand-in for it.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -22,7 +24,7 @@ def keeps_slices(experts: nn.Module, num_experts: int) -> bool:
         num_experts: E.
     """
     packed = len(experts.parametrizations) if parametrize.is_parametrized(experts) else 0  # type: ignore[arg-type]
-    own = [t for t in experts.parameters(recurse=False) if t.dim() > 1 and t.shape[0] >= num_experts]
+    own = [t for t in experts.parameters(recurse=False) if _has_slices(t, num_experts)]
     return packed + len(own) >= 2 and all(t.is_floating_point() and t.element_size() > 1 for t in own)
 
 
@@ -34,13 +36,25 @@ def expert_tensors(experts: nn.Module, num_experts: int) -> dict[str, torch.Tens
         num_experts: E; slices beyond it, as of identity experts, are left out.
 
     Returns:
-        Name -> (E, ...) tensor, a view of the module's own; empty where the module keeps its experts in another form.
+        Name -> (E, ...) tensor, a view of the module's own, on the meta device where its values are not here; empty
+        where the module keeps its experts in another form.
     """
     names = [name for name, _ in experts.named_parameters(recurse=False)]
     if parametrize.is_parametrized(experts):
         names += list(experts.parametrizations)  # type: ignore[arg-type]
     tensors: dict[str, torch.Tensor] = {name: getattr(experts, name) for name in names}
-    return {name: t[:num_experts] for name, t in tensors.items() if t.dim() > 1 and t.shape[0] >= num_experts}
+    return {name: _whole(t)[:num_experts] for name, t in tensors.items() if _has_slices(t, num_experts)}
+
+
+def _has_slices(tensor: torch.Tensor, num_experts: int) -> bool:
+    shape = shape_of(tensor)
+    return len(shape) > 1 and shape[0] >= num_experts
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    if is_partitioned(tensor):
+        return torch.empty(shape_of(tensor), dtype=tensor.dtype, device="meta")
+    return tensor
 
 
 def run_experts(

@@ -8,6 +8,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from .partitioned import shape_of
+
 
 def num_base_weights(model: nn.Module) -> int:
     """Count the weights of a backbone.
@@ -35,4 +37,4 @@ def _num_weights(module: nn.Module, parameter: nn.Parameter) -> int:
     """Weights of one parameter, of which packing puts several into one element."""
     # bitsandbytes keeps the shape at the parameter of a linear layer, and at the parametrization of any other.
     holder = module[0] if isinstance(module, ParametrizationList) else parameter
-    return math.prod(getattr(getattr(holder, "quant_state", None), "shape", parameter.shape))
+    return math.prod(getattr(getattr(holder, "quant_state", None), "shape", shape_of(parameter)))

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from ..messages import shown
 from .expert_tensors import expert_tensors, own_class, run_experts
 from .experts_call import takes_routing
+from .partitioned import is_partitioned
 
 # Largest difference by the bytes of a number, in shares of the largest output.
 TOLERANCE = {2: 0.05, 4: 1e-3, 8: 1e-6}
@@ -37,7 +38,10 @@ def stand_in_fault(experts: nn.Module, num_experts: int, width: int) -> str | No
     cls = own_class(experts, [*(name for name, _ in experts.named_parameters(recurse=False)), *packed])
     if not takes_routing(cls):
         return "is not called with (hidden, index, weights)"
-    here = [type(p) is nn.Parameter and p.is_floating_point() and not p.is_meta for p in experts.parameters()]
+    here = [
+        type(p) is nn.Parameter and p.is_floating_point() and not p.is_meta and not is_partitioned(p)
+        for p in experts.parameters()
+    ]
     return _fault_in_a_trial(experts, cls, num_experts, width) if all(here) and not packed else None
 
 

@@ -25,6 +25,7 @@ from ..place import MoeLayer
 from .attention import attention_names
 from .encoders import encoder_names
 from .experts_call import takes_routing
+from .partitioned import shape_of
 
 # Names of the modules that decide about experts: anywhere, and where `experts` stands beside them.
 ROUTER_NAMES = ("router", "router_gate")
@@ -171,9 +172,9 @@ def block_width(block: nn.Module) -> int | None:
             width = getattr(module, "in_features", None)
             if isinstance(width, int):
                 return width
-        matrices = [parameter for parameter in router.parameters() if parameter.dim() == 2]
+        matrices = [shape for shape in map(shape_of, router.parameters()) if len(shape) == 2]
         if matrices:
-            return matrices[0].shape[1]
+            return matrices[0][1]
     return _named_width(block)
 
 
@@ -214,7 +215,7 @@ def _shapes(module: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[int, ..
     for name in names:
         parameter = module._parameters.get(name)
         if parameter is not None and parameter.is_floating_point():
-            yield tuple(parameter.shape)
+            yield shape_of(parameter)
         elif parametrize.is_parametrized(module, name):
             state = getattr(module.parametrizations[name][0], "quant_state", None)  # type: ignore[index]
             yield tuple(getattr(module, name).shape if state is None else state.shape)

@@ -36,7 +36,7 @@ __all__ = ["TRACKER_ATTRIBUTE", "ForwardTracker", "find_stacks", "find_tracker",
 INFERENCE = TokenContext()
 
 TRANSIENT: tuple[str, ...] = ("in_reverse", "_thread", "_latest", "_reached", "_busy", "counted", "shared")
-TRANSIENT += ("frozen", "in_charge", *LAST_SEEN)
+TRANSIENT += ("frozen", "in_charge", "_looked_for_parts", *LAST_SEEN)
 
 # (place, adapter) of the router losses that a call of a module may join with other processes -> whether the number of
 # calls depends on the batch.
@@ -72,6 +72,7 @@ class ForwardTracker(WarningKeeper):
         self.shared = SharedSums()
         self.frozen = FrozenTensors()
         self.in_charge: Callable[[], None] | None = None
+        self._looked_for_parts = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave past passes, and what belongs to threads, out of copies and pickles."""
@@ -276,7 +277,21 @@ class ForwardTracker(WarningKeeper):
             self._warn_accumulation(entry.module)
             if not torch.compiler.is_compiling():
                 self._warn_copies(entry.module)
+                self._let_inputs_require_gradients(entry.module)
         return super().open(entry, args, kwargs, hooked=hooked)
+
+    def _let_inputs_require_gradients(self, model: nn.Module) -> None:
+        """Under ZeRO-3, let the embeddings' output require a gradient.
+
+        DeepSpeed reduces the gradients of a layer once its input has one; a layer whose input needs none would be
+        reduced before its parameters have theirs.
+        """
+        if self._looked_for_parts:
+            return
+        self._looked_for_parts = True
+        parts = any(hasattr(own, "ds_id") and own.requires_grad for own in model.parameters())
+        if parts and hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
 
     def finish(self, forward_pass: ForwardPass, output: Any) -> Any:
         """Measure, join and differentiate the router losses of a pass that has ended."""

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 
+from ..backbone.offloaded import execution_device
 from ..config.parts import RoutedParts
 from ..forward.frozen import freeze
 from ..forward.objective import RouterObjective
@@ -42,6 +43,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     """
 
     adds_to_output: bool = True
+    # For DeepSpeed's ZeRO-3: gather all parameters for the whole call, as it cannot follow the decisions that pass
+    # between the modules in here.
+    _z3_leaf = True
     other_param_names: tuple[str, ...] = ("objectives",)
 
     def __init__(
@@ -207,4 +211,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             parameter = next(base_layer.parameters(), None)
             if parameter is not None:
                 device, dtype = parameter.device, dtype_when_read(base_layer) or parameter.dtype
+        if device is not None and device.type == "meta":
+            # Of offloaded weights; adapters are small, and stay where the layer computes.
+            device = execution_device(base_layer) or device
         return device, dtype

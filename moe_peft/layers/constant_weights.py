@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from ..messages import shown
 from ..routers import Router
@@ -74,11 +73,6 @@ def check_weight(base: nn.Module, backend: QuantizationBackend | None, place: st
         raise ValueError(
             f"{place} ({type(base).__name__}) is quantized in a form that peft does not merge into. Load the "
             "base model in 16 or 32 bit to merge."
-        )
-    if isinstance(base._parameters.get("weight"), DTensor):
-        raise ValueError(
-            f"The weight of {place} ({type(base).__name__}) is split over processes, so nothing can be merged into it "
-            "here. Save the adapter, and merge it into a model that one process holds whole."
         )
     if backend is None and not isinstance(base._parameters.get("weight"), nn.Parameter):
         raise ValueError(

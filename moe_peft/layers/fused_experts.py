@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from ..backbone.experts_call import takes_routing
+from ..backbone.partitioned import is_partitioned, shape_of
 from ..backbone.structure import FIRST_MATRICES
 from ..ops.expert_lora import expert_lora
 from ..ops.expert_stacks import AdaptedMatrix, FusedExperts, LowRankPairs, PlainStack
@@ -70,7 +71,7 @@ def stored_shape(experts: nn.Module, name: str) -> tuple[int, ...]:
     """
     own = experts._parameters.get(name)
     if own is not None:
-        return tuple(own.shape)
+        return shape_of(own)
     state = getattr(experts.parametrizations[name][0], "quant_state", None)  # type: ignore[index]
     return tuple(getattr(experts, name).shape if state is None else state.shape)
 
@@ -135,7 +136,8 @@ def why_not_fused(experts: nn.Module) -> str | None:
 @torch.no_grad()
 def _agrees(experts: nn.Module) -> bool:
     """Whether the pass gives a module's own output on a few rows; weights that are not here do not."""
-    if any(p.is_meta or isinstance(p, DTensor) for p in experts.parameters()) or not hasattr(experts, "act_fn"):
+    away = any(p.is_meta or isinstance(p, DTensor) or is_partitioned(p) for p in experts.parameters())
+    if away or not hasattr(experts, "act_fn"):
         return False
     fused = read_fused(experts)
     matrix, num_experts = fused.first.stack, fused.num_experts

@@ -19,6 +19,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..backbone.expert_tensors import expert_tensors, keeps_slices
+from ..backbone.offloaded import onloaded
+from ..backbone.partitioned import gathered
 from ..backbone.structure import base_of
 from ..config.absent import TARGET_PARAMETERS, Absent, absent, accepts_absent
 from ..config.config import BACKBONE
@@ -184,7 +186,8 @@ class EsftConfig(SelectedExpertsConfig, LowRankConfig):
         selection = Selection(self.experts[str(place.layer_index)], place.num_experts)
         if self.expert_adapter == "lora":
             return RoutedParts(experts=build_experts(self, place, len(selection)), selection=selection)
-        slices = ExpertSlices(expert_tensors(place.base, place.num_experts), selection.ids)
+        with gathered(place.base), onloaded(place.base):
+            slices = ExpertSlices(expert_tensors(place.base, place.num_experts), selection.ids)
         return RoutedParts(experts=slices, selection=selection)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..backbone.partitioned import shape_of
 from ..backbone.structure import FIRST_MATRICES, base_of, find_moe_layers, opaque_blocks, unsupported_reason
 from .linear import shortest_endings
 
@@ -51,7 +52,7 @@ def expert_parameters(model: nn.Module) -> list[str]:
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether a parameter below an experts module, or below a block without one, is a matrix of each expert."""
     leaf = name.rpartition(".")[2]
-    return parameter.dim() == 3 and (leaf in MATRICES or leaf == "weight")
+    return len(shape_of(parameter)) == 3 and (leaf in MATRICES or leaf == "weight")
 
 
 def _unwrapped(name: str) -> str:

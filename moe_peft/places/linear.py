@@ -18,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..backbone.attention import attention_names
 from ..backbone.encoders import encoder_names
+from ..backbone.offloaded import onloaded
+from ..backbone.partitioned import gathered, is_partitioned
 from ..backbone.read_weights import read_weights
 from ..backbone.split_linear import is_split, why_not_whole
 from ..backbone.structure import base_of, find_moe_layers, is_below, router_names
@@ -48,7 +50,7 @@ def linear_features(module: nn.Module, **quantization: Any) -> tuple[int, int] |
     if isinstance(base, nn.Linear):
         return base.in_features, base.out_features
     if isinstance(base, Conv1D):
-        return base.weight.shape[0], base.weight.shape[1]
+        return base.nx, base.nf
     backend = resolve_quantization_backend(base, **quantization)
     if backend is not None and backend.layer_type == "linear" and hasattr(base, "in_features"):
         return cast(tuple[int, int], (base.in_features, base.out_features))
@@ -172,7 +174,14 @@ def linear_place(name: str, module: nn.Module, layers: list[MoeLayer], quantizat
 
 
 def _weight_of(base: nn.Module, quantization: dict[str, Any]) -> torch.Tensor:
-    """(O, D) weight of a linear layer, dequantized where it is quantized."""
+    """(O, D) weight of a linear layer, dequantized where it is quantized, with values that are elsewhere."""
+    away = any(own.is_meta or is_partitioned(own) for own in base.parameters(recurse=False))
+    with gathered(base), onloaded(base):
+        weight = _weight_here(base, quantization)
+        return weight.clone() if away else weight
+
+
+def _weight_here(base: nn.Module, quantization: dict[str, Any]) -> torch.Tensor:
     if isinstance(base, Conv1D):
         return base.weight.data.T
     backend = resolve_quantization_backend(base, **quantization)

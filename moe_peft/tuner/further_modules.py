@@ -13,6 +13,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..backbone.partitioned import shape_of
 from ..config.config import MoeConfig
 from ..messages import shown
 
@@ -133,12 +134,12 @@ def _rows(name: str, modules: Mapping[str, nn.Module], kind: str) -> int:
     for attribute in ("token_adapter", "base_layer", "original_module"):
         module = getattr(module, attribute, module)
     weight = getattr(module, "weight", None)
-    if weight is None or weight.dim() != 2:
+    if weight is None or len(shape_of(weight)) != 2:
         raise TypeError(
             f"{kind}: trainable_token_indices names {name} ({type(module).__name__}), which has no row for each "
             "token. Name an embedding layer."
         )
-    return int(weight.shape[0])
+    return shape_of(weight)[0]
 
 
 def _near(entry: object, modules: Mapping[str, nn.Module]) -> str:

@@ -14,6 +14,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import nn
 
+from ..backbone.partitioned import check_mergeable_here
 from ..layers import RoutedLayer
 from ..messages import shown
 from .transaction import restorer
@@ -126,6 +127,7 @@ def _check_routed(
             )
         inner = cast(Any, inner).base_layer
     base = layer.get_base_layer()
+    check_mergeable_here(base, layer.place)
     for parameter in base.parameters(recurse=False):
         if len(holders[id(parameter)]) > 1:
             raise ValueError(

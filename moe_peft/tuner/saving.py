@@ -10,6 +10,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 
+from ..backbone.partitioned import is_partitioned
 from ..config.adapter_files import CONFIG, read_header, read_json_object
 from ..config.config import MoeConfig
 from ..config.stamp import stamp
@@ -58,7 +59,7 @@ def check_whole(model: nn.Module, adapter_name: str, state_dict: Mapping[str, to
     if state_dict is not None:
         return
     for name, tensor in model.named_parameters():
-        split = isinstance(tensor, DTensor) or getattr(tensor, "ds_shape", None) not in (None, tensor.shape)
+        split = isinstance(tensor, DTensor) or is_partitioned(tensor)
         if f".{adapter_name}." in name and split:
             raise ValueError(
                 f"{name} is split over processes, and saving it here would lose the other parts. Call "

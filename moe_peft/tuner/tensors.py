@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from ..backbone.partitioned import shape_of
 from ..config.config import MoeConfig
 from ..layers import RoutedLayer
 from ..place import Place
@@ -100,9 +101,8 @@ def named_tensors(model: nn.Module, prefix: str, adapter_name: str) -> dict[str,
             if adapter_name in bank:
                 for own, tensor in bank[adapter_name].state_dict(keep_vars=True).items():
                     head, last = f"{name}.{prefix}{attribute}", plain_name(own)
-                    shape = getattr(tensor, "ds_shape", tensor.shape)  # of a parameter that DeepSpeed has split
                     key = f"{head.removeprefix(PEFT_PREFIX)}.{last}"
-                    found[f"{head}.{adapter_name}.{last}"] = OwnTensor(key, tuple(shape))
+                    found[f"{head}.{adapter_name}.{last}"] = OwnTensor(key, shape_of(tensor))
     return found
 
 
@@ -138,7 +138,8 @@ def further_tensors(model: nn.Module, config: MoeConfig) -> Shapes:
         if any(name.endswith(ending) for ending in config.modules_to_save or ()):
             whole = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
             key = base_key(plain_name(name).removeprefix(PEFT_PREFIX))
-            shapes |= {f"{key}.{plain_name(own)}": tuple(tensor.shape) for own, tensor in whole.state_dict().items()}
+            state = whole.state_dict(keep_vars=True)
+            shapes |= {f"{key}.{plain_name(own)}": shape_of(tensor) for own, tensor in state.items()}
             skipped += (f"{name}.",)
     return shapes
 

@@ -10,7 +10,6 @@ from torch import nn
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
 from moe_peft.backbone.split_linear import Slices, WholeLinear, is_split, why_not_whole
-from moe_peft.layers.constant_weights import check_weight
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
@@ -58,8 +57,3 @@ def test_pieces_of_several_matrices_in_one_are_refused(mesh):
     ALL_PARALLEL_STYLES["packed_colwise"].shard_param(layer, "weight", mesh)
     layer.forward = lambda x: x
     assert is_split(layer) and "packed style" in why_not_whole(layer)
-
-
-def test_nothing_is_merged_into_a_split_weight(mesh):
-    with pytest.raises(ValueError, match="split over processes, so nothing can be merged into it"):
-        check_weight(split(mesh, dist.tensor.Shard(0)), None, "model.q_proj")

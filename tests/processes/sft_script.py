@@ -2,7 +2,8 @@
 
 accelerate launch tests/processes/sft_script.py <folder> <method> <accumulation>-<scope> ...
 
-Each setting is a run of its own, in the folder of its name.
+Each setting is a run of its own, in the folder of its name. A method is a name, or `<name>@<way>`: several processes
+then have a model that transformers has split when it loaded it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from accelerate import DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed
+from transformers.distributed import DistributedConfig
 from trl import SFTConfig, SFTTrainer
 
 import moe_peft
@@ -25,6 +27,7 @@ from tests.methods.esft_models import EXPERTS, sparse_model
 from tests.tiny import tiny_llama
 
 ROWS = 8
+WAYS = {"fsdp": {"fsdp_size": 2}, "ep+fsdp": {"fsdp_size": 2, "ep_size": 2}}
 
 
 def allow_fsdp_on_cpu() -> None:
@@ -49,17 +52,26 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def base_of(method: str) -> PreTrainedModel:
+def base_of(method: str, folder: Path) -> PreTrainedModel:
     """The model to adapt, the same in every process."""
     set_seed(0)
-    return tiny_llama() if method == "routed" else sparse_model("olmoe", "grouped_mm")
+    name, _, way = method.partition("@")
+    model = tiny_llama() if name == "routed" else sparse_model("olmoe", "grouped_mm")
+    if not way or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return model
+    own = folder / f"base{os.environ['RANK']}"
+    model.save_pretrained(own)
+    split = DistributedConfig(**WAYS[way])
+    return AutoModelForCausalLM.from_pretrained(own, distributed_config=split, experts_implementation="grouped_mm")
 
 
 def config_of(method: str, scope: str) -> moe_peft.config.MoeConfig:
     fields = {"task_type": "CAUSAL_LM", "init_weights": False, "load_balancing_scope": scope}
     if method == "esft":
         return moe_peft.EsftConfig(task_type="CAUSAL_LM", experts=EXPERTS)
-    if method == "perft":
+    if method.startswith("perft-e"):
+        return moe_peft.PerftConfig(variant="E", r=4, lora_dropout=0.0, task_type="CAUSAL_LM", init_weights=False)
+    if method.startswith("perft"):
         return moe_peft.PerftConfig(num_experts=4, lora_dropout=0.0, router_aux_loss_coef=1.0, **fields)
     return moe_peft.RoutedConfig(num_experts=4, router_aux_loss_coef=1.0, **fields)
 
@@ -89,7 +101,7 @@ def main(folder: str, accumulation: int, scope: str, method: str) -> None:
         # The backbone's own balance loss, which TRL would add, is measured process by process.
         args.router_aux_loss_coef = 0.0
     trainer = SFTTrainer(
-        model=base_of(method),
+        model=base_of(method, Path(folder)),
         args=args,
         train_dataset=Dataset.from_list([{"input_ids": row} for row in ids]),
         processing_class=tokenizer(),

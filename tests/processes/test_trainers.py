@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -137,17 +138,23 @@ def test_accumulation_on_two_processes_equals_accumulation_on_one_with_the_same_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-@pytest.mark.parametrize("method", ["esft", "perft"])
+@pytest.mark.parametrize(
+    ("method", "how"),
+    [
+        *itertools.product(["esft", "perft"], ["ddp", "fsdp"]),
+        # The launcher starts processes, and the model has been split when it was loaded.
+        *itertools.product(["perft@fsdp", "perft@ep+fsdp", "perft-e@ep+fsdp"], ["ddp"]),
+    ],
+)
 def test_two_processes_train_a_sparse_backbones_adapter_as_one(method, how, tmp_path):
     two, one = (launch(tmp_path, processes, WHOLE, method=method) / WHOLE for processes in (how, "one"))
     facts, single = facts_of(two), facts_of(one)
-    assert facts["world"] == 2 and facts["sharded"] == (how == "fsdp")
+    assert facts["world"] == 2 and facts["sharded"] == (how == "fsdp" or "@" in method)
     found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (two, one))
     assert found.keys() == expected.keys()
     for name, wanted in expected.items():
         torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-    keys = {key for key in single["log"] if key.startswith("moe/")}
+    keys = {"loss", *(key for key in single["log"] if key.startswith("moe/"))}
     assert {key: facts["log"][key] for key in keys} == pytest.approx(
         {key: single["log"][key] for key in keys}, rel=1e-4
     )

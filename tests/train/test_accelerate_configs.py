@@ -35,6 +35,7 @@ EXPECTED = {
     "two_cpu_processes": (DistributedType.MULTI_GPU, 2, "no"),
     "ddp": (DistributedType.MULTI_GPU, 8, "bf16"),
     "fsdp2": (DistributedType.FSDP, 8, "bf16"),
+    "fsdp2_two_nodes": (DistributedType.FSDP, 16, "bf16"),
     "zero2": (DistributedType.DEEPSPEED, 8, "bf16"),
     "zero3": (DistributedType.DEEPSPEED, 8, "bf16"),
 }
@@ -66,7 +67,8 @@ def test_every_file_is_known_to_these_tests():
 def test_accelerates_own_loader_reads_the_file(name):
     config = load_config_from_file(str(FOLDER / f"{name}.yaml"))
     assert (config.distributed_type, config.num_processes, config.mixed_precision) == EXPECTED[name]
-    assert config.use_cpu == (name == "two_cpu_processes") and config.num_machines == 1
+    assert config.use_cpu == (name == "two_cpu_processes")
+    assert config.num_machines == (2 if name == "fsdp2_two_nodes" else 1)
     assert f"--config_file configs/accelerate/{name}.yaml" in (FOLDER / f"{name}.yaml").read_text().splitlines()[0]
 
 
@@ -78,14 +80,16 @@ def test_the_launcher_starts_the_form_that_the_file_names(name):
         "ddp": (1, 0, 0),
         "two_cpu_processes": (1, 0, 0),
         "fsdp2": (0, 1, 0),
+        "fsdp2_two_nodes": (0, 1, 0),
         "zero2": (0, 0, 1),
         "zero3": (0, 0, 1),
     }
     assert starts == forms.get(name, (0, 0, 0))
 
 
-def test_fsdp2_splits_by_decoder_layer_and_saves_one_complete_file(monkeypatch):
-    launch_environment("fsdp2", monkeypatch)
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp2_two_nodes"])
+def test_fsdp2_splits_by_decoder_layer_and_saves_one_complete_file(name, monkeypatch):
+    launch_environment(name, monkeypatch)
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
     assert plugin.cpu_ram_efficient_loading and plugin.state_dict_type.name == "FULL_STATE_DICT"

@@ -15,6 +15,7 @@ import torch
 import yaml
 from peft import get_peft_model
 from transformers import DeepseekV2Config, GptOssConfig, LlamaConfig, OlmoeConfig, Qwen3Config, Qwen3MoeConfig
+from transformers.distributed import DistributedConfig
 
 import moe_peft
 from moe_peft import describe
@@ -141,6 +142,8 @@ SIZES = {
     "deepseek_v2_lite_perft_s": (26, 26 * 2 * 2048 * 16),
     # one adapter an expert
     "qwen3_30b_a3b_4bit_perft_e": (48, 48 * 128 * 2 * 2048 * 4),
+    "qwen3_30b_a3b_ep_perft_e": (48, 48 * 128 * 2 * 2048 * 4),
+    "qwen3_30b_a3b_ep_fsdp_perft_r": (48, 48 * (8 * 2 * 2048 * 16 + 8 * 2048)),
     # the selection of `selection_file`: three matrices of D x I an expert, or two of D x r
     "olmoe_1b_7b_esft": (16, 5 * 16 * 3 * 2048 * 1024),
     "deepseek_v2_lite_esft": (26, 5 * 26 * 3 * 2048 * 1408),
@@ -233,8 +236,20 @@ def test_the_adapter_of_a_run_fits_its_model_at_full_size(path, tmp_path):
 
 def test_runs_on_a_mixture_of_experts_backbone_switch_its_own_balance_loss_off():
     sparse = [path for path in HUB_RUNS if "30b_a3b" in path.stem or "olmoe" in path.stem or "v2_lite" in path.stem]
-    assert len(sparse) == 12
+    assert len(sparse) == 14
     assert {yaml.safe_load(path.read_text())["router_aux_loss_coef"] for path in sparse} == {0.0}
+
+
+@pytest.mark.parametrize("path", [path for path in HUB_RUNS if "_ep_" in path.stem], ids=lambda path: path.stem)
+def test_a_run_that_splits_its_model_is_one_that_transformers_and_its_launcher_take(path):
+    _, training, model_args, *_ = parse(path)
+    given = common.model_init_kwargs(model_args, training)["distributed_config"]
+    split, model = DistributedConfig.from_dict(given), MODELS[model_args.model_name_or_path]
+    processes = int(re.search(r"--num_processes (\d+)", command(path))[1])
+    assert split.tp_size * split.fsdp_size == processes and "configs/accelerate/ddp.yaml" in command(path)
+    assert model.num_experts % split.ep_size == 0 and model.num_key_value_heads % split.tp_size == 0
+    # transformers' trainer refuses to save the optimizer's state of such a model.
+    assert training.save_only_model
 
 
 def test_a_run_on_selected_experts_reads_what_its_first_command_writes():

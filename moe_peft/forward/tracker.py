@@ -289,9 +289,9 @@ class ForwardTracker(WarningKeeper):
         if self._looked_for_parts:
             return
         self._looked_for_parts = True
-        parts = any(hasattr(own, "ds_id") and own.requires_grad for own in model.parameters())
-        if parts and hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()
+        enable: Any = getattr(model, "enable_input_require_grads", None)
+        if enable is not None and any(hasattr(own, "ds_id") and own.requires_grad for own in model.parameters()):
+            enable()
 
     def finish(self, forward_pass: ForwardPass, output: Any) -> Any:
         """Measure, join and differentiate the router losses of a pass that has ended."""

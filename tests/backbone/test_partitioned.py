@@ -9,7 +9,16 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from moe_peft import EsftConfig, ExpertLoraConfig, MoloraConfig, MovConfig, PerftConfig, RoutedConfig, describe
+from moe_peft import (
+    EsftConfig,
+    ExpertLoraConfig,
+    MoloraConfig,
+    MovConfig,
+    PerftConfig,
+    RoutedConfig,
+    describe,
+    routed_layers,
+)
 from moe_peft.backbone.expert_tensors import expert_tensors, keeps_slices
 from moe_peft.backbone.partitioned import check_mergeable_here, gathered, is_partitioned, shape_of
 from moe_peft.backbone.stand_in import stand_in_fault
@@ -108,6 +117,18 @@ def test_values_are_here_in_the_block_alone(gather):
 def test_nothing_is_gathered_where_tensors_are_planned():
     with torch.device("meta"), gathered(partition(nn.Linear(3, 2))):  # DeepSpeed would have to be here
         pass
+
+
+@pytest.mark.parametrize("zero3", [False, True])
+def test_zero3_gathers_a_layer_as_one_whose_input_has_a_gradient(zero3):
+    model = get_peft_model(tiny_olmoe(), CONFIGS["perft-e"]).train()
+    for parameter in model.parameters():
+        if zero3:
+            parameter.ds_id = 0
+    layers, seen = routed_layers(model), []
+    layers[0].register_forward_pre_hook(lambda layer, args: seen.append(args[0].requires_grad))
+    model(input_ids=torch.arange(3, 9)[None], use_cache=False)
+    assert seen == [zero3] and all(layer._z3_leaf for layer in layers)
 
 
 def test_nothing_is_merged_into_partitioned_weights(gather):

@@ -64,7 +64,7 @@ def compared(case: str, folder: Path) -> dict[str, Any]:
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
-    whole = adapted(AutoModelForCausalLM.from_pretrained(folder / "model"), case)
+    whole = without_dropout(adapted(AutoModelForCausalLM.from_pretrained(folder / "model"), case)).train()
     logits, gradients = measured(whole)
     keeper = HfDeepSpeedConfig(CONFIG)  # from_pretrained looks for it
     base = AutoModelForCausalLM.from_pretrained(folder / "model")

@@ -290,7 +290,8 @@ class ForwardTracker(WarningKeeper):
             return
         self._looked_for_parts = True
         enable: Any = getattr(model, "enable_input_require_grads", None)
-        if enable is not None and any(hasattr(own, "ds_id") and own.requires_grad for own in model.parameters()):
+        tensors = (own for module in model.modules() for own in module._parameters.values() if own is not None)
+        if enable is not None and any(hasattr(own, "ds_id") and own.requires_grad for own in tensors):
             enable()
 
     def finish(self, forward_pass: ForwardPass, output: Any) -> Any:

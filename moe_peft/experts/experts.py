@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from ..ops import without_rounding
-from ..part import ModulePart
 from ..place import Place
 from ..types import Routing, TokenContext
+from .undecided_sums import UndecidedSums
 
 
 class PendingRouting(NamedTuple):
@@ -31,7 +31,7 @@ class PendingRouting(NamedTuple):
     decide: Callable[[torch.Tensor], Routing]
 
 
-class Experts(ModulePart, nn.Module):
+class Experts(UndecidedSums, nn.Module):
     """A bank of experts at one place.
 
     The constructor takes in_features (D) and out_features (O), and by keyword num_experts (E), r where the kind has a
@@ -218,61 +218,6 @@ class Experts(ModulePart, nn.Module):
             (R, D), whose GEMM may take a router's rows along; None where `prepare` is anything else.
         """
         return None
-
-    def add_all(
-        self,
-        x_TD: torch.Tensor,
-        base_out_TO: torch.Tensor,
-        weight: float,
-        context: TokenContext,
-        *,
-        in_place: bool = False,
-    ) -> torch.Tensor | None:
-        """Add every expert with one weight, without a decision; for kinds that have a shorter way for it.
-
-        Args:
-            x_TD: (T, D) input, see `casts_input`.
-            base_out_TO: (T, O) output of the frozen module.
-            weight: Combine weight of every expert for every token.
-            context: What is known about the tokens.
-            in_place: Whether `base_out_TO` may be overwritten.
-
-        Returns:
-            (T, O) in the dtype of `base_out_TO`; None where there is no shorter way.
-        """
-        return None
-
-    def takes_gates(self, x_TD: torch.Tensor, num_slots: int) -> bool:
-        """Whether `add_gated` brings the experts into an output as well as a decision would.
-
-        Args:
-            x_TD: (T, D) input, see `casts_input`.
-            num_slots: K, experts a token uses.
-        """
-        return False
-
-    def add_gated(
-        self,
-        x_TD: torch.Tensor,
-        base_out_TO: torch.Tensor,
-        gates_TE: torch.Tensor,
-        context: TokenContext,
-        *,
-        in_place: bool = False,
-    ) -> torch.Tensor:
-        """Bring the experts into the base output by their weights alone, of kinds that say so in `takes_gates`.
-
-        Args:
-            x_TD: (T, D) input, see `casts_input`.
-            base_out_TO: (T, O) output of the frozen module.
-            gates_TE: (T, E) combine weights, zero where a token does not use an expert.
-            context: What is known about the tokens, outside of a training pass.
-            in_place: Whether `base_out_TO` may be overwritten.
-
-        Returns:
-            (T, O) in the dtype of `base_out_TO`.
-        """
-        raise NotImplementedError(f"{type(self).__name__} needs a decision, not weights alone.")
 
     def implementation(
         self,

@@ -9,14 +9,12 @@ original forward's context serves: the autograd node that made a stack's output 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..messages import shown
 from ..place import Rows
 from ..types import Routing, TokenContext
 from .entry import ModuleEntry
@@ -26,8 +24,9 @@ from .frozen import FrozenTensors
 from .measurement import Measurement
 from .pass_losses import finish_compiled, finish_pass, finish_together, repeated_call
 from .recomputation import NO_TASK, in_backward
+from .requests import Requests
 from .shared_sums import SharedSums
-from .thread_state import Observer, RowNames
+from .thread_state import Observer
 from .tied_output import tensors_in
 from .warnings_once import LAST_SEEN, OUTSIDE, WarningKeeper
 
@@ -43,13 +42,12 @@ TRANSIENT += ("frozen", "in_charge", "_looked_for_parts", *LAST_SEEN)
 JoinedPlaces = Callable[[nn.Module, "ForwardTracker"], Mapping[tuple[str, str], bool]]
 
 
-class ForwardTracker(WarningKeeper):
+class ForwardTracker(Requests, WarningKeeper):
     """Opens and closes the forward passes of one model, for all routed layers of all its adapters.
 
     Attributes:
         counted: (place, adapter) -> sums of the training decisions since the last `after_step`, of layers that ask.
         in_charge: Called before a forward while `managed`; ends that where training has ended without telling.
-        training_observers: Called with (place, adapter, routing) for every routing of a training pass of any thread.
         adapters: Names of the model's routed adapters in the order in which they came, the keys of a dict.
         shared: Joins the router losses of several processes.
         frozen: Freezes what parts never train.
@@ -83,11 +81,6 @@ class ForwardTracker(WarningKeeper):
         """Restore a copy, which has seen no pass."""
         self.__dict__.update(state)
         self._forget()
-
-    @property
-    def observers(self) -> list[Observer]:
-        """Called with (place, adapter, routing) for every routing of this thread's forwards."""
-        return self._thread.observers
 
     def attach(self, model: nn.Module) -> None:
         """Stand at the entry of the model (sample groups) and of each stack of it (mask, packing, gradient mode)."""
@@ -203,25 +196,6 @@ class ForwardTracker(WarningKeeper):
         forward_pass, _ = self.asked()
         return self._thread.led if forward_pass is None else forward_pass.led
 
-    def give_groups(self, groups: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Set the sample groups of this thread's calls that bring none; returns what was set before."""
-        before = self._thread.given_groups
-        self._thread.given_groups = groups
-        return before
-
-    def watched(self) -> bool:
-        """Whether anybody looks at the routings of this thread's forwards."""
-        return bool(self._thread.observers or self.training_observers)
-
-    def row_names(self, x: torch.Tensor) -> list[str] | None:
-        """The adapter of each row of a layer's input in this thread's call; None where all rows use the active ones.
-
-        Args:
-            x: (B, ...) input, whose rows generation may have repeated.
-        """
-        names = self._thread.row_names
-        return None if names is None else names.of_rows(x.shape[0])
-
     def positions_first(self, x: torch.Tensor, rows: Rows, place: str) -> bool:
         """Whether a layer's input has positions first and the rows of the batch second.
 
@@ -236,34 +210,6 @@ class ForwardTracker(WarningKeeper):
         # A single position in front of several rows; masks need not tell it apart.
         single = forward_pass.shape[0] > 1 and leading == (1, forward_pass.shape[0])
         return single or forward_pass.positions_first(leading, rows, turns=place in self.turning)
-
-    def mixes_rows(self) -> bool:
-        """Whether this thread's call names the adapter of each row."""
-        return self._thread.row_names is not None
-
-    def give_row_names(self, names: RowNames | None) -> RowNames | None:
-        """Set the adapter of each row in this thread's calls to come; returns what was set before."""
-        before = self._thread.row_names
-        self._thread.row_names = names
-        return before
-
-    def refuse_in_use(self, operation: str) -> None:
-        """Refuse to change adapters under another thread's forward.
-
-        Args:
-            operation: What is to be done, for the message.
-
-        Raises:
-            RuntimeError: Another thread is inside a forward of the model.
-        """
-        own = threading.get_ident()
-        others = [t.name for ident, t in list(self._busy.items()) if ident != own and t.is_alive()]
-        if others:
-            raise RuntimeError(
-                f"{operation} would change the adapters of a forward that runs in the thread {shown(others[0])}. "
-                "Which adapter is active is one setting of the whole model: let requests name theirs with "
-                "adapter_names=[...], or change it while no other thread uses the model."
-            )
 
     def open(
         self, entry: ModuleEntry, args: tuple, kwargs: dict[str, Any], *, hooked: bool

@@ -20,7 +20,7 @@ VERBS: dict[str, tuple[str, str | None, str]] = {
     "export": ("export", None, "write an adapter as a stock LoRA, a merged checkpoint, or tensors of each expert"),
     "import": ("importing", None, "make an adapter here of the files of ESFT's authors, stock peft, or MixLoRA"),
     "compose": ("compose", None, "make the experts of one routed adapter of existing LoRAs"),
-    "upcycle": ("compose", None, "make several experts of one LoRA, to train them further"),
+    "upcycle": ("upcycle", None, "make several experts of one LoRA, to train them further"),
     "add-expert": ("add_expert", None, "give an adapter one expert more: empty, a copy, or a LoRA"),
     "prune": ("prune", None, "leave out the experts that a task needs least, or merge them, and say what is lost"),
     "distil": ("distil", None, "make one LoRA that comes near a routed adapter, and say how near"),

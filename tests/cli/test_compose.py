@@ -1,15 +1,14 @@
-"""`moe-peft compose` and `upcycle`: adapters of LoRAs from the command line, and errors in one line."""
+"""`moe-peft compose`: an adapter of LoRAs from the command line, and errors in one line."""
 
 from __future__ import annotations
 
-import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from moe_peft import routed_layers
 from moe_peft.cli import main
 from tests.tiny import tiny_llama
-from tests.tools.exported import checkpoint, logits, trained_lora
+from tests.tools.exported import checkpoint, trained_lora
 
 
 def test_loras_become_a_saved_adapter_with_a_router_by_their_directions(tmp_path, capsys):
@@ -22,22 +21,13 @@ def test_loras_become_a_saved_adapter_with_a_router_by_their_directions(tmp_path
     assert "2 experts of rank 4" in capsys.readouterr().out
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), f"{tmp_path}/both")
     assert all(len(layer.experts["default"].A) == 2 for layer in routed_layers(model))
-    assert main(["upcycle", one, "--num_experts", "3", *words, f"{tmp_path}/more"]) == 0
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), f"{tmp_path}/more")
-    expected = logits(PeftModel.from_pretrained(tiny_llama(), one))
-    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-6)
 
 
 def test_what_cannot_be_made_is_one_line_and_writes_nothing(tmp_path, capsys):
     base = str(checkpoint(tiny_llama(), tmp_path / "base"))
     one = str(trained_lora(tmp_path / "one"))
     capsys.readouterr()
-    for words in (
-        ["compose", f"a={one}", f"a={one}"],
-        ["compose", str(tmp_path / "nowhere")],
-        ["upcycle", f"a={one}", f"b={one}", "--num_experts", "2"],
-        ["upcycle", one, "--num_experts", "3", "--split"],
-    ):
-        assert main([*words, "--base", base, "--output", str(tmp_path / "out")]) == 1
+    for words in ([f"a={one}", f"a={one}"], [str(tmp_path / "nowhere")]):
+        assert main(["compose", *words, "--base", base, "--output", str(tmp_path / "out")]) == 1
         assert "Traceback" not in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 
+from tests.processes.parallel_worker import CASES
 from tests.processes.test_parallel import tiny_qwen3_moe
 from tests.processes.test_trainers import free_port
 from tests.processes.together import run_together
@@ -17,8 +18,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
 ]
-
-CASES = ("perft-e", "molora", "mov")
 
 
 def test_an_adapter_of_a_partitioned_model_equals_that_of_a_whole_one(tmp_path):

@@ -138,10 +138,12 @@ def _own(
     device: torch.device,
     from_encoder: bool,
 ) -> torch.Tensor | None:
-    """(T,) values of the stack's own tokens, where the rows are those."""
-    if values_BL is None or from_encoder or rows != own_pass.shape:
+    """(T,) values of the stack's own tokens, where the rows are those, or those that an encoder's pooler reads."""
+    if values_BL is None or from_encoder or own_pass.shape is None:
         return None
-    return values_BL.reshape(-1).to(device)
+    if rows == own_pass.shape[:1]:
+        return values_BL[:, 0].to(device)
+    return values_BL.reshape(-1).to(device) if rows == own_pass.shape else None
 
 
 def of_one_modality(own_pass: ForwardPass, rows: tuple[int, ...]) -> torch.Tensor | None:

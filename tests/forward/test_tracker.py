@@ -12,7 +12,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from moe_peft import LoraMoeConfig, MoePeftWarning, SiraConfig, router_loss
+from moe_peft import LoraMoeConfig, MoePeftWarning, RoutedConfig, SiraConfig, router_loss
 from moe_peft.forward.tracker import TRACKER_ATTRIBUTE, find_stacks, find_tracker, in_backward
 from moe_peft.layers import RoutedLayer
 from moe_peft.telemetry.functions import record
@@ -413,3 +413,13 @@ def test_one_vector_per_row_counts_as_a_sequence_each():
     (pooled,) = routings["bert.pooler.dense"]
     assert pooled.context.num_sequences == 3 and pooled.context.valid is None
     assert torch.equal(pooled.context.groups, torch.tensor([0, 1, 1]))
+
+
+def test_a_pooled_token_has_the_id_of_the_first_token_of_its_row():
+    config = RoutedConfig(task_type="SEQ_CLS", num_experts=4, scorer="token_hash", target_modules="all-linear")
+    model, batch = get_peft_model(tiny_bert(), config).eval(), padded_batch([6, 4, 5])
+    with record(model) as routings:
+        model(**batch)
+    (pooled,), (within, *_) = routings["bert.pooler.dense"], routings["bert.encoder.layer.0.attention.self.query"]
+    assert torch.equal(pooled.context.token_ids, batch["input_ids"][:, 0])
+    assert torch.equal(within.context.token_ids, batch["input_ids"].reshape(-1))

@@ -18,6 +18,7 @@ from accelerate import DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from datasets import Dataset
+from torch import distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 from transformers.distributed import DistributedConfig
 from trl import SFTConfig, SFTTrainer
@@ -59,10 +60,11 @@ def base_of(method: str, folder: Path) -> PreTrainedModel:
     model = tiny_llama() if name == "routed" else sparse_model("olmoe", "grouped_mm")
     if not way or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return model
-    own = folder / f"base{os.environ['RANK']}"
-    model.save_pretrained(own)
+    whole = folder / "base"
+    model.save_pretrained(whole)  # by the first process, where there is a group
+    dist.barrier()
     split = DistributedConfig(**WAYS[way])
-    return AutoModelForCausalLM.from_pretrained(own, distributed_config=split, experts_implementation="grouped_mm")
+    return AutoModelForCausalLM.from_pretrained(whole, distributed_config=split, experts_implementation="grouped_mm")
 
 
 def config_of(method: str, scope: str) -> moe_peft.config.MoeConfig:

@@ -63,7 +63,11 @@ bench: $(STAMP)
 		--telemetry --output benchmarks/results/train_step_32_experts.json
 	$(BIN)/python benchmarks/moe_block.py --output benchmarks/results/moe_block.json
 	$(BIN)/python benchmarks/decode.py --output benchmarks/results/decode.json
-	$(BIN)/python benchmarks/expert_lora.py --output benchmarks/results/expert_lora.json
+	$(BIN)/python benchmarks/expert_lora.py --dtypes float32 --experts 64 --output benchmarks/results/expert_lora.json
+	$(BIN)/python benchmarks/expert_lora.py --dtypes bfloat16 --experts 64 \
+		--output benchmarks/results/expert_lora_bfloat16.json
+	$(BIN)/python benchmarks/expert_lora.py --dtypes float32 --experts 8 \
+		--output benchmarks/results/expert_lora_8_experts.json
 	$(BIN)/python benchmarks/routed_sum.py --tokens 1 --output benchmarks/results/routed_sum_1.json
 	$(BIN)/python benchmarks/routed_sum.py --tokens 256 --output benchmarks/results/routed_sum_256.json
 	$(BIN)/python benchmarks/routed_sum.py --tokens 2048 --output benchmarks/results/routed_sum_2048.json

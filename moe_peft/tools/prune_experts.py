@@ -163,7 +163,7 @@ def _given(
         if value is None and by == own:
             raise ValueError(f"prune_experts: {MISSING[own]}")
         if value is not None and by != own:
-            raise ValueError(f"prune_experts: {name} is for by={own!r} alone, and by={by!r}. Leave it out.")
+            raise ValueError(f"prune_experts: {name} is for by={shown(own)} alone, and by={shown(by)}. Leave it out.")
     deciding = deciding_places(layers, adapter_name)
     counts = {deciding[name]: layer.experts[adapter_name].num_choices for name, layer in layers.items()}
     if by == "scores":

@@ -38,7 +38,7 @@ REASONS = {
 
 def fits(choice: dict[str, str]) -> bool:
     """Whether parts stand together."""
-    return router_needs(choice["router"], choice["scorer"], choice["gate"]) <= EXPERTS[choice["experts"]].gives
+    return router_needs(*_router(choice)) <= EXPERTS[choice["experts"]].gives
 
 
 def choice_for(axis: str, name: str) -> dict[str, str] | None:
@@ -57,7 +57,7 @@ def fields_of(choice: dict[str, str]) -> dict[str, Any]:
     """Further fields that a choice needs."""
     placement = EXPERTS[choice["experts"]].placement
     targets = {"target_modules": FFN} if placement is None else {"wraps": "block"}
-    parts = *router_parts(choice["router"], choice["scorer"], choice["gate"]), EXPERTS[choice["experts"]]
+    parts = *router_parts(*_router(choice)), EXPERTS[choice["experts"]]
     return {**choice, **targets, "allow_non_causal": not all(part.causal for part in parts)}
 
 
@@ -69,10 +69,19 @@ def choices() -> Iterator[tuple[str, str, dict[str, Any]]]:
             if found is not None:
                 yield axis, name, fields_of(found)
     for name, loss in LOSSES.items():
-        for router, gate in (("dense", "softmax"), ("top_k", "softmax"), *((own, "softmax") for own in SELECTORS)):
-            if loss.needs <= router_gives(router, "linear", gate):
-                yield "loss", name, {**fields_of({**USUAL, "router": router, "gate": gate}), "losses": {name: 0.01}}
-                break
+        found = next((own for own in _usual_first() if fits(own) and loss.needs <= router_gives(*_router(own))), None)
+        if found is not None:
+            yield "loss", name, {**fields_of(found), "losses": {name: 0.01}}
+
+
+def _usual_first() -> Iterator[dict[str, str]]:
+    """Choices that differ from the usual one by a selector, then by a scorer."""
+    for axis, names in (("router", ("dense", "top_k", *SELECTORS)), ("scorer", SCORERS)):
+        yield from ({**USUAL, axis: name} for name in names)
+
+
+def _router(choice: dict[str, str]) -> tuple[str, str, str]:
+    return choice["router"], choice["scorer"], choice["gate"]
 
 
 def training_step(model: nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], None]:

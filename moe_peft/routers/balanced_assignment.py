@@ -16,6 +16,7 @@ import torch
 
 from ..types import Routing, TokenContext
 from .selector import Selector
+from .whole_rows import check_whole_rows
 
 # Bids rise by the range of the scores over this number at least.
 STEPS = 100
@@ -52,12 +53,8 @@ class BalancedAssignment(Selector):
 
 def _by_sequence(z_TE: torch.Tensor, experts_T: torch.Tensor, context: TokenContext) -> torch.Tensor:
     """(T,) experts of the valid tokens by assignment within their sequence, and of padding as they were."""
-    if context.part:
-        raise ValueError(
-            "router='balanced_assignment': the backbone runs the module in slices of the rows, and tokens of whole "
-            "rows are assigned together. Set chunk_size_feed_forward=0 in the model's configuration (or switch tiling "
-            "off), or use another router."
-        )
+    why = "tokens of whole rows are assigned together"
+    check_whole_rows(context, "router='balanced_assignment'", why, "use another router")
     owner_T = torch.zeros_like(experts_T) if context.sequences is None else context.sequences
     if context.valid is not None:
         owner_T = owner_T.masked_fill(~context.valid, -1)

@@ -20,6 +20,7 @@ from ..types import Routing, TokenContext
 from .gates import Gate
 from .linear import LinearRouter
 from .top_k import TopK
+from .whole_rows import check_whole_rows
 
 
 class Capacity(TopK):
@@ -68,12 +69,8 @@ class Capacity(TopK):
         routing = super().__call__(logits_TE, probs_TE, context, num_experts, **own)
         if self.capacity_factor is None or not context.training:
             return routing
-        if context.part:
-            raise ValueError(
-                f"capacity_factor={self.capacity_factor}: the backbone runs the module in slices of the rows, and an "
-                "expert's places are those of whole rows. Set chunk_size_feed_forward=0 in the model's configuration "
-                "(or switch tiling off), or capacity_factor=None."
-            )
+        why = "an expert's places are those of whole rows"
+        check_whole_rows(context, f"capacity_factor={self.capacity_factor}", why, "capacity_factor=None")
         if self.capacity_order == "probability":
             dropped_TK = over_capacity_by_score(routing, self.capacity_factor)
         else:

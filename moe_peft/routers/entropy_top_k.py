@@ -19,6 +19,7 @@ from ..types import Routing, TokenContext
 from .capacity import rank_in_sequence
 from .top_k import TopK
 from .top_p import ROUNDING, share_reached
+from .whole_rows import check_whole_rows
 
 # Where no threshold is given: the share of the largest entropy that E experts allow.
 UNCERTAIN = 0.95
@@ -129,12 +130,8 @@ class EntropyTopK(TopK):
         uncertain_T = entropy(probs_TE, self.entropy_index) >= least - ROUNDING
         if self.max_slots is None:
             return uncertain_T
-        if context.part:
-            raise ValueError(
-                f"max_slots={self.max_slots}: the backbone runs the module in slices of the rows, and the first "
-                "tokens are those of whole rows. Set chunk_size_feed_forward=0 in the model's configuration (or "
-                "switch tiling off), or max_slots=None."
-            )
+        why = "the first tokens are those of whole rows"
+        check_whole_rows(context, f"max_slots={self.max_slots}", why, "max_slots=None")
         if context.valid is not None:
             uncertain_T = uncertain_T & context.valid
         owner_T = context.sequences

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..types import Routing, TokenContext
 from .capacity import places, rank_by_score
 from .selector import Selector
+from .whole_rows import check_whole_rows
 
 # Scores closer than this many last bits are equal: vectorised gates differ by one or two between tokens of one score.
 LAST_BITS = 4
@@ -52,12 +53,8 @@ class ExpertChoice(Selector):
         Raises:
             ValueError: The tokens are slices of their rows.
         """
-        if context.part:
-            raise ValueError(
-                "router='expert_choice': the backbone runs the module in slices of the rows, and experts choose among "
-                "the tokens of whole rows. Set chunk_size_feed_forward=0 in the model's configuration (or switch "
-                "tiling off), or use another router."
-            )
+        why = "experts choose among the tokens of whole rows"
+        check_whole_rows(context, "router='expert_choice'", why, "use another router")
         rank_TE, lengths_S, owner_T = rank_by_score(_levels(probs_TE.detach()), context)
         taken_TE = rank_TE <= places(lengths_S, self.capacity_factor, num_experts)[owner_T][:, None]
         if context.valid is not None:

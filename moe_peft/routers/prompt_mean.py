@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ..ops import project
 from ..types import TokenContext
 from .linear import LinearRouter
+from .whole_rows import check_whole_rows
 
 
 class PromptMean(LinearRouter):
@@ -55,12 +56,8 @@ class PromptMean(LinearRouter):
         Returns:
             (S, num_scores) scores, and the (T,) sample of each token.
         """
-        if context.part:
-            raise ValueError(
-                f"{type(self).__name__}: the backbone runs the module in slices of the rows, and a prompt's mean is "
-                "that of whole rows. Set chunk_size_feed_forward=0 in the model's configuration (or switch tiling "
-                "off), or use another scorer."
-            )
+        why = "a prompt's mean is that of whole rows"
+        check_whole_rows(context, type(self).__name__, why, "use another scorer")
         owner_T = context.sequences
         if owner_T is None:
             owner_T = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)

@@ -69,7 +69,7 @@ def assign(z_nE: torch.Tensor, places: int) -> torch.Tensor:
     """Assign tokens to experts with a nearly largest sum of scores, by an auction.
 
     Args:
-        z_nE: (n, E) finite scores.
+        z_nE: (n, E) scores; where one is not finite, each token takes its largest.
         places: Tokens that an expert takes at most; `places` times E is n or more.
 
     Returns:
@@ -79,7 +79,12 @@ def assign(z_nE: torch.Tensor, places: int) -> torch.Tensor:
     expert_n = torch.full((n,), -1, dtype=torch.long, device=z_nE.device)
     if n == 0 or num_experts == 1:
         return torch.zeros_like(expert_n)
-    eps = ((z_nE.max() - z_nE.min()) / STEPS).clamp_min(torch.finfo(z_nE.dtype).tiny)
+    if not bool(z_nE.isfinite().all()):
+        return z_nE.argmax(-1)
+    # Every bid must raise a price: in float64, and from zero, no step is lost beside the size of the scores.
+    z_nE = z_nE.double() - z_nE.max().double()
+    spread = -z_nE.min()
+    eps = torch.where(spread > 0, spread, 1.0) / STEPS
     bids_nE, prices_E = torch.full_like(z_nE, -torch.inf), torch.zeros_like(z_nE[0])
     while bool((expert_n < 0).any()):
         free_f = (expert_n < 0).nonzero().squeeze(-1)

@@ -63,3 +63,19 @@ def test_slices_of_rows_and_causal_models_are_refused():
         made(x, TokenContext(training=True, part=T))
     with pytest.raises(ValueError, match="allow_non_causal"):
         RoutedConfig(router="balanced_assignment", task_type="CAUSAL_LM")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("offset", [0.0, 1e4, -1e30])
+@pytest.mark.parametrize("width", [0.0, 1e-30, 1e-3, 1e6])
+def test_an_auction_ends_and_is_even_whatever_the_size_of_the_scores(width, offset, dtype):
+    torch.manual_seed(0)
+    experts = assign(torch.randn(12, 4, dtype=dtype) * width + offset, 3)
+    assert experts.bincount(minlength=4).tolist() == [3] * 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_are_not_finite_hold_up_no_training(value):
+    z = torch.zeros(6, 3)
+    z[2, 1] = value
+    assert assign(z, 2).shape == (6,)

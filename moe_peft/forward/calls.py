@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from ..types import LossScale
-from .batch import named_inputs, take_groups
+from .batch import named_inputs
 from .entry import ModuleEntry
 from .forward_pass import ForwardPass
+from .group_columns import take_groups
 from .joined_losses import ForwardLosses
 from .processes import num_processes
 from .recomputation import NO_TASK, checkpoint_node, graph_task, next_node, owner_of_current_node

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..types import TokenContext
-from .batch import groups_per_sequence, number_segments
+from .batch import number_segments
+from .group_columns import groups_per_sequence
 
 if TYPE_CHECKING:
     from .forward_pass import ForwardPass

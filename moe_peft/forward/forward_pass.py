@@ -11,9 +11,10 @@ from torch import nn
 
 from ..place import Rows
 from ..types import Routing, TokenContext
-from .batch import SampleGroups, batch_shape, first_mask, further_inputs, mask_of, segments_of, two_dimensional
+from .batch import batch_shape, first_mask, further_inputs, mask_of, segments_of, two_dimensional
 from .description import describe, describe_media, of_one_modality
 from .frames import frame_mask_of
+from .group_columns import SampleGroups
 from .joined_losses import ForwardLosses
 from .layout import turned, turned_shape
 from .measurement import Measurement

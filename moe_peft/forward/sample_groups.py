@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from ..messages import shown
-from .batch import as_groups, check_groups
 from .find import find_trackers
+from .group_columns import as_groups, check_groups
 
 
 @contextmanager

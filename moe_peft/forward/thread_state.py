@@ -14,8 +14,8 @@ from ..types import Routing
 if TYPE_CHECKING:
     from torch import nn
 
-    from .batch import SampleGroups
     from .forward_pass import ForwardPass
+    from .group_columns import SampleGroups
     from .joined_losses import ForwardLosses
 
 Observer = Callable[[str, str, Routing], None]

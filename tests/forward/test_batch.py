@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import nn
 
 from moe_peft.forward.batch import (
-    SampleGroups,
     batch_shape,
-    check_groups,
-    groups_per_sequence,
     mask_of,
     named_inputs,
     number_segments,
@@ -69,21 +65,6 @@ def test_positions_that_restart_start_a_document_unless_a_mask_says_the_row_is_p
 def test_documents_of_all_rows_are_numbered_one_after_the_other():
     sequences, count = number_segments(torch.tensor([[0, 0, 1], [0, 1, 1]]))
     assert sequences.tolist() == [0, 0, 1, 2, 3, 3] and count == 4
-
-
-def test_groups_per_token_become_groups_per_document():
-    sequences = torch.tensor([0, 0, 1, 1, 1, 2])
-    groups = groups_per_sequence(SampleGroups(torch.tensor([[5, 5, 7, 7, 7, 5]])), sequences, 3, (1, 6))
-    assert groups.tolist() == [5, 7, 5]
-    with pytest.raises(ValueError, match=r"groups of shape \(4,\), but it holds 3 sequences"):
-        groups_per_sequence(SampleGroups(torch.zeros(4).long()), sequences, 3, (1, 6))
-
-
-def test_groups_without_an_expert_are_named():
-    check_groups(torch.tensor([0, 1, 1]), "task_type", frozenset({0, 1}))
-    check_groups(torch.tensor([9]), "task_type", frozenset())
-    with pytest.raises(ValueError, match=r"'task_type' holds the sample groups \[2, 3\].*known are \[0, 1\]"):
-        check_groups(torch.tensor([3, 0, 2]), "task_type", frozenset({0, 1}))
 
 
 def test_positions_of_text_beside_those_in_images_tell_the_documents():

@@ -7,9 +7,9 @@ from peft import get_peft_model
 from torch import nn
 
 from moe_peft import LoraMoeConfig
-from moe_peft.forward.batch import SampleGroups
 from moe_peft.forward.forward_pass import ForwardPass
 from moe_peft.forward.frames import frame_mask_of
+from moe_peft.forward.group_columns import SampleGroups
 from moe_peft.forward.joined_losses import ForwardLosses
 from moe_peft.telemetry.functions import record
 from moe_peft.types import LossScale

@@ -246,6 +246,18 @@ def test_a_hooked_module_keeps_its_forward_where_it_is_looked_for():
 
     hooked = add_hook_to_module(nn.Linear(1, 1), ModelHook())
     assert "_old_forward" in vars(hooked), "accelerate keeps the forward elsewhere: mend layers/expert_pass.py."
+    assert "_hf_hook" in vars(hooked), "accelerate keeps the hook elsewhere: mend backbone/offloaded.py."
+
+
+def test_a_parameter_keeps_what_acts_on_its_gradient_where_it_is_looked_for():
+    weight = nn.Parameter(torch.ones(2))
+    weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    assert weight._post_accumulate_grad_hooks, "hooks of gradients are kept elsewhere: mend forward/replicas.py."
+
+
+def test_a_layer_that_shortens_frames_says_by_how_much():
+    seamless = importlib.import_module("transformers.models.seamless_m4t_v2.modeling_seamless_m4t_v2")
+    assert "_compute_sub_sample_lengths_from_attention_mask" in inspect.getsource(seamless), "mend forward/frames.py."
 
 
 def test_distributed_wrappers_leave_out_what_a_module_names():

@@ -12,14 +12,16 @@ import time
 
 import pytest
 
+from moe_peft import files
 from moe_peft.files import new_folder, replacing, write_text
 
-WRITER = """
-import itertools, json, sys
-from moe_peft.files import new_folder, write_text
+# Runs the file by itself, as the package takes seconds to import.
+WRITER = f"""
+import itertools, json, runpy, sys
+write_text = runpy.run_path({files.__file__!r})["write_text"]
 print("ready", flush=True)
 for number in itertools.count():
-    write_text(sys.argv[1], json.dumps({"number": number, "text": "x" * 50_000}))
+    write_text(sys.argv[1], json.dumps({{"number": number, "text": "x" * 50_000}}))
 """
 
 

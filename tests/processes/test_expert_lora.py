@@ -12,10 +12,10 @@ from tests.processes.test_gradients import assert_close
 from tests.processes.together import run_together
 from tests.processes.worker import task_loss
 
-pytestmark = pytest.mark.multi_process
+pytestmark = [pytest.mark.multi_process, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module", params=[pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
 def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
     command = [sys.executable, "-m", "tests.processes.expert_lora_worker"]

@@ -97,7 +97,7 @@ def ddp(tmp_path_factory):
 ZERO = [pytest.param(f"zero{stage}", marks=needs_deepspeed) for stage in (2, 3)]
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp", *ZERO])
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow), *ZERO])
 def test_two_processes_train_save_and_log_as_one(how, one, ddp, tmp_path):
     one, two = one / WHOLE, (ddp if how == "ddp" else launch(tmp_path, how, WHOLE)) / WHOLE
     facts, single = facts_of(two), facts_of(one)

@@ -110,7 +110,8 @@ def test_data_without_completions_are_refused_where_those_are_to_be_scored(tmp_p
 
 
 def test_a_limit_reads_no_more_of_the_data_than_it_needs(tmp_path, monkeypatch):
-    run = write(tmp_path, [{"text": words(i, 7)} for i in range(3000)], max_length=16)
+    rows = [{"text": words(i, 7)} for i in range(3000)]
+    run = write(tmp_path, rows, max_length=16, per_device_train_batch_size=64)
     tokenize, read = PreTrainedTokenizerBase.__call__, []
 
     def counted(self, text, *args, **kwargs):

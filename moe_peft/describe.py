@@ -16,6 +16,7 @@ from .backbone.partitioned import shape_of
 from .backbone.probe import called_modules
 from .backbone.sizes import num_base_weights
 from .config.config import MoeConfig
+from .config.fitting_parts import check_fit
 from .config.parts import RoutedParts
 from .experts import Experts
 from .messages import shown
@@ -122,6 +123,7 @@ def describe(model: nn.Module, config: MoeConfig, inputs: Mapping[str, Any] | No
     for place in places:
         with torch.device("meta"):
             parts = config.at(place).build(place)
+        check_fit(config, parts)
         modules = [module for module in (parts.router, parts.experts) if module is not None]
         for tokens in TOKENS:
             way = _implementation(model, place, parts, tokens)

@@ -10,11 +10,12 @@ from importlib.metadata import PackageNotFoundError, version
 
 from ..messages import shown
 from .errors import INTERRUPTED, MENDABLE, one_line, wants_traceback
-from .own_parts import import_parts, named_imports, without_imports
+from .own_parts import import_parts, named_imports, taken_out
 from .verbs import LOOKING, VERBS, help_text
 
-# Verbs whose own parser does not know the files that are imported first; the others pass the flag on.
-TAKEN_OUT = [verb for verb in LOOKING if verb not in ("describe", "run")]
+# Verbs whose own parser knows the files that are imported first, and the others; training scripts import themselves.
+FLAGS_ALONE = ["describe"]
+TAKEN_OUT = [verb for verb in LOOKING if verb not in (*FLAGS_ALONE, "run")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,10 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(verb: str, rest: list[str]) -> int:
     module, script, _ = VERBS[verb]
     try:
-        if script is None and verb != "run":
-            import_parts(named_imports(rest))
         if verb in TAKEN_OUT:
-            rest = without_imports(rest)
+            names, rest = taken_out(rest)
+            import_parts(names)
+        elif verb in FLAGS_ALONE:
+            import_parts(named_imports(rest))
         run = import_module(f".{module}", __package__).run
         return run(rest) if script is None else run(verb, script, rest)
     except KeyboardInterrupt:

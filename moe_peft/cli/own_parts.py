@@ -18,10 +18,10 @@ FLAG = "--moe_import"
 
 
 def named_imports(words: Sequence[str]) -> list[str]:
-    """What a command line names to be imported.
+    """What a command line names to be imported, several with one flag too, as its parser takes them.
 
     Args:
-        words: Its words.
+        words: Its words, which are flags with their values.
 
     Raises:
         ValueError: The flag stands without a value.
@@ -29,16 +29,16 @@ def named_imports(words: Sequence[str]) -> list[str]:
     return _split(words)[0]
 
 
-def without_imports(words: Sequence[str]) -> list[str]:
-    """The words of a command line without the flag and its values, of which there is one each.
+def taken_out(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What a command line names to be imported, one with each flag, and its words without them.
 
     Args:
-        words: Its words, of a verb whose own parser does not know the flag.
+        words: Its words, of a verb whose own parser does not know the flag and may take words without one.
 
     Raises:
         ValueError: The flag stands without a value.
     """
-    return _split(words, most=1)[1]
+    return _split(words, most=1)
 
 
 def import_parts(names: Sequence[str]) -> None:

@@ -118,6 +118,11 @@ class MoeConfig(SavedConfig):
         return 2e-4
 
     @property
+    def permits_non_causal(self) -> bool:
+        """Whether a causal language model may have parts with which a later token, or another row, changes a token."""
+        return False
+
+    @property
     def shares_decisions(self) -> bool:
         """Whether the places of a block follow the decision of its first."""
         return False

@@ -208,6 +208,11 @@ class CapacityConfig(TopKConfig):
         metadata={"help": "Permit parts with which a later token changes an earlier one's output.", **NOT_MEANING},
     )
 
+    @property
+    def permits_non_causal(self) -> bool:
+        """See `MoeConfig.permits_non_causal`."""
+        return self.allow_non_causal
+
     def validate(self) -> None:
         """Check every field; see `MoeConfig.validate`."""
         super().validate()

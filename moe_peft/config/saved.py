@@ -6,8 +6,11 @@ import dataclasses
 import inspect
 import tempfile
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
+
+from peft.config import PeftConfig
 
 from ..files import write_text
 from ..messages import shown
@@ -101,6 +104,7 @@ class SavedConfig(CheckedConfig):
     def card_fields(self) -> list[str]:
         """Fields that a model card shows where they are set; all that a class outside of the package declares."""
         known = {own.name for own in dataclasses.fields(self)}
+        known -= {own.name for own in dataclasses.fields(PeftConfig)}
         declaring = [base for base in type(self).__mro__ if dataclasses.is_dataclass(base) and outside_modules([base])]
         own = [name for base in declaring for name in inspect.get_annotations(base) if name in known]
         return list(dict.fromkeys([*(name for name in SETTINGS if name in known), *own]))
@@ -113,7 +117,8 @@ class SavedConfig(CheckedConfig):
         """What a model card can say about this adapter without its weights."""
         settings: dict[str, object] = {}
         for name in self.card_fields():
-            value = getattr(self, name)
+            value = stored(getattr(self, name))
+            value = value.value if isinstance(value, Enum) else value
             if name not in self.fixed_fields and value not in (None, False, 0.0) and value != [] and value != {}:
                 settings[name] = sorted(value) if isinstance(value, (set, frozenset)) else value
         return AdapterFacts(

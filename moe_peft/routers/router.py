@@ -111,6 +111,7 @@ class Router(ModulePart, nn.Module):
             setattr(self, promise, all(getattr(part, promise) for part in members))
         self.context_needs = frozenset().union(*(part.context_needs for part in members))
         self.gives = frozenset().union(*(part.gives for part in members))
+        self.needs = frozenset().union(*(part.needs for part in members)) - self.gives
 
     @property
     def mergeable(self) -> bool:  # type: ignore[override]

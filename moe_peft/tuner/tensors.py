@@ -13,6 +13,7 @@ from torch import nn
 
 from ..backbone.partitioned import shape_of
 from ..config.config import MoeConfig
+from ..config.fitting_parts import check_fit
 from ..layers import RoutedLayer
 from ..place import Place
 from .part_tensors import check_saved
@@ -46,13 +47,14 @@ def planned_tensors(config: MoeConfig, prefix: str, places: Sequence[Place]) -> 
         Key in a file, without peft's own prefix -> shape.
 
     Raises:
-        ValueError: A part has tensors that a file would lose.
+        ValueError: A part has tensors that a file would lose, or the parts of a place do not go together.
     """
     shapes: Shapes = {}
     for place in places:
         own = config.at(place)
         with torch.device("meta"):
             parts = own.build(place)
+        check_fit(own, parts)
         check_saved(own, place, parts)
         for attribute, module in (("experts", parts.experts), ("router", parts.router)):
             for name, tensor in (module.state_dict() if module is not None else {}).items():

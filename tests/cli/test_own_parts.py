@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from moe_peft.cli.own_parts import import_parts, named_imports, without_imports
+from moe_peft.cli.own_parts import import_parts, named_imports, taken_out
 
 WORDS = ["--config", "run", "--moe_import", "a.py", "b", "--moe_r", "4", "--moe-import=c.py"]
 
@@ -29,7 +29,8 @@ def test_the_flag_takes_several_values_and_may_be_repeated():
 
 
 def test_a_parser_that_does_not_know_the_flag_gets_the_other_words():
-    assert without_imports(["--moe_import", "a.py", "folder", "--all"]) == ["folder", "--all"]
+    words = ["--moe_import", "a.py", "folder", "--all", "--moe-import=b.py", "--moe_import", "c", "more"]
+    assert taken_out(words) == (["a.py", "b.py", "c"], ["folder", "--all", "more"])
 
 
 def test_files_and_modules_are_imported_and_have_their_names(tmp_path, monkeypatch):

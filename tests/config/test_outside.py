@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from enum import Enum
 from typing import ClassVar
+
+from peft.config import PeftConfig
 
 from moe_peft import LoraMoeConfig, RoutedConfig
 from moe_peft.config.card_section import section
@@ -15,11 +18,16 @@ class Own(LinearRouter):
     """z = W x."""
 
 
+class Pace(Enum):
+    SLOW = 1
+
+
 @dataclass
 class OwnConfig(LoraMoeConfig):
     note: ClassVar[str] = "no field"
     tone: str = "soft"
     parts: tuple[int, ...] = ()
+    pace: Pace = Pace.SLOW
 
 
 def test_modules_outside_of_the_package_are_listed_with_their_classes():
@@ -40,3 +48,8 @@ def test_the_card_shows_the_fields_of_a_method_from_outside_where_they_are_set()
     assert "| tone | loud |" in section(OwnConfig(tone="loud", parts=(2, 3)).facts())
     assert "| parts | 2, 3 |" in section(OwnConfig(tone="loud", parts=(2, 3)).facts())
     assert "note" not in OwnConfig().facts().settings and "tone" not in LoraMoeConfig().facts().settings
+
+
+def test_the_card_shows_values_as_a_file_holds_them_and_nothing_of_what_peft_writes_for_itself():
+    settings = OwnConfig(task_type="CAUSAL_LM", base_model_name_or_path="folder", inference_mode=True).facts().settings
+    assert settings["pace"] == 1 and not settings.keys() & {own.name for own in fields(PeftConfig)}

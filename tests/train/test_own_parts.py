@@ -161,5 +161,6 @@ def test_an_adapter_of_ones_own_parts_goes_from_a_run_file_to_the_card_and_throu
     assert "import moe_peft\nimport parts_of_mine  # Scaled, Square\n" in card
     assert PeftModel.from_pretrained(tiny_llama(), folder).peft_config["default"].router_args == {"kappa": 3.0}
     capsys.readouterr()
-    assert main(["inspect", str(folder), "--moe_import", str(file)]) == 0
-    assert "scorer=scaled" in capsys.readouterr().out
+    for words_ in ([str(folder), "--moe_import", str(file)], ["--moe_import", str(file), str(folder)]):
+        assert main(["inspect", *words_]) == 0
+        assert "scorer=scaled" in capsys.readouterr().out

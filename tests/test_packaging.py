@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -10,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from tests.loading import load_file
 
 ROOT = Path(__file__).parents[1]
 # Files of the version control alone.
@@ -43,6 +46,26 @@ def test_the_source_distribution_is_the_repository(archive):
         packed = {name.partition("/")[2] for name in file.getnames()}
     assert not [name for name in listed() if name not in packed | LEFT_OUT]
     assert not [name for name in packed if "__pycache__" in name]
+
+
+def test_a_package_index_gets_a_readme_without_links_that_lead_nowhere_there():
+    setup = load_file(ROOT / "setup.py")
+    readme = (ROOT / "README.md").read_text()
+    for repository in (None, "https://host/x/"):
+        shown = setup.for_index(readme, repository)
+        targets = re.findall(r"\]\(([^)\s]+)\)", shown)
+        assert targets and all(target.startswith("https://") for target in targets)
+        assert shown.count("\n") == readme.count("\n") and "```python" in shown
+    text = "![one](a.svg) [Two](docs/b.md) [`c/d.md`](c/d.md) [E](#e) [f](https://f)"
+    assert setup.for_index(text, None) == " Two (`docs/b.md`) `c/d.md` E [f](https://f)"
+    linked = setup.for_index(text, "https://host/x/")
+    assert linked.startswith("![one](https://host/x/raw/main/a.svg) [Two](https://host/x/blob/main/docs/b.md) ")
+
+
+def test_the_address_of_the_repository_is_read_where_there_is_one():
+    read = load_file(ROOT / "setup.py").repository_url
+    assert read('[project.urls]\nRepository = "https://host/x"\n') == "https://host/x"
+    assert read('[project]\nname = "x"\n') is None
 
 
 @pytest.mark.slow

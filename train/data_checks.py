@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
+
+from data_values import check_values, is_conversation
 
 from moe_peft.messages import shown
 
@@ -60,6 +61,9 @@ def check_columns(script: str, rows: Any, training_args: Any, name: str) -> None
         row = _first_hole(rows, column)
         if row is not None:
             raise ValueError(f"{name}: row {row + 1} has no {column!r}. Fill it in, or take the row out.")
+    # Pairs of answers may have a prompt of their own.
+    prompt = ("prompt",) if "prompt" in found and "chosen" in fitting[0] else ()
+    check_values(rows, (*prompt, *fitting[0]), name)
 
 
 def check_template(rows: Any, tokenizer: Any, training_args: Any, name: str) -> None:
@@ -86,11 +90,6 @@ def check_template(rows: Any, tokenizer: Any, training_args: Any, name: str) -> 
             f"The column {talks[0]!r} holds conversations, but {name} has no chat template to write them with. {way}, "
             "or give texts instead."
         )
-
-
-def is_conversation(value: Any) -> bool:
-    """Whether a value is a list of messages."""
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and "role" in value[0]
 
 
 def _first_hole(rows: Any, column: str) -> int | None:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from moe_peft.cli.errors import INTERRUPTED, MENDABLE, one_line, wants_traceback
 
 # Set on an error that came out of training itself, whose traceback is worth reading.
 IN_TRAINING = "moe_peft_in_training"
+# What peft and TRL call by its earlier name, which no user has written or can mend.
+NOISE = "`is_gradient_checkpointing` is deprecated"
 
 
 def run(make_parser: Callable[[], Any], main: Callable[..., Any]) -> None:
@@ -25,6 +28,7 @@ def run(make_parser: Callable[[], Any], main: Callable[..., Any]) -> None:
     Raises:
         SystemExit: With 1 after an error that was said in one line, and 130 after Ctrl-C.
     """
+    warnings.filterwarnings("ignore", NOISE, FutureWarning)
     parser = None
     try:
         parser = make_parser()

@@ -123,6 +123,8 @@ def prepare_data(
     train_rows, eval_rows = splits(load_data(script_args, dataset_args, training_args.seed), script_args, evaluates)
     where = ", ".join(names_of(script_args)) or "the data of `datasets`"
     check_columns(script, train_rows, training_args, where)
+    if eval_rows is not None:
+        check_columns(script, eval_rows, training_args, f"{where}, split {script_args.dataset_test_split}")
     check_groups(train_rows, config, where)
     remote = {"trust_remote_code": getattr(training_args, "trust_remote_code", False)}
     name = model_args.model_name_or_path

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from types import SimpleNamespace
 
 import pytest
-from running import IN_TRAINING, run
+from running import IN_TRAINING, NOISE, run
 
 
 def ending(error, monkeypatch, **environment):
@@ -40,6 +41,15 @@ def test_an_error_of_training_keeps_its_traceback_and_one_can_be_asked_for(monke
         ending(error, monkeypatch)
     with pytest.raises(ValueError, match="b"):
         ending(ValueError("b"), monkeypatch, MOE_PEFT_TRACEBACK="1")
+
+
+def test_names_that_other_packages_call_are_no_noise_and_other_warnings_stay(recwarn):
+    def main(*arguments):
+        warnings.warn(f"{NOISE} and will be removed in v6.", FutureWarning, stacklevel=1)
+        warnings.warn("another", FutureWarning, stacklevel=1)
+
+    run(lambda: SimpleNamespace(prog="sft.py", parse_args_and_config=tuple), main)
+    assert [str(entry.message) for entry in recwarn] == ["another"]
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from moe_peft.cli.verbs import VERBS
-from tests.train.tiny_run import make_base
+from tests.contract.cases import tiny_olmoe
+from tests.train.tiny_run import make_base, make_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("moe_peft", "train", "configs", "pyproject.toml", "setup.py", "README.md", "LICENSE")
@@ -38,9 +39,11 @@ def site(tmp_path_factory):
 
 def outside(site, cwd, *command):
     """Run a command outside of the repository, where the installed package is the only one; what it printed."""
+    tool = find_spec("lm_eval")
+    tools = [] if tool is None or tool.origin is None else [str(Path(tool.origin).parents[1])]
     environment = {
         **os.environ,
-        "PYTHONPATH": str(site),
+        "PYTHONPATH": os.pathsep.join([str(site), *tools]),
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_CACHE": str(cwd / "cache"),
     }
@@ -101,11 +104,88 @@ def test_every_verb_runs_from_the_wheel(site, tmp_path):
         **{(verb, "--help"): "usage: moe-peft " for verb in VERBS},
     }
     *found, broken = moe_peft(site, tmp_path, *done, ("inspect", "broken"))
-    for (words, expected), (code, printed) in zip(done.items(), found, strict=True):
-        assert code == 0 and expected in printed, (words, printed[-2000:])
+    assert_done(done, found)
     code, printed = broken
     assert code == 1 and "Traceback" not in printed and "truncated or damaged" in printed
     assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
+
+
+def assert_done(done, found):
+    """Every command ended with 0 and printed what was expected of it."""
+    for (words, expected), (code, printed) in zip(done.items(), found, strict=True):
+        assert code == 0 and expected in printed, (words, printed[-2000:])
+
+
+@pytest.mark.slow
+def test_methods_are_compared_from_the_wheel(site, tmp_path):
+    make_base(tmp_path / "base")
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"text": "w{4 + i} w5 w6"}}\n' for i in range(16)))
+    for method in ("routed", "lora"):
+        (tmp_path / f"{method}.yaml").write_text(f"moe_method: {method}\nmoe_r: 2\n")
+    run = ["--model_name_or_path", "base", "--dataset_name", "rows.jsonl", "--test_split_size", "4", "--use_cpu"]
+    run += ["--config", "routed.yaml", "--config", "lora.yaml", "--max_steps", "2", "--seeds", "0"]
+    done = {("compare", *run, "--output_dir", "out"): "| lora "}
+    assert_done(done, moe_peft(site, tmp_path, *done))
+    rows = {row["method"]: row for row in json.loads((tmp_path / "out/compare.json").read_text())["table"]}
+    sizes = [row["trained parameters"] for row in rows.values()]
+    assert list(rows) == ["routed", "lora"] and max(sizes) < 1.1 * min(sizes)
+    assert all(row["eval_loss"][0] > 0 for row in rows.values())
+
+
+@pytest.mark.slow
+def test_verbs_for_finished_adapters_work_from_the_wheel(site, tmp_path):
+    tiny_olmoe().save_pretrained(tmp_path / "sparse")
+    make_tokenizer().save_pretrained(tmp_path / "sparse")
+    base = make_base(tmp_path / "base")
+    texts = [f"w{4 + i} w5 w6" for i in range(12)]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for method, on, out in (("routed", base, "routed"), ("expert_lora", "sparse", "pairs"), ("lora", base, "lora")):
+        run = ["--model_name_or_path", str(on), "--dataset_name", "rows.jsonl", "--moe_method", method, "--max_steps"]
+        run += ["1", "--use_cpu", "--moe_r", "2", "--output_dir", out]
+        outside(site, tmp_path, sys.executable, str(site / "bin/moe-peft"), "sft", *run)
+    done = {
+        ("report", "--adapter", "routed", "--data", "rows.jsonl", "--no-plots"): "report      routed",
+        ("prune", "routed", "--texts", "texts.txt", "--keep", "4", "--output", "fewer"): "fewer",
+        ("add-expert", "routed", "--copy_of", "0", "--output", "more"): "more",
+        ("compress", "routed", "--output", "small"): "small",
+        ("decompress", "small", "--output", "again"): "again",
+        (
+            "distil",
+            "routed",
+            "--texts",
+            "texts.txt",
+            "--rank",
+            "4",
+            "--steps",
+            "2",
+            "--output",
+            "distilled",
+        ): "distilled",
+        ("upcycle", "lora", "--num_experts", "2", "--output", "made"): "made",
+        ("export", "pairs", "--to", "merged", "--base", "sparse", "--output", "merged"): "merged",
+        ("export", "pairs", "--to", "experts", "--output", "tensors"): "tensors",
+        **{("inspect", name): "whole: every tensor" for name in ("fewer", "more", "again", "made")},
+    }
+    assert_done(done, moe_peft(site, tmp_path, *done))
+    assert (tmp_path / "routed/routing_report/index.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed")
+def test_lm_eval_measures_an_adapter_from_the_wheel(site, tmp_path):
+    base = make_base(tmp_path / "base")
+    (tmp_path / "rows.jsonl").write_text('{"text": "w4 w5"}\n' * 8)
+    run = ["sft", "--model_name_or_path", base, "--dataset_name", "rows.jsonl", "--moe_method", "sira", "--use_cpu"]
+    command = [sys.executable, str(site / "bin/moe-peft")]
+    outside(site, tmp_path, *command, *run, "--max_steps", "1", "--output_dir", "out")
+    (tmp_path / "questions.jsonl").write_text('{"question": "w4", "choices": ["w5", "w6"], "answer": 0}\n' * 4)
+    (task,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/evaluate.md").read_text(), re.DOTALL)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/capitals.yaml").write_text(task)
+    tool = ["run", "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={base},peft=out,dtype=float32"]
+    tool += ["--tasks", "capitals", "--include_path", "tasks", "--device", "cpu"]
+    assert "|capitals|" in outside(site, tmp_path, *command, *tool)
 
 
 @pytest.mark.slow

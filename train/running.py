@@ -6,16 +6,13 @@ import os
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Callable
 from typing import Any
 
-from moe_peft.cli.errors import INTERRUPTED, MENDABLE, one_line, wants_traceback
+from moe_peft.cli.errors import INTERRUPTED, MENDABLE, one_line, wants_traceback, without_noise
 
 # Set on an error that came out of training itself, whose traceback is worth reading.
 IN_TRAINING = "moe_peft_in_training"
-# What peft and TRL call by its earlier name, which no user has written or can mend.
-NOISE = "`is_gradient_checkpointing` is deprecated"
 
 
 def run(make_parser: Callable[[], Any], main: Callable[..., Any]) -> None:
@@ -28,7 +25,7 @@ def run(make_parser: Callable[[], Any], main: Callable[..., Any]) -> None:
     Raises:
         SystemExit: With 1 after an error that was said in one line, and 130 after Ctrl-C.
     """
-    warnings.filterwarnings("ignore", NOISE, FutureWarning)
+    without_noise()
     parser = None
     try:
         parser = make_parser()

@@ -14,6 +14,7 @@ its part of the data.
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from running import run
 from trl import SFTConfig
 
 import moe_peft
+from moe_peft.cli.launch import PROGRAM
 from moe_peft.methods import METHODS
 from moe_peft.selection.scores import AGGREGATES, CRITERIA
 from moe_peft.selection.scoring import sparse_layers
@@ -222,7 +224,8 @@ def report(selection: moe_peft.ExpertSelection, scores: moe_peft.ExpertScores, f
     except ImportError as error:
         print(f"No plot: {error}")
     method = methods_of_selections()[0]
-    print(f"Train them: train/sft.py --moe_method {method} --moe_experts {folder / 'expert_config.json'}", flush=True)
+    program = "moe-peft sft" if os.environ.get(PROGRAM) else "train/sft.py"
+    print(f"Train them: {program} --moe_method {method} --moe_experts {folder / 'expert_config.json'}", flush=True)
 
 
 if __name__ == "__main__":

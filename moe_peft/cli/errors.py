@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 # What a user can mend: values, files, the network, and packages that are not installed.
 MENDABLE = (ValueError, OSError, ImportError)
 INTERRUPTED = 130
 LONGEST = 2000
+# What peft and TRL call by its earlier name, which no user has written or can mend.
+NOISE = "`is_gradient_checkpointing` is deprecated"
 
 
 def wants_traceback() -> bool:
     """Whether the environment asks to see where an error comes from."""
     return os.environ.get("MOE_PEFT_TRACEBACK", "") not in ("", "0")
+
+
+def without_noise() -> None:
+    """Leave out warnings of other packages about themselves, for the rest of this process."""
+    warnings.filterwarnings("ignore", NOISE, FutureWarning)
 
 
 def one_line(error: BaseException) -> str:

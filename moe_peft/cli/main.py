@@ -9,7 +9,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from ..messages import shown
-from .errors import INTERRUPTED, MENDABLE, one_line, wants_traceback
+from .errors import INTERRUPTED, MENDABLE, one_line, wants_traceback, without_noise
 from .own_parts import import_parts, named_imports, taken_out
 from .verbs import LOOKING, VERBS, help_text
 
@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(verb: str, rest: list[str]) -> int:
     module, script, _ = VERBS[verb]
     try:
+        if verb != "run":  # what another tool says is its own
+            without_noise()
         if verb in TAKEN_OUT:
             names, rest = taken_out(rest)
             import_parts(names)

@@ -12,6 +12,8 @@ from torch import nn
 IGNORED_LABEL = -100
 # What decoders call the states of the encoder that they attend to.
 ENCODER_STATES = "encoder_hidden_states"
+# What models call the keys and values of earlier tokens, since transformers 5.24 and before.
+CACHES = ("cache", "past_key_values")
 
 
 def named_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -130,7 +132,7 @@ def further_inputs(
         labels = two_dimensional(whole.get("labels", inputs.get("labels")))
         if labels is not None and tuple(labels.shape) == shape:
             found["prompt"] = prompt_of(labels, two_dimensional(inputs.get("attention_mask")), segments_of(inputs))
-    cache = inputs.get("past_key_values")
+    cache = next((own for name in CACHES if hasattr(own := inputs.get(name), "get_seq_length")), None)
     if "cached" in needs and cache is not None:
         found["cached"] = int(cache.get_seq_length())
     return found

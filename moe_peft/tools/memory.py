@@ -10,19 +10,21 @@ context (0.5 to 1 GB), fragmentation, and the gathered layer of a sharded model.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..backbone.structure import find_moe_layers
 from ..config.config import MoeConfig
+from ..forward.batch import CACHES
 from ..quantization.four_bit import four_bit_bytes
 from ..quantization.loading import expert_parameters
 from ..tables import table
@@ -156,7 +158,7 @@ def activations(
     model.train()
     try:
         with kept.watching():
-            output = model(input_ids=ids, labels=ids, past_key_values=_NoCache())
+            output = model(input_ids=ids, labels=ids, **{cache_name(model): _NoCache()})
     except (NotImplementedError, RuntimeError):
         return None, None
     logits = output.logits.numel() * torch.float32.itemsize
@@ -165,6 +167,16 @@ def activations(
     plain = outside + sum(inside)
     inputs = sum(kept.inputs.values())
     return plain, (inputs + max(outside, round(WORKING * max(inside)))) if inside else plain
+
+
+def cache_name(model: nn.Module) -> str:
+    """What a model calls the cache that its forward takes, which transformers 5.24 has renamed.
+
+    Args:
+        model: A model of transformers, in a `PeftModel` where it has an adapter.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return next((name for name in CACHES if name in inspect.signature(type(base).forward).parameters), CACHES[-1])
 
 
 class _NoCache(DynamicCache):

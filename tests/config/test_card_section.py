@@ -60,6 +60,8 @@ def test_the_card_of_a_saved_model_names_its_method_and_settings(tmp_path):
     assert text.count(BEGIN) == text.count(END) == 1
     assert LoraMoeConfig.equation in text and "[arXiv 2312.09979](https://arxiv.org/abs/2312.09979)" in text
     assert "| num_experts | 3 |" in text and "| r | 2 |" in text and "| router |" not in text
+    # What peft writes into every file is no setting of the method.
+    assert not any(f"\n| {name} |" in text for name in ("peft_type", "peft_version", "task_type", "inference_mode"))
 
 
 def test_a_card_shows_what_its_method_uses_and_nothing_else():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from moe_peft.forward.batch import (
+    CACHES,
     batch_shape,
+    further_inputs,
     mask_of,
     named_inputs,
     number_segments,
@@ -87,3 +91,13 @@ def test_each_packed_document_has_a_prompt_of_its_own():
     labels = torch.tensor([[-100, -100, 7, -100, -100, 8, 9, 3]])
     segments = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2]])
     assert prompt_of(labels, None, segments).int().tolist() == [[1, 1, 0, 1, 1, 0, 1, 0]]
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_the_length_of_the_cache_is_read_under_each_of_its_names(name):
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2), 0)
+    needs = frozenset({"cached"})
+    assert further_inputs({name: cache}, {}, (1, 1), needs) == {"cached": 3}
+    # Another model may call anything so; without a cache nothing is known.
+    assert further_inputs({name: 5}, {}, (1, 1), needs) == further_inputs({name: None}, {}, (1, 1), needs) == {}

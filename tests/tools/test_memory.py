@@ -13,7 +13,7 @@ from transformers import OlmoeForCausalLM
 
 import moe_peft
 from moe_peft.backbone.without_weights import meta_model
-from moe_peft.tools.memory import training_memory
+from moe_peft.tools.memory import cache_name, training_memory
 from tests.contract.cases import tiny_olmoe
 from tests.tiny import tiny_llama
 
@@ -119,3 +119,10 @@ def test_an_adapter_whose_pass_depends_on_values_says_so():
 def test_sizes_must_be_positive(sizes):
     with pytest.raises(ValueError, match="must be a whole number of at least 1"):
         training_memory(meta_model(tiny_llama().config), moe_peft.LoraMoeConfig(task_type="CAUSAL_LM"), **sizes)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_is_given_by_the_name_that_the_models_forward_has(name):
+    model = type("Model", (torch.nn.Module,), {"forward": eval(f"lambda self, input_ids, {name}=None: None")})()
+    assert cache_name(model) == name
+    assert cache_name(tiny_llama()) in ("cache", "past_key_values")

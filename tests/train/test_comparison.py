@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 from comparison import METRICS, curves_of, last_of, markdown, mean_and_interval, plot, table_of, without_nan
 from rates import FACTORS
+
+from tests.docs.pages import DOCS, ROOT
 
 
 def made(held_out, memory=2_000_000):
@@ -59,3 +62,12 @@ def test_a_run_that_diverged_is_told_in_its_row_alone_and_stays_json(value):
     assert "diverged" not in lines[2] and lines[3].count("diverged") == 2
     json.loads(json.dumps(without_nan(rows), allow_nan=False))
     assert without_nan({"x": (value, 1.0)}) == {"x": [None, 1.0]}
+
+
+def test_the_table_of_the_page_is_that_of_the_recorded_runs():
+    page = (DOCS / "compare.md").read_text()
+    found = re.findall(r"<!-- compare: (\S+) -->\n\n(.*?)\n\n<!-- end of compare -->", page, re.DOTALL)
+    assert found
+    for name, block in found:
+        recorded = json.loads((ROOT / name).read_text())
+        assert markdown(table_of(recorded["runs"], recorded["script"])) == block

@@ -8,7 +8,9 @@ import warnings
 from types import SimpleNamespace
 
 import pytest
-from running import IN_TRAINING, NOISE, run
+from running import IN_TRAINING, run
+
+from moe_peft.cli.errors import NOISE
 
 
 def ending(error, monkeypatch, **environment):

@@ -6,6 +6,7 @@ import json
 
 import common
 import pytest
+import select_experts as script
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
@@ -54,7 +55,7 @@ def expected(folder, rows, **arguments):
     return score_experts(model, [batch_from([row]) for row in rows], show_progress=False, **arguments)
 
 
-def test_selected_experts_are_trained_and_nothing_else(tmp_path, capsys):
+def test_selected_experts_are_trained_and_nothing_else(tmp_path, capsys, monkeypatch):
     printed = launch("select_experts", write(tmp_path, TEXTS, max_length=16), "--p", "0.3")
     out = tmp_path / "out"
     selection, scores = ExpertSelection.load(out / "expert_config.json"), scores_in(tmp_path)
@@ -63,7 +64,10 @@ def test_selected_experts_are_trained_and_nothing_else(tmp_path, capsys):
     total = sum(len(row["text"].split()) + 1 for row in TEXTS[2:])
     assert f"{total} tokens of {-(-total // 16)} samples" in printed
     assert "token scores, p=0.3" in printed and f"--moe_experts {out}/expert_config.json" in printed
-    assert (out / "selection.png").is_file()
+    assert "Train them: train/sft.py --moe_method" in printed and (out / "selection.png").is_file()
+    monkeypatch.setenv("MOE_PEFT_PROGRAM", "moe-peft select-experts")
+    script.report(selection, scores, tmp_path / "again")
+    assert "Train them: moe-peft sft --moe_method" in capsys.readouterr().out
 
     fields = {"model_name_or_path": str(tmp_path / "base"), "dataset_name": str(tmp_path / "data")}
     run = write_run(tmp_path / "sft", **{**NO_ADAPTER, **fields, "router_aux_loss_coef": 0.0})

@@ -102,6 +102,8 @@ class ModulePart(Part):
         mergeable: Whether it does the same to every token, so that the adapter can become a fixed weight.
         up: Names of the parameters that start at zero and carry the result out, for a learning rate of their own.
         ones: Names of the parameters that start at one.
+        splits: Whether each of its parameters has one row for each expert, which acts on the tokens of that expert
+            alone, so that processes may hold some of the rows each.
     """
 
     up: tuple[str, ...] = ()
@@ -109,6 +111,15 @@ class ModulePart(Part):
     frozen: tuple[str, ...] = ()
     keeps_float32: bool = False
     mergeable: bool = False
+    splits: bool = False
+
+    def hold(self, num_experts: int) -> None:
+        """Count the experts whose rows a process holds, where a bank `splits`.
+
+        Args:
+            num_experts: Their number.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is not split over processes.")
 
 
 # What a router is given as x.

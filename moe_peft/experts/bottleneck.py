@@ -65,6 +65,7 @@ class BottleneckExperts(LowRankExperts):
         ),
     )
     mergeable = False
+    splits = True
     act: Callable[[torch.Tensor], torch.Tensor]
 
     def __init__(
@@ -85,6 +86,7 @@ class BottleneckExperts(LowRankExperts):
             )
         implementation = experts_implementation if activations is None else "dense"
         super().__init__(in_features, out_features, r=r, scaling=1.0, experts_implementation=implementation, **common)
+        self.splits = self.splits and activations is None  # which expert has which goes by its number
         self.act = ACTIVATIONS[activation] if activations is None else partial(_in_turn, tuple(activations), r)
 
     def drop(self, x_TD: torch.Tensor, context: TokenContext) -> torch.Tensor:

@@ -36,6 +36,7 @@ class ExpertPairs(ModulePart, nn.Module):
     """
 
     mergeable = True
+    splits = True
 
     def __init__(
         self,
@@ -62,13 +63,18 @@ class ExpertPairs(ModulePart, nn.Module):
         for name in self.matrices:
             start_pair(*self.pair(name), init_weights)
 
-    def pair(self, matrix: str) -> tuple[nn.Parameter, nn.Parameter]:
+    def hold(self, num_experts: int) -> None:
+        """See `ModulePart.hold`."""
+        self.num_experts = num_experts
+
+    def pair(self, matrix: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(n, r, I) and (n, r, O) of one matrix.
 
         Args:
             matrix: One of `matrices`.
         """
-        return self.get_parameter(f"{matrix}_A"), self.get_parameter(f"{matrix}_B")
+        A, B = getattr(self, f"{matrix}_A"), getattr(self, f"{matrix}_B")
+        return A, B
 
     def forward(
         self, ids: tuple[int, ...] | None, table: torch.Tensor | None, training: bool = False

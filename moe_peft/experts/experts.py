@@ -51,10 +51,11 @@ class Experts(UndecidedSums, nn.Module):
     casts_input: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Let no class inherit a promise that what it overrides may break: to be mergeable, or to cast its input."""
+        """Let no class inherit a promise that it may break: to be mergeable, to be split, or to cast its input."""
         super().__init_subclass__(**kwargs)
-        if "mergeable" not in cls.__dict__:
-            cls.mergeable = False
+        for promise in ("mergeable", "splits"):
+            if promise not in cls.__dict__:
+                setattr(cls, promise, False)
         if "casts_input" not in cls.__dict__ and {"prepare", "forward"} & set(cls.__dict__):
             cls.casts_input = False
 

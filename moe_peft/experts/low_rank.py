@@ -71,6 +71,7 @@ class LowRankExperts(RankedExperts):
     gives = frozenset({"activations", "responses"})
     up: tuple[str, ...] = ("B",)
     mergeable = True
+    splits = True
     casts_input = True
     act: Callable[[torch.Tensor], torch.Tensor] | None = None
     _as_defined: bool = True
@@ -99,6 +100,7 @@ class LowRankExperts(RankedExperts):
     ) -> None:
         super().__init__(num_experts=num_experts, scaling=scaling, lora_dropout=lora_dropout)
         self.experts_implementation, self.shared = experts_implementation, shared
+        self.splits = type(self).splits and not shared
         self.A = nn.Parameter(torch.empty(num_experts + shared, r, in_features))
         self.B = nn.Parameter(torch.empty(num_experts + shared, r, out_features))
         self.reset_parameters(init_weights)
@@ -106,6 +108,10 @@ class LowRankExperts(RankedExperts):
     def reset_parameters(self, init_weights: bool | str) -> None:
         """Initialise A and B; see `start_pair` for the meaning of `init_weights`."""
         start_pair(self.A, self.B, init_weights)
+
+    def hold(self, num_experts: int) -> None:
+        """See `ModulePart.hold`."""
+        self.num_choices = num_experts
 
     @classmethod
     def shapes(cls, num_experts: int, r: int) -> dict[str, tuple[int, ...]]:

@@ -28,6 +28,7 @@ class ExpertSlices(ModulePart, nn.Module):
     """
 
     mergeable = True
+    splits = True
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], ids: Sequence[int]) -> None:
         super().__init__()
@@ -36,6 +37,10 @@ class ExpertSlices(ModulePart, nn.Module):
             shape = (len(ids), *tensor.shape[1:])
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=tensor.dtype)))
         self.copy_from(tensors, ids)
+
+    def hold(self, num_experts: int) -> None:
+        """See `ModulePart.hold`."""
+        self.num_experts = num_experts
 
     @torch.no_grad()
     def copy_from(self, tensors: Mapping[str, torch.Tensor], ids: Sequence[int]) -> None:

@@ -155,6 +155,8 @@ def _why_not(nest: list[ParamWrapper], sharded: bool) -> str | None:
         return reason
     names = matrix_names(experts)
     assert names is not None
+    if getattr(experts, "_is_expert_parallel", False):
+        return "holds the experts of one process only (expert parallelism)"
     if not sharded and any(isinstance(p, DTensor) for p in experts.parameters(recurse=False)):
         return "is split over processes (distributed tensors)"
     for wrapper in nest:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..backbone.experts_call import ExpertsCall, experts_call
+from ..backbone.split_rows import read_here
 from ..experts.expert_pairs import MATRICES
 from ..ops.expert_lora import expert_lora
 from ..ops.expert_stacks import LowRankPairs
@@ -62,12 +63,23 @@ class AdaptedExperts(SelectingLayer):
         call, experts = experts_call(args, kwargs), self.get_base_layer()
         pairs: dict[str, tuple[LowRankPairs, ...]] = {}
         for name in names:
-            chosen = self.selections.get(name)
-            some = (None, None) if chosen is None else (chosen.ids, chosen.table(call.index.device))
-            for matrix, own in self.experts[name](*some, training).items():
+            for matrix, own in self._pairs(name, call.index.device, training).items():
                 key = self._parameter(matrix)
                 pairs[key] = (*pairs.get(key, ()), own)
         return expert_lora(read_fused(experts, pairs), call.hidden, call.index, call.weights)
+
+    def _pairs(self, name: str, device: torch.device, training: bool) -> dict[str, LowRankPairs]:
+        """The pairs of an adapter, of a split one those of this process's experts."""
+        bank, chosen, rows = self.experts[name], self.selections.get(name), self.splits.get(name)
+        if rows is not None:
+            some = (None, None) if chosen is None else (rows.ids, rows.table(device))
+            with read_here(bank, rows):
+                here: dict[str, LowRankPairs] = bank(*some, training)
+                return here
+        whole: dict[str, LowRankPairs] = bank(
+            *((None, None) if chosen is None else (chosen.ids, chosen.table(device))), training
+        )
+        return whole
 
     def _parameter(self, matrix: str) -> str:
         """Name of the backbone's parameter that holds a matrix."""

@@ -11,6 +11,7 @@ from peft.utils.quantization_utils import quantization_extra_repr, resolve_quant
 from torch import nn
 
 from ..backbone.offloaded import execution_device
+from ..backbone.split_rows import SplitRows
 from ..config.parts import RoutedParts
 from ..forward.frozen import freeze
 from ..forward.objective import RouterObjective
@@ -116,7 +117,24 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if dtype is not None and dtype.is_floating_point and dtype.itemsize > 1:
             parts.experts.to(dtype)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.share_out(adapter_name, parts)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def share_out(self, adapter_name: str, parts: RoutedParts) -> None:
+        """Leave this process a part of an adapter, at places whose experts are shared out over processes.
+
+        Args:
+            adapter_name: Its name.
+            parts: Its parts, whole, which the layer holds.
+        """
+
+    def split_of(self, adapter_name: str) -> SplitRows | None:
+        """How an adapter is split over processes; None where each holds the whole.
+
+        Args:
+            adapter_name: Its name.
+        """
+        return None
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters; arguments as in peft. Tensors that a part never trains stay frozen."""

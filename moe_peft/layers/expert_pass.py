@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..backbone.local_experts import local_experts
+
 _lock = threading.Lock()
 
 
@@ -87,13 +89,18 @@ def call_with(
     """Call a module whose experts run another computation in that call.
 
     Args:
-        compute: Called with the experts' arguments.
+        compute: Called with the experts' arguments; of experts that processes share, with the rows and local ids that
+            this process is sent.
         owner: Who asks for it.
         outermost: What is called: the experts module, or layers around it.
         experts: The backbone's experts module.
         *args: Arguments of the call.
         **kwargs: The same by name.
     """
+    local = local_experts(experts)
+    if local is not None:
+        with local.changed(lambda own, *call: compute(*call), replaces=True):
+            return outermost(*args, **kwargs)
     if outermost is experts and not is_watched(experts):
         return compute(*args, **kwargs)
     if torch.compiler.is_compiling():

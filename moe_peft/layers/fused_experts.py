@@ -118,8 +118,6 @@ def why_not_fused(experts: nn.Module) -> str | None:
     names = matrix_names(experts)
     if names is None or not takes_routing(type(experts)):
         return "is not called with (hidden, index, weights), or keeps its experts in another form than two stacks"
-    if getattr(experts, "_is_expert_parallel", False):
-        return "holds the experts of one process only (expert parallelism)"
     if any(len(stored_shape(experts, name)) != 3 for name in names):
         return "keeps its experts in another form than one (in, out) matrix each"
     own = [p for n, p in experts.named_parameters(recurse=False) if n in names]

@@ -14,10 +14,13 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.nn.utils import parametrize
 
 from ..backbone.expert_tensors import expert_tensors, run_experts
 from ..backbone.experts_call import ExpertsCall, experts_call
+from ..backbone.local_experts import Compute, local_experts
+from ..backbone.split_rows import SplitRows, read_here
 from ..backbone.stand_in import stand_in_fault
 from ..config.parts import RoutedParts
 from ..experts import ExpertSlices
@@ -79,24 +82,61 @@ class SlicedExperts(SelectingLayer):
         self._check_disjoint([*self.merged_adapters, *names])
         call = experts_call(args, kwargs)
         self.show(names, call)
+        local = local_experts(self.get_base_layer())
+        if local is not None:
+            with local.changed(partial(self._exchange_here, names, local.num_experts)):
+                return self.base_layer(*args, **kwargs)
         places = {name: self.selections[name].local(call.index) for name in names}
-        frozen_TK = call.weights
-        for name, local_TK in places.items():
-            frozen_TK = frozen_TK.masked_fill(local_TK < len(self.selections[name]), 0.0)
+        frozen_TK = self._frozen(places, call.weights)
         out_TO = self.base_layer(*_replaced(args, call, frozen_TK), **_replaced_by_name(kwargs, call, frozen_TK))
+        compute = partial(self._compute, self.num_backbone_experts)
         for name, local_TK in places.items():
-            out_TO = self.experts[name](call.hidden, out_TO, local_TK, call.weights, self._compute)
+            out_TO = self.experts[name](call.hidden, out_TO, local_TK, call.weights, compute)
         return out_TO
+
+    def _exchange_here(
+        self,
+        names: list[str],
+        num_experts: int,
+        own: Compute,
+        hidden_ND: torch.Tensor,
+        index_NK: torch.Tensor,
+        weights_NK: torch.Tensor,
+    ) -> torch.Tensor:
+        """Compute the experts that are here, selected ones by the copies that are."""
+        places = {name: self.splits[name].rows_of(index_NK) for name in names}
+        out_NO = own(hidden_ND, index_NK, self._frozen(places, weights_NK))
+        compute = partial(self._compute, num_experts)
+        for name, local_NK in places.items():
+            with read_here(self.experts[name], self.splits[name]):
+                out_NO = self.experts[name](hidden_ND, out_NO, local_NK, weights_NK, compute)
+        return out_NO
+
+    def _frozen(self, places: Mapping[str, torch.Tensor], weights_TK: torch.Tensor) -> torch.Tensor:
+        """Weights of the frozen experts: zero where an adapter has a copy."""
+        for name, local_TK in places.items():
+            weights_TK = weights_TK.masked_fill(local_TK < self.experts[name].num_experts, 0.0)
+        return weights_TK
+
+    def rows_here(self, bank: nn.Module, name: str, rows: SplitRows) -> torch.Tensor:
+        """Copies of this process's selected experts; see `SelectingLayer.rows_here`."""
+        stack: Any = self.get_base_layer().get_parameter(name).detach()
+        local: torch.Tensor = stack.to_local()
+        if local.shape[0] == rows.local.num_experts:
+            return local[list(rows.ids)].clone()
+        first = rows.local.rank * rows.local.num_experts  # the processes with the same experts have a part of each
+        whole: torch.Tensor = stack.full_tensor()
+        return whole[[first + expert for expert in rows.ids]]
 
     def delta_products(self, adapter_name: str) -> torch.Tensor | None:
         """Inner products of what the copies have changed by; None while they are merged into what they came from."""
-        if self.merged_adapters:
+        if self.merged_adapters or adapter_name in self.splits:
             return None
         tensors = expert_tensors(self.get_base_layer(), self.num_backbone_experts)
         return self.experts[adapter_name].delta_products(tensors, tuple(self.selections[adapter_name]))
 
-    def _compute(self, tensors: Mapping[str, torch.Tensor], *call: torch.Tensor) -> torch.Tensor:
-        return run_experts(self.get_base_layer(), tensors, self.num_backbone_experts, *call)
+    def _compute(self, num_experts: int, tensors: Mapping[str, torch.Tensor], *call: torch.Tensor) -> torch.Tensor:
+        return run_experts(self.get_base_layer(), tensors, num_experts, *call)
 
     def _check_disjoint(self, names: list[str]) -> None:
         seen: set[int] = set()

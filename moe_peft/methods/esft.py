@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import ClassVar
 
+import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from ..backbone.expert_tensors import expert_tensors, keeps_slices
+from ..backbone.local_experts import SPLIT_LIKE_EXPERTS, is_split_alone, local_experts
 from ..backbone.offloaded import onloaded
 from ..backbone.partitioned import gathered
 from ..backbone.structure import base_of
@@ -186,6 +187,10 @@ class EsftConfig(SelectedExpertsConfig, LowRankConfig):
         selection = Selection(self.experts[str(place.layer_index)], place.num_experts)
         if self.expert_adapter == "lora":
             return RoutedParts(experts=build_experts(self, place, len(selection)), selection=selection)
+        if local_experts(place.base) is not None:
+            with torch.device("meta"):  # each process copies its own part
+                planned = ExpertSlices(expert_tensors(place.base, place.num_experts), selection.ids)
+            return RoutedParts(experts=planned, selection=selection)
         with gathered(place.base), onloaded(place.base):
             slices = ExpertSlices(expert_tensors(place.base, place.num_experts), selection.ids)
         return RoutedParts(experts=slices, selection=selection)
@@ -202,14 +207,12 @@ def _refuse_quantized(name: str, module: nn.Module) -> None:
 
 
 def _refuse_split(name: str, experts: nn.Module) -> None:
-    """Refuse experts of which this process holds a part only."""
-    expert_parallel = bool(getattr(experts, "_is_expert_parallel", False))
-    if expert_parallel or any(isinstance(parameter, DTensor) for parameter in experts.parameters()):
-        kind = "expert parallelism" if expert_parallel else "distributed tensors"
+    """Refuse experts of which this process holds a part only, where the copies cannot be split like them."""
+    if is_split_alone(experts):
         raise ValueError(
-            f"The experts of {name} are split over processes ({kind}), so their slices cannot be copied here. Set "
-            "expert_adapter='lora', whose experts are whole on every process, or load the model without tp_plan or "
-            "ep_plan, and add the adapter before sharding with FSDP2."
+            f"The experts of {name} are split over processes, so their slices cannot be copied here. "
+            f"{SPLIT_LIKE_EXPERTS} Or set expert_adapter='lora', whose experts are whole on every process; or load "
+            "the model without distributed_config, and add the adapter before sharding with FSDP2."
         )
 
 

@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
-from torch.distributed.tensor import DTensor
 
+from ..backbone.local_experts import SPLIT_LIKE_EXPERTS, is_split_alone
 from ..backbone.structure import base_of
 from ..config.absent import TARGET_PARAMETERS, Absent, absent, accepts_absent
 from ..config.config import BACKBONE
@@ -204,8 +204,13 @@ class ExpertLoraConfig(SelectedExpertsConfig, PairConfig, PlacingConfig):
 
     def _check_experts(self, name: str, experts: nn.Module) -> None:
         reason = why_not_fused(experts)
-        if reason is None and any(isinstance(own, DTensor) for own in experts.parameters(recurse=False)):
-            reason = "is split over processes (distributed tensors); add the adapter before sharding with FSDP2"
+        if reason is None and is_split_alone(experts):
+            raise ValueError(
+                f"{type(self).__name__}: {name} ({type(experts).__name__}) is split over processes, so no pairs can "
+                f"be put on its matrices. {SPLIT_LIKE_EXPERTS} Or use PerftConfig(variant='E'), which stands beside "
+                "the experts; or load the model without distributed_config, and add the adapter before sharding with "
+                "FSDP2."
+            )
         if reason is not None:
             raise ValueError(
                 f"{type(self).__name__}: {name} ({type(experts).__name__}) {reason}, so no pairs can be put on its "

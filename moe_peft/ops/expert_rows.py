@@ -172,9 +172,9 @@ class GroupedRows(Rows):
 
     def _with_empty_pairs(self, own: LowRankPairs) -> LowRankPairs:
         """A pair for every expert, zero where it has none, so that no shape depends on the routing."""
-        ids = torch.tensor(own.ids, device=own.A.device)
-        A = own.A.new_zeros(self.num_experts, *own.A.shape[1:]).index_copy(0, ids, own.A)
-        B = own.B.new_zeros(self.num_experts, *own.B.shape[1:]).index_copy(0, ids, own.B)
+        ids = torch.tensor(own.ids, dtype=torch.long, device=own.A.device)
+        A = own.A.new_zeros(self.num_experts, *own.A.shape[1:]).index_copy(0, ids, own.A[: len(ids)])
+        B = own.B.new_zeros(self.num_experts, *own.B.shape[1:]).index_copy(0, ids, own.B[: len(ids)])
         return LowRankPairs(A, B, own.scaling)
 
 

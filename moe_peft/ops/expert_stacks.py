@@ -89,7 +89,7 @@ class LowRankPairs:
         A: (n, r, I).
         B: (n, r, O).
         scaling: s.
-        ids: The experts that have a pair, ascending; None where all have (n = E).
+        ids: The experts that have a pair, ascending, n or fewer; None where all have (n = E).
         table: (E,) int64, place of each expert among `ids`, n where it has none; None with `ids`.
         dropout: Applied to the rows before A.
     """

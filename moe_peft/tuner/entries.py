@@ -20,9 +20,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.integrations.peft import PeftAdapterMixin
 
+from ..backbone.local_experts import local_experts
 from ..config.adapter_files import check_values, header_of
 from ..config.config import MoeConfig
 from ..layers import RoutedLayer
+from ..messages import shown
 from .incoming import Incoming, announced, check_incoming, current
 from .saving import check_whole, finish_saving, prepare_saving
 from .sources import download_options, meaning_beside, open_weights, routed_config_class
@@ -108,6 +110,12 @@ def _transformers_adapter(call: Call, given: Mapping[str, Any]) -> Any:
         else (source is None or routed_config_class(source, options) is None)
     ):
         return call()
+    if any(local_experts(module) is not None for module in model.modules()):
+        raise ValueError(
+            f"The experts of {type(model).__name__} are shared out over processes, and transformers' load_adapter "
+            f"does not split an adapter like them. Use PeftModel.from_pretrained(model, {shown(str(source))}). "
+            "Nothing has been changed."
+        )
     beside = None
     if tensors is not None:
         check_values("The given state dict", tensors, own=())

@@ -14,6 +14,7 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 
+from ..backbone.local_experts import offer_loading
 from ..messages import shown
 from .entries import frame_entries
 from .names import check_form
@@ -107,6 +108,7 @@ def register(config_cls: type, model_cls: type) -> None:
         raise
     ROUTED[name] = config_cls
     frame_entries()
+    offer_loading()
 
 
 def _is_complete(name: str, member: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -45,11 +46,11 @@ def unwrapped(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return {plain_name(key.removeprefix(whole)): tensor for key, tensor in state_dict.items()}
 
 
-def check_whole(model: nn.Module, adapter_name: str, state_dict: Mapping[str, torch.Tensor] | None) -> None:
+def check_whole(model: Any, adapter_name: str, state_dict: Mapping[str, torch.Tensor] | None) -> None:
     """Refuse to save tensors of which this process holds a part.
 
     Args:
-        model: The model.
+        model: The `PeftModel`.
         adapter_name: The adapter that is saved.
         state_dict: Tensors that were gathered for saving; None for the model's own.
 
@@ -58,8 +59,11 @@ def check_whole(model: nn.Module, adapter_name: str, state_dict: Mapping[str, to
     """
     if state_dict is not None:
         return
+    config = model.peft_config[adapter_name]
+    tensors = named_tensors(model, prefix_of(config), adapter_name)
+    gathered = {name for name, own in tensors.items() if own.split is not None}  # by every process that saves
     for name, tensor in model.named_parameters():
-        split = isinstance(tensor, DTensor) or is_partitioned(tensor)
+        split = (isinstance(tensor, DTensor) or is_partitioned(tensor)) and plain_name(name) not in gathered
         if f".{adapter_name}." in name and split:
             raise ValueError(
                 f"{name} is split over processes, and saving it here would lose the other parts. Call "
@@ -84,7 +88,11 @@ def own_tensors(
         ValueError: A tensor is missing, or a part of it; nothing has been written.
     """
     wanted = named_tensors(model, prefix_of(config), adapter_name)
-    found = {name: state_dict[name] for name in wanted if name in state_dict}
+    found = {
+        name: state_dict[name] if own.split is None else own.split.whole(state_dict[name])
+        for name, own in wanted.items()
+        if name in state_dict
+    }
     if not found and distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0:
         return found  # the tensors were gathered in the first process, which alone writes
     wrong = sorted(name for name, own in wanted.items() if name not in found or tuple(found[name].shape) != own.shape)

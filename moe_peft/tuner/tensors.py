@@ -12,6 +12,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from ..backbone.partitioned import shape_of
+from ..backbone.split_rows import SplitRows
 from ..config.config import MoeConfig
 from ..config.fitting_parts import check_fit
 from ..layers import RoutedLayer
@@ -82,11 +83,13 @@ class OwnTensor:
 
     Attributes:
         key: Its key in a file, without peft's own prefix.
-        shape: Its shape, of a sharded tensor as a whole.
+        shape: Its shape in a file, of a sharded tensor as a whole.
+        split: How its rows are split over processes, where that is not in the file's order.
     """
 
     key: str
     shape: tuple[int, ...]
+    split: SplitRows | None = None
 
 
 def named_tensors(model: nn.Module, prefix: str, adapter_name: str) -> dict[str, OwnTensor]:
@@ -99,12 +102,14 @@ def named_tensors(model: nn.Module, prefix: str, adapter_name: str) -> dict[str,
     """
     found: dict[str, OwnTensor] = {}
     for name, layer in routed_modules(model, prefix):
-        for attribute, bank in (("experts", layer.experts), ("router", layer.router)):
+        rows = layer.split_of(adapter_name)
+        for attribute, bank, split in (("experts", layer.experts, rows), ("router", layer.router, None)):
             if adapter_name in bank:
                 for own, tensor in bank[adapter_name].state_dict(keep_vars=True).items():
                     head, last = f"{name}.{prefix}{attribute}", plain_name(own)
                     key = f"{head.removeprefix(PEFT_PREFIX)}.{last}"
-                    found[f"{head}.{adapter_name}.{last}"] = OwnTensor(key, shape_of(tensor))
+                    shape = shape_of(tensor) if split is None else split.shape(tensor)
+                    found[f"{head}.{adapter_name}.{last}"] = OwnTensor(key, shape, split)
     return found
 
 

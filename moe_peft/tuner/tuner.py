@@ -279,7 +279,8 @@ class RoutedTuner(BaseTuner):
         embeddings = {f"{prefix}{name}" for name in embedding_names(model) for prefix in ("", PEFT_PREFIX)}
         shapes = {names[tensor.key]: tensor.shape for tensor in own.values()}
         check_tensors(cls.prefix, model, shapes, remapped, embeddings)
-        return remapped
+        split = {names[tensor.key]: tensor.split for tensor in own.values() if tensor.split is not None}
+        return remapped | {name: rows.split(remapped[name]) for name, rows in split.items()}
 
 
 @contextmanager

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from moe_peft.experts import EXPERTS, Experts, PendingRouting
 from tests.compare import random_routing
+
+SCALE = {"low_rank": {"scaling": 1.5}}
 
 
 class Shifts(Experts):
@@ -60,3 +64,28 @@ def test_parameters_are_flat_and_begin_as_a_kind_says(name):
     begins = cls.shapes(4, 3)
     assert {key: tuple(p.shape[: len(begins[key])]) for key, p in bank.named_parameters()} == begins
     assert set(bank.up) <= set(begins) and all("." not in key for key in bank.state_dict())
+
+
+@pytest.mark.parametrize("name", sorted(name for name, cls in EXPERTS.items() if cls.splits))
+def test_a_kind_that_splits_computes_an_expert_from_its_rows_alone(name):
+    bank = EXPERTS[name](7, 5, num_experts=4, r=3, init_weights=False, **SCALE.get(name, {})).double()
+    x, base = torch.randn(6, 7).double(), torch.randn(6, 5).double()
+    routing = random_routing(6, 4, 1)
+    expected = bank(x, base, routing)
+    for parameter in bank.parameters():
+        assert parameter.shape[0] == 4
+        parameter.data = parameter.data[2:]
+    bank.hold(2)
+    there = routing.experts[:, 0] >= 2
+    local = replace(routing, experts=(routing.experts - 2).masked_fill(~there[:, None], 2), num_experts=2)
+    local = replace(local, weights=routing.weights.masked_fill(~there[:, None], 0.0))
+    torch.testing.assert_close(bank(x, base, local), torch.where(there[:, None], expected, base))
+
+
+def test_a_promise_to_split_is_not_inherited():
+    class Own(EXPERTS["low_rank"]):
+        pass
+
+    assert not Own(3, 3, num_experts=2, r=1, scaling=1.0).splits
+    with pytest.raises(NotImplementedError, match="is not split over processes"):
+        Experts().hold(1)

@@ -58,8 +58,6 @@ def test_reasons():
     assert "another form than two stacks" in why_not_fused(nn.Linear(2, 2))
     experts = experts_of("olmoe")
     assert why_not_fused(experts) is None
-    experts._is_expert_parallel = True
-    assert "expert parallelism" in why_not_fused(experts)
     experts = experts_of("olmoe")
     experts.gate_up_proj.data = experts.gate_up_proj.data.to(torch.float8_e4m3fn)
     assert "quantized" in why_not_fused(experts)

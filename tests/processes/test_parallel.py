@@ -6,7 +6,7 @@ import json
 import sys
 
 import pytest
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, set_seed
+from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, set_seed
 
 from tests.contract.cases import DECODER, tiny_olmoe
 from tests.processes.parallel_worker import CASES, WAYS
@@ -15,7 +15,7 @@ from tests.processes.together import run_together
 pytestmark = pytest.mark.multi_process
 REFUSED = {
     "esft-full": "Set expert_adapter='lora', whose experts are whole on every process",
-    "expert-lora": "Use PerftConfig(variant='E'), which stands beside the experts",
+    "expert-lora": "ep_implementation='moe_peft'), or with fsdp_size=N",
 }
 
 
@@ -24,6 +24,13 @@ def tiny_qwen3_moe() -> Qwen3MoeForCausalLM:
     set_seed(0)
     sizes = {"moe_intermediate_size": 16, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**DECODER, **sizes, "head_dim": 8}))
+
+
+def tiny_gpt_oss() -> GptOssForCausalLM:
+    """Matrices with the input's width first, biases, joined gates."""
+    set_seed(0)
+    sizes = {"intermediate_size": 16, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    return GptOssForCausalLM(GptOssConfig(**{**DECODER, **sizes, "head_dim": 8}))
 
 
 def check(model, way, cases, folder):

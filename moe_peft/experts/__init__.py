@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..registries import Registry
 from .bottleneck import BottleneckExperts
 from .cp_diagonal import CpDiagonalExperts
 from .experts import Experts, PendingRouting
@@ -18,19 +19,23 @@ from .sparse_down import SparseDownExperts
 from .vector import VectorExperts
 from .zero_computation import ZeroComputationExperts
 
-EXPERTS: dict[str, type[Experts]] = {
-    "low_rank": LowRankExperts,
-    "bottleneck": BottleneckExperts,
-    "shared_down": SharedDownExperts,
-    "cp_diagonal": CpDiagonalExperts,
-    "latent_core": LatentCoreExperts,
-    "normed": NormalizedExperts,
-    "ffn_lora": FfnLoraExperts,
-    "film": FilmExperts,
-    "zero_computation": ZeroComputationExperts,
-    "goat": GoatExperts,
-    "sparse_down": SparseDownExperts,
-}
+EXPERTS: dict[str, type[Experts]] = Registry(
+    "EXPERTS",
+    Experts,
+    {
+        "low_rank": LowRankExperts,
+        "bottleneck": BottleneckExperts,
+        "shared_down": SharedDownExperts,
+        "cp_diagonal": CpDiagonalExperts,
+        "latent_core": LatentCoreExperts,
+        "normed": NormalizedExperts,
+        "ffn_lora": FfnLoraExperts,
+        "film": FilmExperts,
+        "zero_computation": ZeroComputationExperts,
+        "goat": GoatExperts,
+        "sparse_down": SparseDownExperts,
+    },
+)
 # The kind of configurations that name none.
 DEFAULT_EXPERTS = "low_rank"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..registries import Registry
 from ..types import RouterLoss
 from .active_l1 import ActiveL1
 from .certainty_balance import CertaintyBalance
@@ -16,21 +17,25 @@ from .sparsity_bound import SparsityBound
 from .token_entropy import TokenEntropy
 from .z_loss import ZLoss, z_loss
 
-LOSSES: dict[str, type[RouterLoss]] = {
-    "load_balancing": LoadBalancing,
-    "gshard_load_balancing": GShardLoadBalancing,
-    "importance": Importance,
-    "localized_balancing": LocalizedBalancing,
-    "z_loss": ZLoss,
-    "null_load_balancing": NullLoadBalancing,
-    "active_l1": ActiveL1,
-    "token_entropy": TokenEntropy,
-    "sparsity_bound": SparsityBound,
-    "entropy_balance": EntropyBalance,
-    "certainty_balance": CertaintyBalance,
-    "expert_clusters": ExpertClusters,
-    "router_distillation": RouterDistillation,
-}
+LOSSES: dict[str, type[RouterLoss]] = Registry(
+    "LOSSES",
+    RouterLoss,
+    {
+        "load_balancing": LoadBalancing,
+        "gshard_load_balancing": GShardLoadBalancing,
+        "importance": Importance,
+        "localized_balancing": LocalizedBalancing,
+        "z_loss": ZLoss,
+        "null_load_balancing": NullLoadBalancing,
+        "active_l1": ActiveL1,
+        "token_entropy": TokenEntropy,
+        "sparsity_bound": SparsityBound,
+        "entropy_balance": EntropyBalance,
+        "certainty_balance": CertaintyBalance,
+        "expert_clusters": ExpertClusters,
+        "router_distillation": RouterDistillation,
+    },
+)
 
 __all__ = [
     "LOSSES",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..config.config import MoeConfig
+from ..registries import Registry
 from .esft import EsftConfig
 from .expert_lora import ExpertLoraConfig
 from .loramoe import LoraMoeConfig
@@ -11,16 +13,20 @@ from .perft import PerftConfig
 from .routed import RoutedConfig
 from .sira import SiraConfig
 
-METHODS = {
-    "loramoe": LoraMoeConfig,
-    "molora": MoloraConfig,
-    "sira": SiraConfig,
-    "mov": MovConfig,
-    "perft": PerftConfig,
-    "esft": EsftConfig,
-    "expert_lora": ExpertLoraConfig,
-    "routed": RoutedConfig,
-}
+METHODS: dict[str, type[MoeConfig]] = Registry(
+    "METHODS",
+    MoeConfig,
+    {
+        "loramoe": LoraMoeConfig,
+        "molora": MoloraConfig,
+        "sira": SiraConfig,
+        "mov": MovConfig,
+        "perft": PerftConfig,
+        "esft": EsftConfig,
+        "expert_lora": ExpertLoraConfig,
+        "routed": RoutedConfig,
+    },
+)
 
 __all__ = [
     "METHODS",

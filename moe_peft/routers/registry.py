@@ -7,6 +7,7 @@ from typing import Any
 
 from ..options import option_values
 from ..part import Part
+from ..registries import Registry
 from .activation_abs import ActivationAbs
 from .activation_norm import ActivationNorm
 from .balanced_assignment import BalancedAssignment
@@ -56,63 +57,79 @@ from .two_layer import TwoLayer
 # What a configuration means that names no router, scorer or gate.
 DEFAULT_ROUTER, DEFAULT_SCORER, DEFAULT_GATE = "dense", "linear", "softmax"
 # z = scorer(x)
-SCORERS: dict[str, type[Router]] = {
-    "linear": LinearRouter,
-    "activation_norm": ActivationNorm,
-    "activation_abs": ActivationAbs,
-    "low_space": LowSpaceRouter,
-    "task_table": TaskTable,
-    "layer_logits": LayerLogits,
-    "centroid": Centroid,
-    "cosine": Cosine,
-    "fixed_random": FixedRandomRouter,
-    "mixture": MixtureRouter,
-    "prompt_mean": PromptMean,
-    "hybrid": Hybrid,
-    "mean_activation": MeanActivation,
-    "token_hash": TokenHash,
-    "token_mask": TokenMask,
-    "tree": Tree,
-    "two_layer": TwoLayer,
-    "compete": Compete,
-    "domain_embedding": DomainEmbedding,
-    "product_keys": ProductKeys,
-    "token_student": TokenStudent,
-}
+SCORERS: dict[str, type[Router]] = Registry(
+    "SCORERS",
+    Router,
+    {
+        "linear": LinearRouter,
+        "activation_norm": ActivationNorm,
+        "activation_abs": ActivationAbs,
+        "low_space": LowSpaceRouter,
+        "task_table": TaskTable,
+        "layer_logits": LayerLogits,
+        "centroid": Centroid,
+        "cosine": Cosine,
+        "fixed_random": FixedRandomRouter,
+        "mixture": MixtureRouter,
+        "prompt_mean": PromptMean,
+        "hybrid": Hybrid,
+        "mean_activation": MeanActivation,
+        "token_hash": TokenHash,
+        "token_mask": TokenMask,
+        "tree": Tree,
+        "two_layer": TwoLayer,
+        "compete": Compete,
+        "domain_embedding": DomainEmbedding,
+        "product_keys": ProductKeys,
+        "token_student": TokenStudent,
+    },
+)
 # p = gate(z)
-GATES: dict[str, type[Gate]] = {
-    "softmax": Softmax,
-    "sigmoid": Sigmoid,
-    "relu": Relu,
-    "gumbel": Gumbel,
-    "entmax": Entmax,
-    "relaxed_bernoulli": RelaxedBernoulli,
-}
+GATES: dict[str, type[Gate]] = Registry(
+    "GATES",
+    Gate,
+    {
+        "softmax": Softmax,
+        "sigmoid": Sigmoid,
+        "relu": Relu,
+        "gumbel": Gumbel,
+        "entmax": Entmax,
+        "relaxed_bernoulli": RelaxedBernoulli,
+    },
+)
 # routing = selector(z, p); the names that a configuration's `router` takes
-SELECTORS: dict[str, type[Selector]] = {
-    "dense": Dense,
-    "top_k": TopK,
-    "capacity": Capacity,
-    "bias_balanced": BiasBalanced,
-    "null_top_k": NullTopK,
-    "positive": Positive,
-    "top_p": TopP,
-    "entropy_top_k": EntropyTopK,
-    "threshold": Threshold,
-    "sparsegen": Sparsegen,
-    "expert_choice": ExpertChoice,
-    "sparsemixer": SparseMixer,
-    "expert_prototyping": ExpertPrototyping,
-    "balanced_assignment": BalancedAssignment,
-}
+SELECTORS: dict[str, type[Selector]] = Registry(
+    "SELECTORS",
+    Selector,
+    {
+        "dense": Dense,
+        "top_k": TopK,
+        "capacity": Capacity,
+        "bias_balanced": BiasBalanced,
+        "null_top_k": NullTopK,
+        "positive": Positive,
+        "top_p": TopP,
+        "entropy_top_k": EntropyTopK,
+        "threshold": Threshold,
+        "sparsegen": Sparsegen,
+        "expert_choice": ExpertChoice,
+        "sparsemixer": SparseMixer,
+        "expert_prototyping": ExpertPrototyping,
+        "balanced_assignment": BalancedAssignment,
+    },
+)
 # Whole routers; those with the name of a selector are its router with linear scores and a softmax.
-ROUTERS: dict[str, type[Router]] = {
-    "dense": DenseRouter,
-    "top_k": TopKRouter,
-    "capacity": CapacityRouter,
-    "constant": ConstantRouter,
-    "random": RandomRouter,
-}
+ROUTERS: dict[str, type[Router]] = Registry(
+    "ROUTERS",
+    Router,
+    {
+        "dense": DenseRouter,
+        "top_k": TopKRouter,
+        "capacity": CapacityRouter,
+        "constant": ConstantRouter,
+        "random": RandomRouter,
+    },
+)
 
 
 def router_names() -> tuple[str, ...]:

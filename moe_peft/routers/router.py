@@ -232,7 +232,10 @@ class Router(ModulePart, nn.Module):
             return None
         if self._selector_tensors or self.num_scores != self.num_experts:
             return None
-        gates_TE = select.gates(self.gate(self.scores(x, context), context))
+        logits_TE = self.scores(x, context)
+        if logits_TE.shape[-1] != self.num_scores:  # `decide` says what is wrong
+            return None
+        gates_TE = select.gates(self.gate(logits_TE, context))
         return gates_TE if gates_TE is None or self.routed_scaling_factor == 1.0 else self.scale(gates_TE)
 
     def decide(self, logits_TE: torch.Tensor, context: TokenContext) -> Routing:
@@ -241,9 +244,17 @@ class Router(ModulePart, nn.Module):
         Args:
             logits_TE: (T, num_scores) router logits.
             context: What is known about the tokens.
+
+        Raises:
+            ValueError: There are more scores, or fewer.
         """
         if self.select is None:
             raise NotImplementedError(f"{type(self).__name__} has neither a selector nor a decision of its own.")
+        if logits_TE.shape[-1] != self.num_scores:
+            raise ValueError(
+                f"{type(self).__name__}.scores gave {logits_TE.shape[-1]} columns, where the decision is about "
+                f"num_scores={self.num_scores}. Let it give one for each."
+            )
         seen = context if self.perturbs_training else self.deciding(context)
         columns = self.num_scores if self.select.gates_extra else self.num_experts
         gated_TE = logits_TE if columns == self.num_scores else logits_TE[:, :columns]

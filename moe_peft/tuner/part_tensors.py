@@ -1,4 +1,5 @@
-"""Refuses parts whose tensors a file would lose: those in modules below a part, and random ones that nothing saves.
+"""Refuses parts whose tensors a file would lose or not load: those in modules below a part, random ones that nothing
+saves, and those of other shapes than the part's class says.
 
 A key of an adapter is `<module>.<prefix><attribute>.<adapter>.<parameter>`, so that a part's tensors are attributes of
 the part itself. What a part draws when it is built, and keeps as a plain attribute or as a buffer that is not saved,
@@ -7,7 +8,7 @@ is drawn anew where the adapter is loaded: the same file would compute something
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -40,6 +41,27 @@ def check_saved(config: MoeConfig, place: Place, parts: RoutedParts) -> None:
             )
     if any(True for part in _modules(parts) for _ in _unsaved(part)):
         _check_drawn(config, place)
+
+
+def check_declared(config: MoeConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse tensors of other shapes than a configuration says of them, by which its files are checked on loading.
+
+    Args:
+        config: The configuration, resolved for the model.
+        shapes: Of all tensors that the adapter will have, by their keys.
+
+    Raises:
+        ValueError: A shape begins in another way.
+    """
+    expected = config.expected_shapes()
+    for key, shape in shapes.items():
+        for ending, begins in expected.items():
+            if key.endswith(ending) and shape[: len(begins)] != begins:
+                raise ValueError(
+                    f"{key} has the shape {shape}, where {type(config).__name__} says that it begins with {begins}: "
+                    "the saved adapter could not be loaded. Let the expert kind's `shapes` say what its "
+                    "constructor makes, or the configuration's `expected_shapes`."
+                )
 
 
 def _check_drawn(config: MoeConfig, place: Place) -> None:

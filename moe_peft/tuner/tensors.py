@@ -17,7 +17,7 @@ from ..config.config import MoeConfig
 from ..config.fitting_parts import check_fit
 from ..layers import RoutedLayer
 from ..place import Place
-from .part_tensors import check_saved
+from .part_tensors import check_declared, check_saved
 
 PEFT_PREFIX = "base_model.model."
 TOKENS = ".token_adapter.trainable_tokens_delta"
@@ -48,7 +48,8 @@ def planned_tensors(config: MoeConfig, prefix: str, places: Sequence[Place]) -> 
         Key in a file, without peft's own prefix -> shape.
 
     Raises:
-        ValueError: A part has tensors that a file would lose, or the parts of a place do not go together.
+        ValueError: A part has tensors that a file would lose, or others than its class says, or the parts of a
+            place do not go together.
     """
     shapes: Shapes = {}
     for place in places:
@@ -60,6 +61,7 @@ def planned_tensors(config: MoeConfig, prefix: str, places: Sequence[Place]) -> 
         for attribute, module in (("experts", parts.experts), ("router", parts.router)):
             for name, tensor in (module.state_dict() if module is not None else {}).items():
                 shapes[f"{plain_name(place.name)}.{prefix}{attribute}.{name}"] = tuple(tensor.shape)
+    check_declared(config, shapes)
     return shapes
 
 

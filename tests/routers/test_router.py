@@ -229,3 +229,17 @@ def test_a_router_makes_the_promises_of_its_parts_and_keeps_their_tensors():
     assert set(router.state_dict()) == {"weight", "bias"}
     routing = router(torch.randn(3, D), TokenContext())
     assert routing.num_experts == E and routing.probs.shape == (3, E)
+
+
+class Short(LinearRouter):
+    def scores(self, x, context):
+        return super().scores(x, context)[:, : E // 2]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 13])
+def test_a_scorer_of_another_number_of_experts_is_told_so_and_never_spread_over_them(num_tokens):
+    router = Short(D, E, select=Dense())
+    x = torch.randn(num_tokens, D)
+    assert router.gates(x, TokenContext()) is None
+    with pytest.raises(ValueError, match=r"Short.scores gave 2 columns, where .* num_scores=4"):
+        router(x, TokenContext())

@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch import nn
 
 from moe_peft import RoutedConfig
-from moe_peft.extend import EXPERTS, SCORERS, LowRankExperts, Place, Router, Softmax
+from moe_peft.extend import EXPERTS, SCORERS, Experts, LowRankExperts, Place, Router, Softmax
 from moe_peft.tuner.part_tensors import check_saved
 from tests.tiny import OneLinear
 
@@ -69,6 +69,18 @@ class Bank(LowRankExperts):
         self.fixed = torch.randn(3)
 
 
+class OtherShapes(Bank):
+    @classmethod
+    def shapes(cls, num_experts, r):
+        return {"A": (num_experts, r), "B": (r, num_experts)}
+
+
+class NoShapes(Experts):
+    def __init__(self, in_features, out_features, *, num_experts, r):
+        super().__init__()
+        self.num_choices = num_experts
+
+
 REFUSED = {
     "in_modules": (InModules, r"InModules keeps \['net.0.weight', .*Make them parameters of the part itself"),
     "unsaved": (Unsaved, "Unsaved.weight is drawn when the part is built and not saved"),
@@ -92,6 +104,28 @@ def test_a_bank_is_asked_as_a_router_is(monkeypatch):
     monkeypatch.setitem(EXPERTS, "bank", Bank)
     with pytest.raises(ValueError, match=r"Bank\.fixed is drawn"):
         get_peft_model(OneLinear(5, 3), RoutedConfig(experts="bank", target_modules=["linear"]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        (
+            OtherShapes,
+            ValueError,
+            r"linear\.routed_experts\.B has the shape \(8, 4, 3\), where .* begins with \(4, 8\)",
+        ),
+        (NoShapes, NotImplementedError, "NoShapes does not say which tensors it saves"),
+    ],
+)
+def test_a_bank_that_says_other_shapes_than_it_makes_is_refused_when_made_and_not_when_loaded(
+    kind, error, message, monkeypatch
+):
+    monkeypatch.setattr(Bank, "__init__", LowRankExperts.__init__)
+    monkeypatch.setitem(EXPERTS, "bank", kind)
+    base = OneLinear(5, 3)
+    with pytest.raises(error, match=message):
+        get_peft_model(base, RoutedConfig(experts="bank", target_modules=["linear"]))
+    assert type(base.linear) is nn.Linear and not hasattr(base, "peft_config")
 
 
 def test_tensors_that_are_the_same_in_every_build_are_taken_and_looking_at_them_draws_no_random_numbers(monkeypatch):

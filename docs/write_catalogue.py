@@ -23,6 +23,7 @@ DOCS = Path(__file__).parent
 PAGE = DOCS / "catalogue.md"
 PRESETS = DOCS.parent / "configs" / "methods"
 PAPERS = DOCS / "papers.yaml"
+SOURCES = DOCS / "sources.yaml"
 # What became of a paper, in the order of a count, as papers.yaml says it.
 KINDS = ("method", "part", "tool", "advice", "not built", "no meaning")
 AXES: dict[str, tuple[str, Mapping[str, Any]]] = {
@@ -80,6 +81,8 @@ def flags(part: type[Part]) -> str:
             said.append(broken)
     if not part.decode_stateless:
         said.append("decoding differs from the full forward")
+    if not part.separable:
+        said.append("no expert can be left out or added")
     if issubclass(part, ModulePart) and part.mergeable is True:
         said.append("merges where all else does")
     if getattr(part, "counts", False) is True or getattr(part, "adapts", False) is True:
@@ -134,6 +137,18 @@ def paper_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def sources() -> dict[str, str]:
+    """Title by arXiv id of what is cited beyond the papers of the table."""
+    return dict(yaml.safe_load(SOURCES.read_text(encoding="utf-8")))
+
+
+def source_table() -> str:
+    """What is cited beyond the papers of the table."""
+    lines = ["| arXiv | title |", "|---|---|"]
+    lines += [f"| [{known}](https://arxiv.org/abs/{known}) | {title} |" for known, title in sources().items()]
+    return "\n".join(lines) + "\n"
+
+
 def _name(name: str) -> str:
     """A name of papers.yaml as the page shows it: with its axis, or as a link to a page."""
     axis, _, own = name.rpartition(":")
@@ -147,6 +162,7 @@ def written() -> str:
         pieces += [f"## {title}\n", f"{text}\n", *(section(name, part) for name, part in registry.items())]
     pieces += ["## Presets\n", "Methods of the literature as choices of parts:\n", presets()]
     pieces += ["## Papers\n", paper_table()]
+    pieces += ["## Further sources\n", "What parts, presets and pages cite besides:\n", source_table()]
     lines = "\n".join(pieces).splitlines()
     return re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in lines)) + "\n"
 

@@ -58,6 +58,7 @@ class Part:
         causal: No later token changes what an earlier one gets.
         batch_invariant: No other row of the batch changes it.
         decode_stateless: Decoding token by token gives what the full forward gives.
+        separable: Experts can be left out, added and reordered: what one does depends on no other's number.
     """
 
     fields: tuple[str, ...] = ()
@@ -69,6 +70,7 @@ class Part:
     causal: bool = True
     batch_invariant: bool = True
     decode_stateless: bool = True
+    separable: bool = True
 
     @classmethod
     def misfit(cls, options: Mapping[str, Any], sizes: Mapping[str, int]) -> str | None:

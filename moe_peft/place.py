@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -47,6 +47,17 @@ class Place:
     leader: str | None = None
     inner_features: int | None = None
     weight: Callable[[], torch.Tensor] | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def typical(cls, in_features: int = 8, out_features: int = 8, **fields: Any) -> Place:
+        """A place that stands for those of any kind, to see what an adapter's parts are like there.
+
+        Args:
+            in_features: D.
+            out_features: O.
+            **fields: Further attributes.
+        """
+        return cls("any", in_features, out_features, inner_features=in_features, **fields)
 
 
 @dataclass(frozen=True)

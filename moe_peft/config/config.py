@@ -161,7 +161,7 @@ class MoeConfig(SavedConfig):
 
     def typical_places(self) -> list[Place]:
         """Places that stand for all layers of a model: one for each configuration that `at` can return."""
-        return [Place("any", 8, 8)]
+        return [Place.typical()]
 
     def keep_places(self, places: Sequence[Place]) -> None:
         """Keep which places a model has, so that `typical_places` stand for these alone; it is not saved.

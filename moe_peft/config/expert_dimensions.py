@@ -41,7 +41,7 @@ def expert_dimensions(config: Any, place: Place) -> dict[tuple[str, str], list[i
         ("experts" or "router", name of a parameter there) -> its dimensions that count experts.
 
     Raises:
-        ValueError: The parts take no expert more.
+        ValueError: The parts take no expert more, or a tensor that grows with the experts has no row for each of them.
     """
     found: dict[tuple[str, str], list[int]] = {}
     with torch.device("meta"):
@@ -54,6 +54,11 @@ def expert_dimensions(config: Any, place: Place) -> dict[tuple[str, str], list[i
         if small is not None and large is not None:
             sizes = dict(large.named_parameters())
             for name, parameter in small.named_parameters():
-                both = zip(parameter.shape, sizes[name].shape, strict=True)
+                both = list(zip(parameter.shape, sizes[name].shape, strict=True))
                 found[attribute, name] = [index for index, (a, b) in enumerate(both) if a != b]
+                if any(b != a + 1 or a < config.num_experts for a, b in both if a != b):
+                    raise ValueError(
+                        f"{type(small).__name__}: {name} of shape {tuple(parameter.shape)} has no row for each of "
+                        f"{config.num_experts} experts."
+                    )
     return found

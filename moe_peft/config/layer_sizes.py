@@ -47,7 +47,7 @@ def layer_places(per_layer: Mapping[str, Sequence[int]]) -> list[Place]:
         per_layer: Field -> values, from the first layer to the last.
     """
     shares = sorted({Fraction(j, len(values)) for values in per_layer.values() for j in range(len(values))})
-    places = [Place("any", 8, 8, layer_index=share.numerator, num_layers=share.denominator) for share in shares]
+    places = [Place.typical(layer_index=share.numerator, num_layers=share.denominator) for share in shares]
     return list({tuple(sizes_at(per_layer, place).values()): place for place in places}.values())
 
 
@@ -60,7 +60,7 @@ def distinct_places(per_layer: Mapping[str, Sequence[int]], places: Sequence[Pla
     """
     alike = {tuple(sizes_at(per_layer, place).items()): place for place in places}
     shares = [(place.layer_index, place.num_layers) for place in alike.values()]
-    return [Place("any", 8, 8, layer_index=index, num_layers=count) for index, count in shares]
+    return [Place.typical(layer_index=index, num_layers=count) for index, count in shares]
 
 
 def may_lie_outside(target_modules: Sequence[str] | set[str] | str | None) -> bool:

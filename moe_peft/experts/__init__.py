@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..registries import Registry
 from .bottleneck import BottleneckExperts
+from .cartesian import CartesianExperts
 from .cp_diagonal import CpDiagonalExperts
 from .experts import Experts, PendingRouting
 from .ffn_lora import FfnLoraExperts
@@ -34,6 +35,7 @@ EXPERTS: dict[str, type[Experts]] = Registry(
         "zero_computation": ZeroComputationExperts,
         "goat": GoatExperts,
         "sparse_down": SparseDownExperts,
+        "cartesian": CartesianExperts,
     },
 )
 # The kind of configurations that name none.

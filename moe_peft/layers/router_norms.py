@@ -61,10 +61,12 @@ def router_norms(model: nn.Module, adapter_name: str = "default") -> dict[str, t
 def _lengths(layer: RoutedLayer, adapter_name: str, config: Any) -> torch.Tensor | None:
     own = dataclasses.replace(config, per_layer=None) if getattr(config, "per_layer", None) else config
     try:
-        dimensions = expert_dimensions(own, Place("any", layer.in_features, layer.out_features))
+        dimensions = expert_dimensions(own, Place.typical(layer.in_features, layer.out_features))
     except ValueError:  # parts of which another number of experts cannot be made
         return None
     router, num_experts = layer.router[adapter_name], layer.experts[adapter_name].num_choices
+    if not type(router).separable:
+        return None
     squares_E = torch.zeros(num_experts, dtype=torch.float64)
     counted = False
     for name, parameter in router.named_parameters():

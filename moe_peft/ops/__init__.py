@@ -15,6 +15,7 @@ from .dtypes import autocast_is_on, cast_to_compute_dtype, compute_dtype, outsid
 from .eager import eager_experts
 from .gather import gather_experts
 from .mean_softplus import mean_softplus
+from .pairs import divisor_below_root
 from .project import keeps_a_graph, project, worth_a_function
 from .sorted_slots import grouped_experts, segment_experts
 
@@ -37,6 +38,7 @@ __all__ = [
     "compute_dtype",
     "dense_experts",
     "directions",
+    "divisor_below_root",
     "eager_experts",
     "gather_experts",
     "grouped_experts",

@@ -26,6 +26,7 @@ class ExpertPrototyping(Selector):
     """
 
     gives = frozenset({"selection"})
+    separable = False  # groups are made of neighbours
     options = (
         Option(
             "num_prototypes",

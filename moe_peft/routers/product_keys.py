@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..ops import project
+from ..ops import divisor_below_root, project
 from ..part import Option
 from ..types import TokenContext
 from .linear import LinearArgs, LinearRouter
@@ -38,6 +38,7 @@ class ProductKeys(LinearRouter):
     """
 
     gives = frozenset()  # further columns of selectors are no pairs
+    separable = False  # a row belongs to several experts
     options = (
         Option(
             "first_keys",
@@ -58,7 +59,7 @@ class ProductKeys(LinearRouter):
         **shared: Unpack[LinearArgs],
     ) -> None:
         super().__init__(in_features, num_experts, init_std=init_std, **shared)
-        self.first_keys = first_keys or _divisor_below_root(num_experts)
+        self.first_keys = first_keys or divisor_below_root(num_experts)
         rows = self.first_keys + num_experts // self.first_keys
         self.weight = nn.Parameter(torch.empty(rows, in_features, dtype=torch.float32))
         if init_std is None:
@@ -80,8 +81,3 @@ class ProductKeys(LinearRouter):
         keys_T = project(self.jittered(x.to(dtype), context), self.weight, dtype=dtype)
         first_TU, second_TV = keys_T.split([self.first_keys, self.weight.shape[0] - self.first_keys], dim=-1)
         return (first_TU[:, :, None] + second_TV[:, None]).flatten(1)
-
-
-def _divisor_below_root(number: int) -> int:
-    """The largest divisor of a number up to its root."""
-    return max(n for n in range(1, math.isqrt(number) + 1) if number % n == 0)

@@ -106,7 +106,7 @@ class Router(ModulePart, nn.Module):
         self._selector_tensors = tuple(own)
         self._registered = {name: self.get_parameter(name) for name in own}
         self.frozen = (*type(self).frozen, *own)
-        for promise in ("causal", "batch_invariant", "decode_stateless"):
+        for promise in ("causal", "batch_invariant", "decode_stateless", "separable"):
             members = [part for part in (type(self), self.gate, select) if part is not None]
             setattr(self, promise, all(getattr(part, promise) for part in members))
         self.context_needs = frozenset().union(*(part.context_needs for part in members))

@@ -70,6 +70,7 @@ class TokenHash(Router):
 
     reads = "token_ids"
     context_needs = frozenset({"token_ids"})
+    separable = False  # a hash counts the experts
     gives = frozenset()
     options = (
         Option(

@@ -40,6 +40,7 @@ class TokenMask(LinearRouter):
     """
 
     context_needs = frozenset({"token_ids"})
+    separable = False  # a hash counts the experts
     options = (
         Option("visible", 1, "a whole number from 1 to 65536", _is_count, "Experts that a rare token sees."),
         Option(

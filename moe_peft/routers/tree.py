@@ -40,6 +40,7 @@ class Tree(Router):
     """
 
     gives = frozenset()
+    separable = False  # a node is above several leaves
     learns = True
 
     def __init__(

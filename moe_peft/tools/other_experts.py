@@ -67,7 +67,8 @@ def check_new(model: PeftModel, adapter_name: str, new_name: str) -> None:
 
     Raises:
         TypeError: The new name is no text.
-        ValueError: There is no number of experts to change, the new name is taken, or a tensor is not finite.
+        ValueError: There is no number of experts to change, an expert is none without the others, the new name is
+            taken, or a tensor is not finite.
     """
     config = model.peft_config[adapter_name]
     check_text(new_name, "The new adapter", "new_name")
@@ -76,9 +77,28 @@ def check_new(model: PeftModel, adapter_name: str, new_name: str) -> None:
             f"The experts of the adapter {shown(adapter_name)} are not counted by num_experts alone, so that they "
             "cannot be chosen anew. Adapters on the backbone's own experts, and those with per_layer, keep theirs."
         )
+    _check_apart(model, adapter_name)
     if new_name in model.peft_config:
         raise ValueError(f"new_name={shown(new_name)} is an adapter of the model already. Take another name.")
     check_finite_adapter(model, adapter_name, f"new_name={shown(new_name)}")
+
+
+def _check_apart(model: PeftModel, adapter_name: str) -> None:
+    """Refuse adapters whose experts are told apart by their number, or have no rows of their own in every tensor."""
+    config = model.peft_config[adapter_name]
+    for layer in routed_by_name(model, adapter_name).values():
+        parts = [layer.experts[adapter_name], *([layer.router[adapter_name]] if adapter_name in layer.router else [])]
+        why = [f"what an expert of {type(own).__name__} is depends on all" for own in parts if not own.separable]
+        try:
+            if not why:
+                expert_dimensions(config, Place.typical(layer.in_features, layer.out_features))
+        except ValueError as error:
+            why = [str(error).rstrip(".")]
+        if why:
+            raise ValueError(
+                f"The experts of the adapter {shown(adapter_name)} cannot be chosen anew at {shown(layer.place)}: "
+                f"{why[0]}. Train an adapter with as many as are wanted."
+            )
 
 
 @contextmanager
@@ -143,7 +163,7 @@ def deciding_places(layers: Mapping[str, RoutedLayer], adapter_name: str) -> dic
 @torch.no_grad()
 def _take(layer: RoutedLayer, old: Any, new: Any, old_name: str, new_name: str, experts: Sequence[int]) -> None:
     """Copy what an adapter has of each expert; what counts no experts is copied whole."""
-    place = Place("any", layer.in_features, layer.out_features)
+    place = Place.typical(layer.in_features, layer.out_features)
     dimensions = expert_dimensions(new, place)
     for attribute, bank in (("experts", layer.experts), ("router", layer.router)):
         if new_name not in bank:

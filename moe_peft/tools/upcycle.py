@@ -100,7 +100,7 @@ def _default(num_experts: int, *, split: bool, task_type: str | None) -> RoutedC
 @torch.no_grad()
 def _check_weights(config: RoutedConfig, wanted: float) -> None:
     """Refuse routers whose weights do not sum to what makes the experts the LoRA."""
-    place = Place("any", 8, 8)
+    place = Place.typical()
     router = config.at(place).build(place).router
     if router is None or router.reads != "input":
         kind = "none" if router is None else router.reads

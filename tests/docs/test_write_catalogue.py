@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from pathlib import Path
 
 import pytest
 
+import moe_peft
 from moe_peft import extend
 from moe_peft.cli.shipped import names_of
 from moe_peft.methods import METHODS
-from tests.docs.pages import DOCS
+from tests.docs.pages import DOCS, ROOT
 from tests.docs.test_names import resolve
 from tests.loading import load_file
 
@@ -84,3 +87,46 @@ def test_every_preset_of_a_paper_of_the_table_is_named_in_it():
         first = re.findall(r"arXiv (\d{4}\.\d{5})", path.read_text().splitlines()[0])
         if name.startswith("routed_") and ids & {*first}:
             assert f"preset:{name}" in named, f"papers.yaml does not say that {first} became the preset {name}"
+
+
+PACKAGE = Path(moe_peft.__file__).parent
+ARXIV = re.compile(r"\b\d{4}\.\d{5}\b")
+# Rooms whose files are what a row names: parts and tools, one a file.
+ROOMS = ("routers", "experts", "losses", "tools", "integrations")
+
+
+def homes(paper: dict) -> set[Path]:
+    """The files of what the table names of a paper."""
+    found = set()
+    for name in paper["names"]:
+        axis, _, own = name.rpartition(":")
+        if axis in ("page", "preset"):
+            continue
+        thing = REGISTRIES[axis][own] if axis else resolve(name)
+        found.add(Path(inspect.getfile(thing if inspect.ismodule(thing) else inspect.unwrap(thing))))
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_part_or_tool_of_a_paper_is_what_the_table_says_became_of_it(room):
+    """A file that cites a paper has something of it, so that the paper is built and the row names what is there."""
+    for path in sorted((PACKAGE / room).rglob("*.py")):
+        cited = {*ARXIV.findall(path.read_text())}
+        for paper in PAPERS:
+            if paper["arxiv"] in cited and paper["kind"] != "method":
+                where = f"papers.yaml, {paper['number']}: {path.relative_to(PACKAGE)} has something of it, but"
+                assert paper["kind"] not in ("not built", "no meaning"), f"{where} the kind is {paper['kind']!r}"
+                assert path in homes(paper), f"{where} no name of the row is from there: {paper['names']}"
+
+
+def test_every_number_of_an_arxiv_paper_has_a_title_in_a_table():
+    titles = {**WRITER.sources(), **{paper["arxiv"]: paper["paper"] for paper in PAPERS if paper["arxiv"]}}
+    folders = ("moe_peft", "configs", "docs", "train", "examples", "benchmarks")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")] + [*ROOT.glob("*.md")]
+    texts = {path: path.read_text() for path in files if path.suffix in (".py", ".yaml", ".md")}
+    for path, text in texts.items():
+        unknown = {*ARXIV.findall(text)} - titles.keys()
+        assert not unknown, f"{path.relative_to(ROOT)}: {unknown} stands in neither papers.yaml nor sources.yaml"
+    own = ("papers.yaml", "sources.yaml", "catalogue.md")
+    cited = {number for path, text in texts.items() if path.name not in own for number in ARXIV.findall(text)}
+    assert WRITER.sources().keys() <= cited, "sources.yaml: nobody cites some of them"

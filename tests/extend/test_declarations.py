@@ -6,16 +6,21 @@ import inspect
 
 import pytest
 import torch
+from peft import get_peft_model
 
 from moe_peft import RoutedConfig
 from moe_peft.extend import EXPERTS, GATES, LOSSES, ROUTERS, SCORERS, SELECTORS, Place, Routing
 from moe_peft.part import ModulePart
+from moe_peft.tools.other_experts import with_experts
+from tests.contract.cases import randomize
+from tests.tiny import OneLinear
 
 from . import registered
 from .cases import (
     IN,
     NUM_EXPERTS,
     OUT,
+    PAIRS,
     PARTS,
     RANK,
     close,
@@ -25,6 +30,7 @@ from .cases import (
     inputs,
     layer_of,
     on_layers,
+    promised,
 )
 
 REGISTRIES = {
@@ -134,3 +140,21 @@ def test_a_promise_to_merge_is_kept_and_nothing_else_merges(choice, num_experts)
         with pytest.raises(ValueError, match="merge"):
             layer.merge()
         assert torch.equal(layer.base_layer.weight, before) and not layer.merged
+
+
+@on_layers(PARTS, PAIRS)
+def test_experts_in_another_order_do_the_same_or_are_refused(choice):
+    torch.manual_seed(0)
+    model = get_peft_model(OneLinear(IN, OUT), config_of(choice, losses=False, target_modules=["linear"]))
+    randomize(model)
+    layer, known, (x_TD, base_TO) = model.base_model.model.linear, context(), inputs(dtype=torch.float32)
+    before = layer.add("default", x_TD, base_TO.clone(), known)
+    names, order = [*model.state_dict()], {layer.place: [2, 0, 1]}
+    if promised(choice, "separable"):
+        with_experts(model, "default", "turned", order)
+        advice = "an expert depends on the number of another one: separable=False"
+        close(layer.add("turned", x_TD, base_TO.clone(), known), before, advice, 1e-5)
+    else:
+        with pytest.raises(ValueError, match="cannot be chosen anew"):
+            with_experts(model, "default", "turned", order)
+        assert [*model.state_dict()] == names and [*model.peft_config] == ["default"]

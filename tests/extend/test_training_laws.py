@@ -9,13 +9,13 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 from moe_peft import attach, routed_layers
-from moe_peft.extend import SELECTORS
+from moe_peft.extend import EXPERTS, SELECTORS
 from tests.integrations.trainers import NUM_ROWS, shared, token_rows, tokenizer
 from tests.tiny import tiny_llama
 
 from . import registered
-from .cases import LEARNING, config_of, context_needs, name_of
-from .combinations import losses_for
+from .cases import LEARNING, PLACED, config_of, context_needs, name_of
+from .combinations import losses_for, placed
 
 STEPS = 5
 SETTINGS = {"learning_rate": 1e-2, "max_steps": STEPS, "max_grad_norm": 1.0}
@@ -38,7 +38,7 @@ with registered():
 CASES = [
     pytest.param(choice, id=name_of(choice), marks=[] if choice in FIRST else [pytest.mark.slow])
     for choice in LEARNING
-]
+] + [pytest.param(choice, id=name_of(choice)) for choice in placed()]
 
 
 def trainer_of(choice, folder):
@@ -48,12 +48,14 @@ def trainer_of(choice, folder):
     if "prompt" in context_needs(choice):
         rows = rows.add_column("completion_mask", [[0] * 2 + [1] * (len(ids) - 2) for ids in rows["input_ids"]])
     torch.manual_seed(0)
+    kind = EXPERTS[choice[3]].placement
+    where = {"target_modules": ["up_proj"]} if kind is None else PLACED[kind][1]
     return SFTTrainer(
         model=tiny_llama(),
         args=SFTConfig(**shared(folder, 1, **SETTINGS)),
         train_dataset=rows,
         processing_class=tokenizer(),
-        peft_config=config_of(choice, task_type="CAUSAL_LM", target_modules=["up_proj"]),
+        peft_config=config_of(choice, task_type="CAUSAL_LM", **where),
     )
 
 

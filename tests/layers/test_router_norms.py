@@ -21,10 +21,11 @@ PLACES = {"target_modules": ["q_proj"]}
         {"num_experts": 3, "router": "null_top_k"},
         {"per_layer": {"num_experts": [2, 3]}},
         {"num_experts": 3, "router": "bias_balanced", "gate": "sigmoid"},
+        {"num_experts": 3, "experts": "ffn_lora", "wraps": "block", "target_modules": None},
     ],
 )
 def test_they_are_those_of_the_rows_of_a_linear_router(fields):
-    model = get_peft_model(tiny_llama(), RoutedConfig(r=2, **PLACES, **fields))
+    model = get_peft_model(tiny_llama(), RoutedConfig(**{"r": 2, **PLACES, **fields}))
     found = router_norms(model)
     layers = routed_layers(model)
     assert list(found) == [layer.place for layer in layers]
@@ -34,7 +35,8 @@ def test_they_are_those_of_the_rows_of_a_linear_router(fields):
 
 
 def test_routers_without_a_vector_for_each_expert_have_none():
-    for config in (RoutedConfig(router="constant", **PLACES), RoutedConfig(scorer="fixed_random", **PLACES)):
+    fields = [{"router": "constant"}, {"scorer": "fixed_random"}, {"scorer": "product_keys", "num_experts": 2}]
+    for config in (RoutedConfig(**PLACES, **own) for own in fields):
         assert router_norms(get_peft_model(tiny_llama(), config)) == {}
     model = get_peft_model(tiny_olmoe(), EsftConfig(experts={"1": [1]}))
     assert router_norms(model) == {}

@@ -21,6 +21,7 @@ KINDS = {
     "task table": (tiny_llama, RoutedConfig(num_experts=4, r=2, scorer="task_table", router_args={"num_tasks": 4})),
     "latent cores": (tiny_llama, RoutedConfig(num_experts=4, r=2, experts="latent_core")),
     "followers": (tiny_llama, RoutedConfig(num_experts=4, r=2, router_scope="block")),
+    "whole FFNs": (tiny_llama, RoutedConfig(num_experts=4, r=2, experts="ffn_lora", wraps="block")),
 }
 
 
@@ -58,6 +59,7 @@ def test_new_experts_start_as_in_training_and_the_others_keep_their_numbers():
         (tiny_llama, RoutedConfig(per_layer={"num_experts": [2, 3]}), "new", [0], "not counted by num_experts"),
         (tiny_llama, MoloraConfig(num_experts=2), "default", [0], "already"),
         (tiny_llama, MoloraConfig(num_experts=2), "new", [], "same number"),
+        (tiny_llama, RoutedConfig(scorer="token_mask", num_experts=2), "new", [0], "TokenMask is depends on all"),
     ],
 )
 def test_what_has_no_other_number_of_experts_is_refused(build, config, new_name, experts, message):

@@ -73,7 +73,7 @@ def read_selection(path: str) -> moe_peft.ExpertSelection:
     if not Path(path).is_file():
         what = "this is a folder" if Path(path).is_dir() else "there is no such file"
         raise ValueError(
-            f"--moe_experts {path}: {what}. Select experts with train/select_experts.py, and give the "
+            f"--moe_experts {path}: {what}. Select experts with moe-peft select-experts, and give the "
             "expert_config.json that it writes."
         )
     return moe_peft.ExpertSelection.load(path)

@@ -11,6 +11,7 @@ from baselines import Baseline, BaselineDescription, adapter_of, describe
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
 from moe_peft.backbone.without_weights import meta_model
+from moe_peft.cli.errors import not_found
 from moe_peft.config.config import MoeConfig
 from moe_peft.describe import Description
 from moe_peft.quantization.loading import expert_parameters, expert_sizes
@@ -86,15 +87,17 @@ def model_without_weights(model_args: Any, training_args: Any, task_type: str) -
         task_type: peft's task type.
 
     Raises:
-        ValueError: No model is named.
+        ValueError: No model is named, or it cannot be found.
     """
     from transformers import AutoConfig
 
     check_model_name(model_args.model_name_or_path)
     remote = {"trust_remote_code": getattr(training_args, "trust_remote_code", False)}
-    model_config = AutoConfig.from_pretrained(
-        model_args.model_name_or_path, revision=model_args.model_revision, **remote
-    )
+    name = model_args.model_name_or_path
+    try:
+        model_config = AutoConfig.from_pretrained(name, revision=model_args.model_revision, **remote)
+    except OSError as error:
+        raise ValueError(not_found("--model_name_or_path", name, error)) from error
     return model_config, meta_model(model_config, task_type, **remote)
 
 

@@ -26,6 +26,7 @@ from data_checks import check_columns, check_template
 from dry_run import can_quantize_experts, model_without_weights
 from flags import methods_of_selections
 from running import run
+from trainer_numbers import check_numbers, check_template_path
 from trl import SFTConfig
 
 import moe_peft
@@ -83,6 +84,8 @@ def main(
 
     refuse_plain_lora(model_args)
     check_rule(arguments)
+    check_numbers(training_args)
+    check_template_path(training_args.chat_template_path)
     _, model = model_without_weights(model_args, training_args, "CAUSAL_LM")
     first = sparse_layers(model)[0]
     training_args.model_init_kwargs = model_init_kwargs(

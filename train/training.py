@@ -19,6 +19,7 @@ from hub import complete_card, push_to_hub, save_model
 from rates import choose_rate
 from running import IN_TRAINING, interrupt_once
 from trackers import check_trackers
+from trainer_numbers import check_numbers, check_template_path
 
 import moe_peft
 from moe_peft.config.config import MoeConfig
@@ -46,6 +47,8 @@ def prepare(
     refuse_plain_lora(model_args)
     check_flags(moe_args)
     check_model_name(model_args.model_name_or_path)
+    check_numbers(training_args)
+    check_template_path(getattr(training_args, "chat_template_path", None))
     config = moe_config(moe_args, task_type)
     if isinstance(config, Baseline):
         config.check_loading(model_args)

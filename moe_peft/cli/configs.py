@@ -29,7 +29,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("name", nargs="?", help="configuration to print, such as olmoe_1b_7b_esft or methods/sira")
     given = parser.parse_args(argv)
     if given.name is not None:
-        print(find_config(given.name, "moe-peft configs").read_text(encoding="utf-8"), end="")
+        print(find_config(given.name, "").read_text(encoding="utf-8"), end="")
         return 0
     for kind in KINDS:
         files = names_of(kind)

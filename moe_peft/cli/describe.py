@@ -13,7 +13,8 @@ import torch
 from ..backbone.without_weights import meta_model
 from ..describe import Description
 from ..tables import table
-from ..tools.memory import training_memory
+from ..tools.memory import size_text, training_memory
+from .errors import not_found
 from .shipped import shipped
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -54,6 +55,9 @@ def run(argv: list[str]) -> int:
         parser = ScriptParser((DescribeArguments, MoeArguments), prog="moe-peft describe", ignores_unknown_keys=True)
         words = ["--model_name_or_path" if word == "--model" else word for word in argv]
         given, moe = parser.parse_args_and_config(words)
+        for name in ("per_device_train_batch_size", "max_length"):
+            if getattr(given, name) < 1:
+                raise ValueError(f"--{name} {getattr(given, name)} must be at least 1.")
         check_model_name(given.model_name_or_path)
         config = moe_config(moe)
         if adapter_of(config) is None:
@@ -61,7 +65,10 @@ def run(argv: list[str]) -> int:
     finally:
         sys.path.remove(str(shipped("train")))
     origin = {"revision": given.model_revision, "trust_remote_code": given.trust_remote_code}
-    model_config = AutoConfig.from_pretrained(given.model_name_or_path, **origin)
+    try:
+        model_config = AutoConfig.from_pretrained(given.model_name_or_path, **origin)
+    except OSError as error:
+        raise ValueError(not_found("--model", given.model_name_or_path, error)) from error
     base = meta_model(model_config, trust_remote_code=given.trust_remote_code)
     found = describe(base, config)
     print(str(found) if given.all_places else by_kind(found))
@@ -77,7 +84,7 @@ def run(argv: list[str]) -> int:
     print(memory)
     if memory.activations is None:
         print("This adapter's activations depend on the data, so that they are not known without a run.")
-    print(f"\nsaved adapter: about {memory.file / 1e6:,.1f} MB. An estimate of one process, without fragmentation.")
+    print(f"\nsaved adapter: about {size_text(memory.file)}. An estimate of one process, without fragmentation.")
     return 0
 
 

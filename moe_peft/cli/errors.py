@@ -23,6 +23,17 @@ def without_noise() -> None:
     warnings.filterwarnings("ignore", NOISE, FutureWarning)
 
 
+def not_found(flag: str, name: str, error: BaseException) -> str:
+    """What to say of a model whose configuration cannot be had, as the libraries do not always name it.
+
+    Args:
+        flag: What it was given to.
+        name: Of the model.
+        error: What came of it.
+    """
+    return f"{flag} {name} is no folder here, and cannot be fetched from the Hub ({one_line(error)})"
+
+
 def one_line(error: BaseException) -> str:
     """The message of an error in one line.
 

@@ -13,6 +13,7 @@ from ..files import write_text
 from ..tables import table
 from ..tools.health import read_config
 from ..tools.tokens import TokenRouting, token_routing
+from .errors import not_found
 from .inspect import local_folder
 
 COLUMNS = 6
@@ -43,6 +44,10 @@ def run(argv: list[str]) -> int:
     )
     parser.add_argument("--json", metavar="FILE", help="write the weights of all places and experts there")
     given = parser.parse_args(argv)
+    if given.top < 1:
+        raise ValueError(f"--top {given.top} must be at least 1.")
+    if given.json and not Path(given.json).resolve().parent.is_dir():
+        raise ValueError(f"--json {given.json}: there is no folder {Path(given.json).parent}.")
     folder = local_folder(given.adapter)
     model, tokenizer = load(folder, given.base)
     routing = token_routing(model, tokenizer, given.text)
@@ -62,7 +67,7 @@ def load(folder: Path, base: str | None, adapter_name: str = "default") -> tuple
         adapter_name: What the adapter is called in the model.
 
     Raises:
-        ValueError: No base model is known.
+        ValueError: No base model is known, or it cannot be found.
     """
     import transformers
     from peft import PeftModel
@@ -72,9 +77,12 @@ def load(folder: Path, base: str | None, adapter_name: str = "default") -> tuple
     if not name:
         raise ValueError(f"{folder} names no base model. Give it with --base.")
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder) if has_tokenizer else name)
     auto_class = getattr(transformers, AUTO_CLASSES.get(str(config.task_type or "CAUSAL_LM"), "AutoModel"))
-    model: Any = auto_class.from_pretrained(name)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder) if has_tokenizer else name)
+        model: Any = auto_class.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(not_found("the base model" if base is None else "--base", name, error)) from error
     if has_tokenizer and len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     return PeftModel.from_pretrained(model, str(folder), adapter_name=adapter_name), tokenizer

@@ -41,17 +41,17 @@ def find_config(value: str, flag: str, kinds: tuple[str, ...] = KINDS) -> Path:
     Args:
         value: A path, or a name that `moe-peft configs` lists, with or without "runs/", "routed_" or ".yaml";
             capitals, hyphens and underscores make no difference, so that HydraLoRA is a name too.
-        flag: What it was given to, for the message.
+        flag: What it was given to, for the message; empty where nothing was.
         kinds: Where names are looked up.
 
     Raises:
         ValueError: There is no such file or name, or it is a folder.
     """
-    path = Path(value)
+    path, what = Path(value), f"{flag} {value}".strip()
     if path.is_file():
         return path
     if path.is_dir():
-        raise ValueError(f"{flag} {value} is a folder. Name a YAML file in it, or one that `moe-peft configs` lists.")
+        raise ValueError(f"{what} is a folder. Name a YAML file in it, or one that `moe-peft configs` lists.")
     bare = value.removesuffix(".yaml").removeprefix("configs/")
     for kind in kinds:
         found = names_of(kind).get(bare.removeprefix(f"{kind}/"))
@@ -67,7 +67,7 @@ def find_config(value: str, flag: str, kinds: tuple[str, ...] = KINDS) -> Path:
     near = difflib.get_close_matches(bare, known, n=2)
     hint = f" Nearest names: {', '.join(near)}." if near else ""
     raise ValueError(
-        f"{flag} {value}: there is no such file, and no configuration of that name.{hint} See `moe-peft configs`."
+        f"{what}: there is no such file, and no configuration of that name.{hint} See `moe-peft configs`."
     )
 
 

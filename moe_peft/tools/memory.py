@@ -86,12 +86,12 @@ class TrainingMemory:
         rows[0][1:] = [
             f"{title}{', checkpointing' if c else ''}" for title, (_, c) in zip(rows[0][1:], ways, strict=True)
         ]
-        rows.append(["weights", *(_shown(self.weights_4bit if b else self.weights) for b, _ in ways)])
+        rows.append(["weights", *(size_text(self.weights_4bit if b else self.weights) for b, _ in ways)])
         for name, count in (("adapter", self.adapter), ("gradients", self.gradients), ("optimizer", self.optimizer)):
-            rows.append([name, *[_shown(count)] * len(ways)])
+            rows.append([name, *[size_text(count)] * len(ways)])
         activations = [self.activations_checkpointed if c else self.activations for _, c in ways]
-        rows.append([f"activations of {self.tokens:,} tokens", *map(_shown, activations)])
-        rows.append(["together", *(_shown(self.total(four_bit=b, checkpointing=c)) for b, c in ways)])
+        rows.append([f"activations of {self.tokens:,} tokens", *map(size_text, activations)])
+        rows.append(["together", *(size_text(self.total(four_bit=b, checkpointing=c)) for b, c in ways)])
         return table(rows)
 
 
@@ -249,8 +249,12 @@ def _packable(model: nn.Module) -> list[str]:
     return [*names, *expert_parameters(model)]
 
 
-def _shown(size: int | None) -> str:
-    """Bytes as a person reads them."""
+def size_text(size: int | None) -> str:
+    """Bytes as a person reads them.
+
+    Args:
+        size: Their number; None where it is not known.
+    """
     if size is None:
         return "unknown"
     for unit, width in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

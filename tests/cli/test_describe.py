@@ -45,7 +45,8 @@ def test_a_sparse_model_is_described_too(tmp_path, capsys):
         ([], "--model_name_or_path is missing"),
         (["--model", "./nowhere"], "there is no such folder"),
         (["--model", "{base}", "--moe_method", "sira", "--moe_variant", "R"], "has no meaning for --moe_method sira"),
-        (["--model", "{base}", "--max_length", "0"], "length=0 must be a whole number"),
+        (["--model", "{base}", "--max_length", "0"], "--max_length 0 must be at least 1"),
+        (["--model", "nobody/nothing"], "--model nobody/nothing is no folder here, and cannot be fetched"),
     ],
 )
 def test_what_cannot_work_is_one_line(words, message, base, capsys):

@@ -39,5 +39,19 @@ def test_places_are_chosen_by_a_part_of_their_names(adapter, capsys):
     assert main(["route", "--adapter", str(adapter), "w7", "--place", "layers.1.mlp", "--top", "1"]) == 0
     printed = capsys.readouterr().out
     assert "[2] model.layers.1.mlp" in printed and "layers.0" not in printed
-    assert main(["route", "--adapter", str(adapter), "w7", "--place", "nowhere"]) == 1
-    assert "--place nowhere: no place is called so" in capsys.readouterr().err
+
+
+WRONG = {
+    "a place": (["--place", "nowhere"], "--place nowhere: no place is called so"),
+    "no experts": (["--top", "0"], "--top 0 must be at least 1"),
+    "a folder": (["--json", "/nowhere/out.json"], "--json /nowhere/out.json: there is no folder /nowhere"),
+    "a base": (["--base", "nobody/nothing"], "--base nobody/nothing is no folder here, and cannot be fetched"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_work_is_one_line(case, adapter, capsys):
+    words, message = WRONG[case]
+    assert main(["route", "--adapter", str(adapter), "w7", *words]) == 1
+    printed = capsys.readouterr().err
+    assert message in printed and "Traceback" not in printed

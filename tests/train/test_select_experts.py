@@ -173,6 +173,9 @@ def test_what_cannot_work_is_refused_before_a_model_is_loaded(tmp_path):
         run_here("select_experts", run, "--moe_r", "3")
     with pytest.raises(ValueError, match=r"\['lora_r'\] describe plain LoRA"):
         run_here("select_experts", run, "--lora_r", "3")
+    for p in ("1.5", "0", "nan"):
+        with pytest.raises(ValueError, match=rf"--p {p}: the scores of a layer add up to one, .* at most 1"):
+            run_here("select_experts", run, "--p", p)
     (tmp_path / "base/model.safetensors").unlink()
     with pytest.raises(ValueError, match="trian: the data has the splits"):
         run_here("select_experts", run, "--dataset_train_split", "trian")

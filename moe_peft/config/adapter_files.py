@@ -174,18 +174,18 @@ def refuse_pickle(name: str) -> None:
     )
 
 
-def refuse_compressed(folder: Path) -> None:
+def refuse_compressed(source: str | Path) -> None:
     """Refuse weights that are compressed.
 
     Args:
-        folder: Their folder.
+        source: Their folder, or their name on the Hub.
 
     Raises:
         ValueError: Always.
     """
     raise ValueError(
-        f"{folder} holds a compressed adapter ({COMPRESSED}), which loads once it is decompressed: "
-        "moe-peft decompress FOLDER --output ADAPTER, or moe_peft.tools.decompress_adapter(folder, output)."
+        f"{source} holds a compressed adapter ({COMPRESSED}), which loads once it is decompressed: "
+        f"moe-peft decompress {source} --output ADAPTER, or moe_peft.tools.decompress_adapter(folder, output)."
     )
 
 

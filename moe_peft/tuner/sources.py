@@ -14,6 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftType
 
 from ..config.adapter_files import (
+    COMPRESSED,
     CONFIG,
     WEIGHTS,
     AdapterFile,
@@ -21,6 +22,7 @@ from ..config.adapter_files import (
     find_weights,
     read_header,
     read_json_object,
+    refuse_compressed,
 )
 from ..config.config import MoeConfig
 from ..config.stamp import saved_meaning
@@ -105,6 +107,7 @@ def open_weights(source: str, options: Mapping[str, Any], key_mapping: Mapping[s
         try:
             path = Path(hf_hub_download(source, WEIGHTS, **options))
         except EntryNotFoundError as error:
+            _refuse_compressed_name(source, options)
             raise ValueError(
                 f"{source} has no {WEIGHTS} ({shown(str(error))}), and only safetensors are loaded: a pickle "
                 "(adapter_model.bin) can run code when it is read. Save and push the adapter again."
@@ -117,6 +120,15 @@ def open_weights(source: str, options: Mapping[str, Any], key_mapping: Mapping[s
     return dataclasses.replace(
         header, shapes=shapes, integers=frozenset(_renamed(key, key_mapping) for key in header.integers)
     )
+
+
+def _refuse_compressed_name(source: str, options: Mapping[str, Any]) -> None:
+    """Refuse a name on the Hub under which a compressed adapter lies; decompressing finds what is fetched here."""
+    try:
+        hf_hub_download(source, COMPRESSED, **options)
+    except (OSError, EntryNotFoundError):
+        return
+    refuse_compressed(source)
 
 
 def _renamed(key: str, mapping: Mapping[str, str]) -> str:

@@ -44,6 +44,14 @@ def test_a_folder_and_a_name_on_the_hub_give_the_same(tmp_path):
         open_weights(str(folder), {})
 
 
+def test_a_compressed_adapter_of_the_hub_names_the_way_back(tmp_path):
+    folder = saved(tiny_llama(), ROUTED, tmp_path / "adapter")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_compressed.safetensors")
+    options = {"cache_dir": str(as_hub_cache(folder))}
+    with pytest.raises(ValueError, match=r"moe-peft decompress user/adapter --output ADAPTER"):
+        open_weights("user/adapter", options)
+
+
 def test_keys_are_renamed_as_peft_renames_them(tmp_path):
     save_file({"base_model.model.old.x": torch.zeros(1), "base_model.model.y": torch.zeros(2)}, tmp_path / "a")
     (tmp_path / "a").rename(tmp_path / "adapter_model.safetensors")

@@ -25,9 +25,10 @@ from safetensors.torch import load_file, save_file
 from ..config.adapter_files import COMPRESSED, CONFIG, WEIGHTS, read_header
 from ..files import check_free, new_folder
 from ..messages import shown
+from .adapter_tensors import Starts, expert_tensors
 from .checks import is_real
 from .export_merged import CARD, tokenizer_files
-from .health import carries_out, expert_tensors, inspect_adapter, starts_at_one
+from .health import inspect_adapter
 from .ternary import Ternary, packed, ternary, unpacked
 
 FORM = "moe_peft_compressed"
@@ -95,11 +96,12 @@ def compress_adapter(
     starts = {} if initial is None else _initial(Path(initial), tensors)
     prefix = f"{config.adapter_type.lower()}_"
     experts = expert_tensors(read_header(folder / WEIGHTS), prefix)
+    known = Starts(config)
     stored: dict[str, torch.Tensor] = {}
     form: dict[str, Any] = {}
     errors: dict[str, float] = {}
     for key, tensor in tensors.items():
-        start = _start(key, experts, starts, config, from_zero=from_zero) if key in experts else None
+        start = _start(key, experts, starts, config, known, from_zero) if key in experts else None
         found = None if start is None else _compressed(tensor, start, density, alpha)
         if start is None or found is None:
             stored[key] = tensor
@@ -185,22 +187,20 @@ def _start(
     experts: Mapping[str, tuple[str, str]],
     starts: Mapping[str, torch.Tensor],
     config: Any,
-    *,
+    known: Starts,
     from_zero: bool,
 ) -> torch.Tensor | None:
     """What an expert's tensor was before training; None where that is not known."""
     if key in starts:
         return starts[key]
     place, name = experts[key]
-    if getattr(config, "init_weights", True) is not False:
-        if carries_out(name):
-            return torch.zeros(1)
-        if starts_at_one(name):
-            return torch.ones(1)
+    value = known.value(name)
+    if value is not None and getattr(config, "init_weights", True) is not False:
+        return torch.full((1,), value)
     if name in getattr(getattr(config, "kind", None), "frozen", ()):
         return None
     # Copies of the base model's experts have no tensor that starts at zero, and start nowhere near it.
-    beside = any(carries_out(other) for at, other in experts.values() if at == place)
+    beside = any(known.carries_out(other) for at, other in experts.values() if at == place)
     return torch.zeros(1) if from_zero and beside else None
 
 

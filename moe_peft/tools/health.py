@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,10 +32,10 @@ from ..config.adapter_files import (
 from ..config.config import MoeConfig
 from ..config.stamp import check_meaning, saved_meaning
 from ..messages import shown
-from ..part import ModulePart
 from ..places.choose import find_places, resolve_targets
 from ..telemetry.history import FILE_NAME, RoutingHistory
 from ..tuner.tensors import PEFT_PREFIX, planned_tensors
+from .adapter_tensors import Starts, kind_of_place, natural_order, tensors_by_place
 
 LISTED = 8
 DEAD_SHARE = 0.01
@@ -136,15 +134,15 @@ def inspect_adapter(folder: str | Path, base: nn.Module | None = None) -> Adapte
     check_finite(path)
     check_adapter_files(str(folder), None, config.expected_shapes())
     prefix = f"{config.adapter_type.lower()}_"
-    by_place, further = _by_place(header, prefix)
+    by_place, further = tensors_by_place(header, prefix)
     _refuse_incomplete(header, by_place)
     if base is not None:
         _compare(header, config, prefix, base)
-    places, zero = [], []
+    places, zero, starts = [], [], Starts(config)
     with safe_open(path, framework="pt") as file:
-        for name, keys in sorted(by_place.items(), key=lambda item: _natural(item[0])):
+        for name, keys in sorted(by_place.items(), key=lambda item: natural_order(item[0])):
             tensors = {own: file.get_tensor(key) for own, key in keys.items()}
-            places.append(_place_health(name, tensors, config))
+            places.append(_place_health(name, tensors, starts))
             zero += [f"{name}: {own}" for own, tensor in tensors.items() if tensor.numel() and not tensor.any()]
     named = getattr(getattr(base, "config", None), "name_or_path", None) if base is not None else None
     health = AdapterHealth(
@@ -181,31 +179,13 @@ def read_config(folder: Path) -> MoeConfig:
     return config
 
 
-def _by_place(header: AdapterFile, prefix: str) -> tuple[dict[str, dict[str, str]], dict[str, int]]:
-    """Keys of the adapter's own tensors by place and by name there, and the sizes of other modules."""
-    own = re.compile(rf"(?:{re.escape(PEFT_PREFIX)})?(?P<place>.*)\.{prefix}(?P<rest>(?:experts|router)\..+)")
-    places: dict[str, dict[str, str]] = defaultdict(dict)
-    further: dict[str, int] = defaultdict(int)
-    for key, shape in header.shapes.items():
-        match = own.fullmatch(key)
-        if match:
-            places[match["place"]][match["rest"]] = key
-        else:
-            further[key.removeprefix(PEFT_PREFIX).rpartition(".")[0]] += math.prod(shape)
-    if not places:
-        raise ValueError(
-            f"{header.name} holds none of this adapter's tensors (their names have {shown(prefix)}). It is of another "
-            "adapter, or was written by hand."
-        )
-    return dict(places), dict(further)
-
-
 def _refuse_incomplete(header: AdapterFile, places: Mapping[str, Mapping[str, str]]) -> None:
     """Refuse places that lack what their sisters in other layers have."""
     sisters: dict[str, set[str]] = defaultdict(set)
     for name, keys in places.items():
-        sisters[_kind(name)] |= set(keys)
-    missing = [f"{name}: {own}" for name, keys in places.items() for own in sorted(sisters[_kind(name)] - set(keys))]
+        sisters[kind_of_place(name)] |= set(keys)
+    lost = {name: sorted(sisters[kind_of_place(name)] - set(keys)) for name, keys in places.items()}
+    missing = [f"{name}: {own}" for name, names in lost.items() for own in names]
     if missing:
         raise ValueError(
             f"{header.name} lacks {len(missing)} tensors, the first is {missing[0]}. It is incomplete: copy or "
@@ -223,18 +203,18 @@ def _compare(header: AdapterFile, config: MoeConfig, prefix: str, base: nn.Modul
         if keys:
             raise ValueError(
                 f"{header.name} {what} {len(keys)} of the tensors that it has on {type(base).__name__}, the first is "
-                f"{min(keys, key=_natural)}. It is incomplete, or of another base model."
+                f"{min(keys, key=natural_order)}. It is incomplete, or of another base model."
             )
     for key, shape in planned.items():
         if found[key] != shape:
             raise ValueError(f"{header.name}: {key} has the shape {found[key]}, but on {type(base).__name__} {shape}.")
 
 
-def _place_health(name: str, tensors: Mapping[str, torch.Tensor], config: MoeConfig) -> PlaceHealth:
+def _place_health(name: str, tensors: Mapping[str, torch.Tensor], starts: Starts) -> PlaceHealth:
     bank = {own.removeprefix("experts."): t for own, t in tensors.items() if own.startswith("experts.")}
     sizes = {tensor.shape[0] for tensor in bank.values() if tensor.dim()}
     num_experts = sizes.pop() if len(sizes) == 1 else 1
-    ups = [own for own in bank if carries_out(own)]
+    ups = [own for own in bank if starts.carries_out(own)]
     dead, equal = [], []
     seen: dict[str, int] = {}
     for expert in range(num_experts):
@@ -255,36 +235,6 @@ def _place_health(name: str, tensors: Mapping[str, torch.Tensor], config: MoeCon
     return PlaceHealth(name, count, num_experts, tuple(dead), tuple(equal), norms)
 
 
-def carries_out(name: str) -> bool:
-    """Whether a tensor of an expert starts at zero and carries its result out, as the classes of experts say."""
-    return any(name == up or name.endswith(f"_{up}") for kind in _kinds(ModulePart) for up in kind.up)
-
-
-def starts_at_one(name: str) -> bool:
-    """Whether a tensor of an expert starts at one, as the classes of experts say."""
-    return any(name in kind.ones for kind in _kinds(ModulePart))
-
-
-def expert_tensors(header: AdapterFile, prefix: str) -> dict[str, tuple[str, str]]:
-    """The tensors of experts in a file: key -> name of the place, and of the tensor there.
-
-    Args:
-        header: Of the file.
-        prefix: What the attributes of the adapter's type begin with.
-    """
-    places, _ = _by_place(header, prefix)
-    own = {key: (place, rest) for place, keys in places.items() for rest, key in keys.items()}
-    return {
-        key: (place, rest.removeprefix("experts."))
-        for key, (place, rest) in own.items()
-        if rest.startswith("experts.")
-    }
-
-
-def _kinds(cls: type[Any]) -> set[type[Any]]:
-    return {own for sub in cls.__subclasses__() for own in {sub, *_kinds(sub)}}
-
-
 def _unused(folder: Path) -> dict[str, list[int]]:
     """Experts with next to no requests at the end of the run, where its telemetry is beside the adapter."""
     if not (folder / FILE_NAME).is_file():
@@ -303,15 +253,6 @@ def _unused(folder: Path) -> dict[str, list[int]]:
 
 def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _kind(place: str) -> str:
-    """A place without the number of its layer."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", place)
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _listed(items: tuple[Any, ...] | list[Any]) -> str:

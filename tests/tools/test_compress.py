@@ -16,11 +16,14 @@ from moe_peft.tools import compress, compress_adapter, decompress_adapter
 from tests.contract.cases import randomize, tiny_olmoe
 from tests.tiny import tiny_llama
 from tests.tools.exported import digest, logits
+from tests.tuner.ways import as_hub_cache
 
 KINDS = {
     "pairs": (tiny_llama, LoraMoeConfig(num_experts=3, r=4, modules_to_save=["lm_head"]), ["B"]),
     "vectors": (tiny_llama, MovConfig(num_experts=3), ["vectors"]),
     "pairs of matrices": (tiny_olmoe, ExpertLoraConfig(r=2), ["gate_up_B", "down_B"]),
+    "diagonals": (tiny_llama, RoutedConfig(num_experts=3, r=2, experts="cp_diagonal"), ["B"]),
+    "gains": (tiny_llama, RoutedConfig(num_experts=3, r=2, experts="normed"), ["gain"]),
     "whole routers": (tiny_llama, RoutedConfig(num_experts=3, r=2, router="bias_balanced", gate="sigmoid"), ["B"]),
 }
 
@@ -115,6 +118,7 @@ def test_no_way_of_loading_takes_it_for_an_adapter(tmp_path):
     for load in (
         lambda: PeftModel.from_pretrained(model, tmp_path / "small"),
         lambda: model.load_adapter(str(tmp_path / "small")),
+        lambda: PeftModel.from_pretrained(model, "user/adapter", cache_dir=str(as_hub_cache(tmp_path / "small"))),
         lambda: compress_adapter(tmp_path / "small", tmp_path / "smaller"),
     ):
         with pytest.raises(ValueError, match="moe-peft decompress"):

@@ -66,6 +66,12 @@ def test_an_untrained_adapter_is_called_so(tmp_path):
     )
 
 
+@pytest.mark.parametrize("kind", ["normed", "cp_diagonal", "film", "zero_computation"])
+def test_an_untrained_adapter_of_every_kind_is_called_so(kind, tmp_path):
+    get_peft_model(tiny_llama(), moe_peft.RoutedConfig(num_experts=3, r=2, experts=kind)).save_pretrained(tmp_path)
+    assert inspect_adapter(tmp_path).untrained
+
+
 def test_dead_equal_and_zero_are_named_with_their_place(tmp_path):
     def edit(tensors):
         up, down, router = (

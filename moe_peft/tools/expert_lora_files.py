@@ -9,8 +9,9 @@ expert is what serving engines load: `<experts>.<e>.gate_proj.lora_A.weight`, an
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from ..messages import shown
 from ..methods import ExpertLoraConfig
 from .beside import further_tensors
 from .checks import check_finite_adapter
+from .one_rank import of_one_rank
 from .projections import PROJECTIONS, projections_of
 
 WEIGHTS = "adapter_model.safetensors"
@@ -71,6 +73,9 @@ def export_per_expert(
 ) -> None:
     """Write an adapter with tensors for each expert, as serving engines load them: gate and up share A.
 
+    Where ranks differ or the scale is rank-stabilised, which engines do not read, all pairs get the largest rank, with
+    the scale in B.
+
     Args:
         model: A model with an adapter of `ExpertLoraConfig`.
         folder: The folder to make, with adapter_config.json and adapter_model.safetensors.
@@ -83,26 +88,40 @@ def export_per_expert(
     if len(projections) != 3 or len(set(projections)) != 3:
         raise ValueError(f"projections={shown(projections)} must be three names, of the gate, up and down matrix.")
     config = _config_of(model, adapter_name)
-    tensors: dict[str, torch.Tensor] = {}
-    linears, ranks = list[str](), dict[str, int]()
+    pairs, scales = dict[str, tuple[torch.Tensor, torch.Tensor]](), dict[str, float]()
     for name, layer in _layers(model, adapter_name):
-        if not isinstance(layer, AdaptedExperts):
-            tensors |= _linear(name, layer, adapter_name)
-            linears.append(name)
-            ranks[name] = layer.experts[adapter_name].A.shape[1]
-            continue
-        experts, bank = layer.get_base_layer(), layer.experts[adapter_name]
-        ids = layer.selections[adapter_name].ids if adapter_name in layer.selections else range(bank.num_experts)
-        for matrix in bank.matrices:
-            A, B = bank.pair(matrix)
-            for place, expert in enumerate(ids):
-                for projection, part in projections_of(experts, matrix, B[place].T, projections):
-                    key = f"{name}.{expert}.{projection}"
-                    tensors[f"{PREFIX}{key}.lora_A.weight"] = A[place].detach().clone().contiguous()
-                    tensors[f"{PREFIX}{key}.lora_B.weight"] = part.detach().clone().contiguous()
-                    linears.append(key)
-                    ranks[key] = A.shape[1]
-    _write(folder, config, tensors | further_tensors(model, adapter_name), linears, [], ranks)
+        bank = layer.experts[adapter_name]
+        if isinstance(layer, AdaptedExperts):
+            own = dict(_by_expert(name, layer, adapter_name, projections))
+        else:
+            own = {name: (bank.A[0], bank.B[0].T)}
+        pairs |= own
+        scales |= dict.fromkeys(own, bank.scaling)
+    if config.use_rslora or {len(A) for A, _ in pairs.values()} != {config.r}:
+        rank, pairs = of_one_rank({name: (A, scales[name] * B) for name, (A, B) in pairs.items()})
+        # The configuration of all pairs, whose scale is one.
+        config = dataclasses.replace(
+            config, r=rank, lora_alpha=rank, use_rslora=False, rank_pattern=None, per_layer=None
+        )
+    tensors = {
+        f"{PREFIX}{name}.lora_{factor}.weight": own.detach().clone().contiguous()
+        for name, pair in pairs.items()
+        for factor, own in zip("AB", pair, strict=True)
+    }
+    _write(folder, config, tensors | further_tensors(model, adapter_name), [*pairs], [], {})
+
+
+def _by_expert(
+    name: str, layer: AdaptedExperts, adapter_name: str, projections: Sequence[str]
+) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """Name of each matrix of each expert that has a pair, with A (r, in) and B (out, r)."""
+    experts, bank = layer.get_base_layer(), layer.experts[adapter_name]
+    ids = layer.selections[adapter_name].ids if adapter_name in layer.selections else range(bank.num_experts)
+    for matrix in bank.matrices:
+        A, B = bank.pair(matrix)
+        for place, expert in enumerate(ids):
+            for projection, part in projections_of(experts, matrix, B[place].T, projections):
+                yield f"{name}.{expert}.{projection}", (A[place], part)
 
 
 def import_expert_lora(base: nn.Module, folder: str, adapter_name: str = "default") -> PeftModel:

@@ -2,11 +2,14 @@
 
 It holds with one expert, with constant routing, with logits of the layer, and with routing by task for one task. The
 pair is [A_1; ...; A_E] and s [w_1 B_1, ..., w_E B_E], without a singular value decomposition and exact to rounding.
+
+Engines read one rank and one scale of a file: pairs of less rank are filled up with zeros. Names of layers are short
+(`q_proj`), as people write them, where they mean the same layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..files import new_folder
@@ -25,6 +29,7 @@ from .beside import further_tensors
 from .checks import check_peft_model
 from .expert_lora_files import PREFIX, WEIGHTS, export_expert_lora
 from .merge_for_task import decided
+from .one_rank import of_one_rank
 from .other_experts import routed_by_name
 
 WAYS = (
@@ -104,23 +109,19 @@ def _check(model: PeftModel, layers: list[RoutedLayer], adapter_name: str) -> No
 def _pairs(
     model: PeftModel, adapter_name: str, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """The stock configuration, whose scale is one everywhere, and the pairs by their names in a file."""
+    """The stock configuration, with one rank and the scale one, and the pairs by their names in a file."""
     tensors: dict[str, torch.Tensor] = {}
-    for name, pair in pairs.items():
+    rank, filled = of_one_rank(pairs)
+    for name, pair in filled.items():
         for letter, factor in zip("AB", pair, strict=True):
             tensors[f"{PREFIX}{name}.lora_{letter}.weight"] = factor.detach().cpu().clone().contiguous()
-    ranks = {name: len(A_RD) for name, (A_RD, _) in pairs.items()}
     layers = routed_by_name(model, adapter_name)
     transposed = any(isinstance(layers[name].get_base_layer(), Conv1D) for name in pairs)
     own: Any = model.peft_config[adapter_name]
-    rank = max(ranks.values())
-    others = {name: own_rank for name, own_rank in ranks.items() if own_rank != rank}
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        rank_pattern=others,
-        alpha_pattern=dict(others),
-        target_modules=sorted(ranks),
+        target_modules=target_names(model.get_base_model(), pairs),
         modules_to_save=own.modules_to_save,
         trainable_token_indices=own.trainable_token_indices,
         fan_in_fan_out=transposed,
@@ -129,3 +130,15 @@ def _pairs(
         base_model_name_or_path=own.base_model_name_or_path,
     )
     return config, tensors
+
+
+def target_names(base: nn.Module, places: Collection[str]) -> list[str]:
+    """Names for `target_modules`: the last parts of names, where they select these layers and no other; else in full.
+
+    Args:
+        base: The base model.
+        places: Full names of layers.
+    """
+    last = {name.rpartition(".")[2] for name in places}
+    selected = {name for name, _ in base.named_modules() if name.rpartition(".")[2] in last}
+    return sorted(last if selected == set(places) else places)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -91,6 +93,37 @@ def test_tensors_of_each_expert_are_the_fused_change(model_type, tmp_path):
         torch.testing.assert_close(change["gate_proj"], halves[0])
         torch.testing.assert_close(change["up_proj"], halves[1])
     assert len(tensors) == 2 * bank.num_experts * 6
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"use_rslora": True, "target_modules": ["q_proj"]},
+        {"rank_pattern": {"layers.0.mlp.experts": 2, "q_proj": 5}, "target_modules": ["q_proj"]},
+        {"rank_pattern": {"experts": 2, "q_proj": 2}, "target_modules": ["q_proj"]},
+    ],
+)
+def test_engines_that_read_one_rank_and_one_scale_find_every_change_of_a_file(fields, tmp_path):
+    model = adapted(BUILDS["olmoe"](), **fields)
+    export_per_expert(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert not config["use_rslora"] and not config["rank_pattern"] and not config["alpha_pattern"]
+    assert {len(own) for key, own in tensors.items() if "lora_A" in key} == {config["r"]}
+
+    def change(key):
+        A, B = (tensors[f"base_model.model.{key}.lora_{factor}.weight"] for factor in "AB")
+        return config["lora_alpha"] / config["r"] * B @ A
+
+    for index, block in enumerate(model.get_base_model().model.layers):
+        bank, linear = block.mlp.experts.experts["default"], block.self_attn.q_proj.experts["default"]
+        for expert in range(bank.num_experts):
+            place = f"model.layers.{index}.mlp.experts.{expert}"
+            torch.testing.assert_close(change(f"{place}.down_proj"), bank.delta("down", expert).T)
+            both = torch.cat([change(f"{place}.gate_proj"), change(f"{place}.up_proj")])
+            torch.testing.assert_close(both, bank.delta("gate_up", expert).T)
+        own = linear.scaling * linear.B[0].T @ linear.A[0]
+        torch.testing.assert_close(change(f"model.layers.{index}.self_attn.q_proj"), own)
 
 
 def test_names_of_projections_are_the_engines(tmp_path):

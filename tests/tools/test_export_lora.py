@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from peft.tuners.lora import convert_to_lora
+from peft.tuners.lora import LoraLayer, convert_to_lora
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -56,6 +56,47 @@ def test_stock_peft_computes_what_the_adapter_computes(case, tmp_path):
     assert json.loads((tmp_path / "lora/adapter_config.json").read_text())["peft_type"] == "LORA"
     names = load_file(tmp_path / "lora/adapter_model.safetensors")
     assert not any(prefix in key for key in names for prefix in ("routed_", "molora_"))
+
+
+def as_an_engine_reads(folder, model):
+    """The base model with the file's pairs in its weights: one rank, one scale, layers by their names."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
+    named = dict(model.named_modules())
+    for key in [own for own in tensors if own.endswith(".lora_A.weight")]:
+        A, B = tensors[key], tensors[key.replace("lora_A", "lora_B")]
+        assert len(A) == B.shape[1] == config["r"]
+        layer = named[key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")]
+        change = config["lora_alpha"] / config["r"] * (B.double() @ A.double())
+        layer.weight.data += change.T if config["fan_in_fan_out"] else change
+    return model
+
+
+@pytest.mark.parametrize("case", set(EXACT) - {"head and tokens"})
+def test_an_engine_that_knows_one_rank_and_one_scale_computes_the_same(case, tmp_path):
+    build, config = EXACT[case]
+    model = get_peft_model(build().double(), config).eval()
+    randomize(model)
+    export_lora(model, tmp_path / "lora")
+    found = as_an_engine_reads(tmp_path / "lora", build().double())
+    torch.testing.assert_close(logits(found), logits(model), rtol=0, atol=1e-6)
+
+
+def test_layers_have_short_names_where_those_mean_no_other_layer(tmp_path):
+    short = {"target_modules": ["q_proj", "up_proj"], "num_experts": 1}
+    for name, fields, expected in (
+        ("all", short, ["q_proj", "up_proj"]),
+        ("one", {**short, "layers_to_transform": [1]}, ["self_attn.q_proj", "mlp.up_proj"]),
+    ):
+        model = get_peft_model(tiny_llama(), MoloraConfig(**fields))
+        export_lora(model, tmp_path / name)
+        found = json.loads((tmp_path / name / "adapter_config.json").read_text())["target_modules"]
+        whole = expected if name == "all" else [f"model.layers.1.{own}" for own in expected]
+        assert sorted(found) == sorted(whole)
+        stock = PeftModel.from_pretrained(tiny_llama(), tmp_path / name)
+        places = {own for own, module in stock.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+        assert places == {own.place for own in routed_layers(model)}
 
 
 def test_it_is_written_from_the_files_without_the_base_models_weights(tmp_path):

@@ -41,7 +41,8 @@ class MoeCallback(RestoringCallback, ExportableState):
     into the trainer's logs, which a callback alone cannot.
 
     Args:
-        telemetry_steps: Measure in every n-th optimizer step; 0 switches telemetry off.
+        telemetry_steps: Measure in every n-th optimizer step; 0 switches telemetry off, and the history then holds
+            the lengths of the routers' vectors before training alone.
         layer_groups: Groups of consecutive layers that get log entries of their own; 0 for none.
 
     Raises:
@@ -76,7 +77,7 @@ class MoeCallback(RestoringCallback, ExportableState):
         self._adaptive = AdaptiveCoefficients.of(kwargs["model"])
         self._adaptive.set(given or self._saved_coefficients(state))
         self.history = _resumed_history(args, state) if state.global_step > 0 else RoutingHistory()
-        if state.global_step == 0 and self.telemetry_steps and not uses_deepspeed(args):
+        if state.global_step == 0:
             self.history.initial_norms = _router_norms(kwargs["model"])
         self.meter = RoutingMeter()
 
@@ -124,7 +125,7 @@ class MoeCallback(RestoringCallback, ExportableState):
         process that is killed in between would leave a complete checkpoint without a history.
         """
         folder = checkpoint_folder(args, state)
-        if state.is_world_process_zero and self.history.steps:
+        if state.is_world_process_zero and not self.history.is_empty:
             folder.mkdir(parents=True, exist_ok=True)
             self.history.save(folder)
 
@@ -135,7 +136,7 @@ class MoeCallback(RestoringCallback, ExportableState):
         super().on_train_end(args, state, control, **kwargs)
         load_best(args, state, kwargs["model"])
         folder = Path(args.output_dir or "")
-        if state.is_world_process_zero and self.history.steps and folder.is_dir():
+        if state.is_world_process_zero and not self.history.is_empty and folder.is_dir():
             self.history.save(folder)
 
     def on_optimizer_step(

@@ -9,12 +9,14 @@ that its lengths have to be kept.
 from __future__ import annotations
 
 import dataclasses
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..backbone.partitioned import gathered
 from ..config.expert_dimensions import expert_dimensions
 from ..messages import shown
 from ..place import Place
@@ -67,6 +69,14 @@ def _lengths(layer: RoutedLayer, adapter_name: str, config: Any) -> torch.Tensor
     router, num_experts = layer.router[adapter_name], layer.experts[adapter_name].num_choices
     if not type(router).separable:
         return None
+    with ExitStack() as whole:
+        for module in router.modules():
+            whole.enter_context(gathered(module))
+        return _measured(router, dimensions, num_experts)
+
+
+def _measured(router: Any, dimensions: dict[tuple[str, str], list[int]], num_experts: int) -> torch.Tensor | None:
+    """Lengths over all of a router's trained tensors with a dimension of experts; None where one is not whole."""
     squares_E = torch.zeros(num_experts, dtype=torch.float64)
     counted = False
     for name, parameter in router.named_parameters():

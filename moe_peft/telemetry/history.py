@@ -28,6 +28,11 @@ class RoutingHistory:
         self.rows: dict[str, dict[int, torch.Tensor]] = {}
         self.initial_norms: dict[str, torch.Tensor] = {}
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to save: neither a step nor lengths from before the first one."""
+        return not self.steps and not self.initial_norms
+
     def append(self, step: int, reading: Reading) -> None:
         """Add what was measured up to an optimizer step."""
         self.steps.append(step)

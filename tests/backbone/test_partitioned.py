@@ -23,6 +23,7 @@ from moe_peft.backbone.expert_tensors import expert_tensors, keeps_slices
 from moe_peft.backbone.partitioned import check_mergeable_here, gathered, is_partitioned, shape_of
 from moe_peft.backbone.stand_in import stand_in_fault
 from moe_peft.backbone.structure import find_moe_layers
+from moe_peft.layers.router_norms import router_norms
 from tests.contract.cases import tiny_olmoe
 from tests.tiny import tiny_gpt2
 
@@ -112,6 +113,16 @@ def test_values_are_here_in_the_block_alone(gather):
         assert {name: tensor.shape for name, tensor in here.items()} == {n: t.shape for n, t in planned.items()}
         assert not any(tensor.is_meta for tensor in here.values())
     assert all(is_partitioned(own) and shape_of(own)[0] == number for own in experts.parameters())
+
+
+def test_routers_vectors_have_the_lengths_of_the_whole(gather):
+    config = RoutedConfig(num_experts=3, r=2, target_modules=["q_proj"], scorer="two_layer")
+    model = get_peft_model(tiny_olmoe(), config)
+    expected = router_norms(model)
+    found = router_norms(partition(model))
+    assert expected and found.keys() == expected.keys()
+    assert all(torch.equal(found[place], own) for place, own in expected.items())
+    assert all(is_partitioned(own) for own in model.parameters())
 
 
 def test_nothing_is_gathered_where_tensors_are_planned():

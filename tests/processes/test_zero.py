@@ -29,5 +29,5 @@ def test_an_adapter_of_a_partitioned_model_equals_that_of_a_whole_one(tmp_path):
         found = json.loads((tmp_path / f"zero.{rank}.json").read_text())
         assert found.keys() == set(CASES)
         for case, facts in found.items():
-            assert facts["parts"] and facts["names"], (case, facts)
+            assert facts["parts"] and facts["names"] and facts["norms"], (case, facts)
             assert facts["logits"] < 1e-5 and facts["gradients"] < 2e-5, (case, facts)

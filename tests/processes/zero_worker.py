@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from moe_peft.layers.router_norms import router_norms
 from tests.processes.parallel_worker import CASES, adapted, measured
 
 CONFIG: dict[str, Any] = {
@@ -78,6 +79,8 @@ def compared(case: str, folder: Path) -> dict[str, Any]:
         unset_hf_deepspeed_config()
         del keeper
     put(model, dict(whole.named_parameters()))
+    lengths, expected = router_norms(model), router_norms(whole)
+    facts["norms"] = lengths.keys() == expected.keys() and all(lengths[n].equal(own) for n, own in expected.items())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(trained, lr=0.0), config=CONFIG)
     ids = torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(2))

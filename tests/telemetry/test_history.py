@@ -9,7 +9,8 @@ from transformers import Trainer, TrainingArguments
 
 from moe_peft.integrations import attach
 from moe_peft.layers.router_norms import router_norms
-from moe_peft.telemetry.history import FILE_NAME, RoutingHistory
+from moe_peft.telemetry.history import RoutingHistory
+from moe_peft.tools.report.curves import read_curves
 from tests.integrations.test_callback import adapted, rows
 
 
@@ -64,9 +65,20 @@ def test_a_checkpoint_holds_the_history_up_to_it_and_a_resumed_run_continues_it(
         assert torch.equal(whole, rows_so_far)
 
 
-def test_nothing_is_saved_where_nothing_is_measured(tmp_path):
-    trained(tmp_path, telemetry_steps=0)
-    assert not list(tmp_path.rglob(FILE_NAME))
+def test_without_telemetry_the_lengths_before_training_are_kept_alone(tmp_path):
+    trainer = trained(tmp_path, telemetry_steps=0)
+    for folder in (tmp_path, tmp_path / "checkpoint-4"):
+        history = RoutingHistory.load(folder)
+        assert history.steps == [] and not history.rows and not history.is_empty
+    assert {place.removesuffix("/default") for place in history.initial_norms} == set(router_norms(trainer.model))
+    assert read_curves(tmp_path) is None
+    trained(tmp_path, telemetry_steps=0, resume=str(tmp_path / "checkpoint-4"))
+    again = RoutingHistory.load(tmp_path).initial_norms
+    assert all(torch.equal(again[place], own) for place, own in history.initial_norms.items())
+
+
+def test_nothing_is_saved_where_there_is_nothing(tmp_path):
+    assert RoutingHistory().is_empty
     with pytest.raises(FileNotFoundError, match=r"has no routing_history\.safetensors"):
         RoutingHistory.load(tmp_path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,8 +69,8 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     check_free(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     growing = path.with_name(f".{path.name[:64]}.{secrets.token_hex(8)}.new")
-    growing.mkdir()
     try:
+        growing.mkdir()
         yield growing
         if path.is_dir():
             path.rmdir()
@@ -77,6 +78,27 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(growing, ignore_errors=True)
         raise
+
+
+@contextmanager
+def filled_folder(path: str | Path) -> Iterator[Path]:
+    """Make a folder as `new_folder` does, or put files into one that is there once the block ends without an error.
+
+    Args:
+        path: The folder; files of the same names are replaced, others stay.
+
+    Yields:
+        The growing folder.
+    """
+    path = Path(os.path.realpath(path))
+    if not path.is_dir() or not any(path.iterdir()):
+        with new_folder(path) as growing:
+            yield growing
+        return
+    with tempfile.TemporaryDirectory(prefix=f".{path.name[:64]}.", suffix=".new", dir=path.parent) as beside:
+        yield Path(beside)
+        for file in sorted(Path(beside).iterdir()):
+            os.replace(file, path / file.name)
 
 
 def check_free(path: str | Path) -> None:

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from moe_peft import files
-from moe_peft.files import new_folder, replacing, write_text
+from moe_peft.files import filled_folder, new_folder, replacing, write_text
 
 # Runs the file by itself, as the package takes seconds to import.
 WRITER = f"""
@@ -84,6 +84,24 @@ def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path):
     with new_folder(tmp_path / "empty") as growing:
         (growing / "file").write_text("whole")
     assert (tmp_path / "empty/file").is_file()
+
+
+def test_files_are_put_into_a_folder_together_or_not_at_all(tmp_path):
+    for _ in range(2):
+        with filled_folder(tmp_path / "own") as growing:
+            (growing / "file").write_text("first")
+            (growing / "second").write_text("first")
+    (tmp_path / "own/mine").write_text("mine")
+    for error in (KeyboardInterrupt, ValueError):
+        for folder in ("own", "other"):
+            with pytest.raises(error), filled_folder(tmp_path / folder) as growing:
+                (growing / "file").write_text("half")
+                raise error
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+    with filled_folder(tmp_path / "own") as growing:
+        (growing / "file").write_text("next")
+    found = {path.name: path.read_text() for path in (tmp_path / "own").iterdir()}
+    assert found == {"file": "next", "second": "first", "mine": "mine"}
 
 
 def test_a_place_with_files_is_refused_before_anything_is_written(tmp_path):

@@ -14,7 +14,7 @@ from torch import nn
 
 from ...config.card_section import AdapterFacts
 from ...config.config import MoeConfig
-from ...files import write_text
+from ...files import filled_folder, write_text
 from ...layers import routed_layers
 from ...messages import shown
 from ..similarity import delta_similarity
@@ -90,7 +90,7 @@ class RoutingReport:
         )
 
     def save(self, folder: str | Path, *, plots: bool | None = None) -> Path:
-        """Write the page, the numbers, and the plots.
+        """Write the page, the numbers, and the plots, all of them or none.
 
         Args:
             folder: Folder to write to; it is made where there is none.
@@ -111,11 +111,11 @@ class RoutingReport:
             raise ValueError(f"{shown(str(folder))} is a file. Name a folder for the report.")
         if plots and not has_matplotlib():
             raise ImportError("plots=True needs matplotlib: pip install matplotlib, or leave the plots out.")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / NUMBERS, json.dumps(self.to_dict(), indent=1, allow_nan=False))
-        if plots or (plots is None and has_matplotlib()):
-            draw(self, folder)
-        write_text(folder / PAGE, page(self))
+        with filled_folder(folder) as growing:
+            write_text(growing / NUMBERS, json.dumps(self.to_dict(), indent=1, allow_nan=False))
+            if plots or (plots is None and has_matplotlib()):
+                draw(self, growing)
+            write_text(growing / PAGE, page(self))
         return folder / PAGE
 
 

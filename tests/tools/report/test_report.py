@@ -11,6 +11,7 @@ import moe_peft
 from moe_peft.tools import routing_report
 from tests.contract.cases import MODELS, randomize
 from tests.tiny import padded_batch
+from tests.tools.exported import digest
 from tests.train.tiny_run import make_tokenizer
 
 from .conftest import batches_of, routed_model
@@ -66,6 +67,19 @@ def test_wrong_arguments_are_refused_before_anything_is_written(made, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
         made.save(tmp_path / "file")
+
+
+def test_an_interruption_leaves_the_report_that_was_there_or_none(made, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    made.save(tmp_path / "old", plots=False)
+    before = digest(tmp_path)
+    monkeypatch.setattr("moe_peft.tools.report.page.page", interrupted)
+    for folder in ("old", "new/report"):
+        with pytest.raises(KeyboardInterrupt):
+            made.save(tmp_path / folder, plots=False)
+    assert digest(tmp_path) == before
 
 
 def test_names_of_the_package_are_public():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from moe_peft import EsftConfig, ExpertLoraConfig, LoraMoeConfig, MoloraConfig, MovConfig, RoutedConfig
 from moe_peft.tools import export_merged, load_without_base
 from moe_peft.tools.checkpoint import Checkpoint
+from moe_peft.tools.peak_memory import RESET
 from tests.backbones.models import tiny_model
 from tests.contract.cases import tiny_olmoe
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_mixtral
@@ -69,9 +71,10 @@ def test_the_output_is_the_merge_in_memory_to_the_last_bit(case, tmp_path):
 
 def test_stock_transformers_computes_the_same_where_this_package_is_not_installed(tmp_path):
     jobs, expected = [], []
-    for case in ("olmoe-slices", "qwen3_moe-pairs", "mixtral-pairs"):
+    for case in ("deepseek_v2-slices", "olmoe-slices", "qwen3_moe-pairs", "mixtral-pairs"):
         build, config, _ = CASES[case]
         base = checkpoint(build(), tmp_path / case / "base")
+        assert len(list(base.glob("*-of-*.safetensors"))) > 1
         expected.append(logits(trained(base, tmp_path / case / "adapter", config)))
         export_merged(load_without_base(tmp_path / case / "adapter"), base, tmp_path / case / "out")
         jobs.append((str(tmp_path / case / "out"), BATCH))
@@ -135,6 +138,43 @@ def test_one_fused_matrix_of_one_layer_is_in_memory_at_a_time(tmp_path, monkeypa
     export_merged(load_without_base(tmp_path / "adapter"), base, tmp_path / "out")
     whole = sum(own.nbytes for own in tensors(base).values())
     assert 0 < max(peak) < whole / 4
+
+
+BIG = """
+import gc, json, sys, torch
+from pathlib import Path
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from moe_peft import ExpertLoraConfig
+from moe_peft.tools import export_merged, load_without_base
+from moe_peft.tools.peak_memory import rise_of_memory
+from tests.contract.cases import randomize
+folder = Path(sys.argv[1])
+sizes = {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 32, "num_hidden_layers": 24}
+heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64}
+config = Qwen3MoeConfig(**sizes, **heads)
+model = AutoModelForCausalLM.from_config(config)
+model.save_pretrained(folder / "base", max_shard_size="60MB")
+whole = sum(own.nbytes for own in model.parameters())
+fused = max(own.nbytes for own in model.parameters())
+adapted = get_peft_model(model, ExpertLoraConfig(r=4))
+randomize(adapted)
+adapted.save_pretrained(folder / "adapter")
+del model, adapted
+gc.collect()
+shapes = load_without_base(folder / "adapter", base=str(folder / "base"))
+_, rise = rise_of_memory(lambda: export_merged(shapes, folder / "base", folder / "out"))
+print(json.dumps({"rise": rise, "whole": whole, "fused": fused}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not RESET.exists(), reason="the system does not count resident memory")
+def test_memory_rises_by_a_layer_and_not_by_the_model(tmp_path):
+    done = subprocess.run([sys.executable, "-c", BIG, str(tmp_path)], check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["whole"] > 550 * 2**20 and len(list((tmp_path / "out").glob("*.safetensors"))) > 8
+    assert found["fused"] < found["rise"] < 60 * 2**20 + 6 * found["fused"] < found["whole"] / 3, found
 
 
 def module_of(function):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
+from typing import Any
 
 from ..files import check_free
+from ..tools.choose_loras import choose_loras
 from ..tools.compose import compose
 from ..tools.prototypes import fit_directions
+from .distil import batches
 from .from_loras import load_base, parser_of, router_config, write
 
 
@@ -26,15 +30,37 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--directions", action="store_true", help="without training: the direction that each LoRA answers most (Arrow)"
     )
+    parser.add_argument(
+        "--choose", type=int, metavar="K", help="compose the K of them that are best on --texts and least alike"
+    )
+    parser.add_argument("--texts", metavar="FILE", help="with --choose: a few texts of the task, one per line")
+    parser.add_argument(
+        "--diversity", type=float, help="with --choose: what likeness costs, over what the best gains; default: 0.5"
+    )
     given = parser.parse_args(argv)
     check_free(given.output)
     loras = _named(given.loras)
+    if (given.choose is None) != (given.texts is None) or (given.choose is None and given.diversity is not None):
+        raise ValueError("--choose K and --texts FILE go together, and --diversity with them. Give both, or none.")
     base = load_base(given, next(iter(loras.values())))
+    if given.choose is not None:
+        loras = _chosen(given, base, loras)
     model = compose(base, loras, router_config(given, len(loras), directions=given.directions))
     if given.directions:
         fit_directions(model)
     write(model, given.output)
     return 0
+
+
+def _chosen(given: argparse.Namespace, base: Any, loras: dict[str, str]) -> dict[str, str]:
+    """The LoRAs that the texts speak for."""
+    from transformers import AutoTokenizer
+
+    texts = batches(Path(given.texts), AutoTokenizer.from_pretrained(base.name_or_path))
+    settings = {} if given.diversity is None else {"diversity": given.diversity}
+    found = choose_loras(base, loras, texts, given.choose, **settings)
+    print(f"chosen: {found}")
+    return found.adapters
 
 
 def _named(words: list[str]) -> dict[str, str]:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..hub.card import is_hub_name
+from ..tools.average_experts import average_experts
 from ..tools.esft_files import export_esft
 from ..tools.expert_lora_files import export_per_expert
 from ..tools.export_lora import export_lora
@@ -46,19 +47,26 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--projections", nargs=3, default=PROJECTIONS, metavar="NAME", help="names of the gate, up and down matrices"
     )
+    parser.add_argument(
+        "--average", action="store_true", help="to lora: the mean of the experts at an expert's rank, with its error"
+    )
     given = parser.parse_args(argv)
+    if given.average and given.to != "lora":
+        raise ValueError(f"--average makes a LoRA. Write --to lora, or leave it out of --to {given.to}.")
     folder = local_folder(given.adapter)
     base = given.base or read_config(folder).base_model_name_or_path or ""
     model = load_without_base(folder, base or None)
     if given.to == "merged":
         export_merged(model, base_folder(base), given.output, task=given.task, tokenizer=folder)
+    elif given.average:
+        print(average_experts(model, given.output, task=given.task))
     elif given.to == "lora":
         export_lora(model, given.output, task=given.task)
     elif hasattr(model.peft_config["default"], "expert_adapter"):
         export_esft(model, given.output)
     else:
         export_per_expert(model, given.output, projections=given.projections)
-    print(f"{given.output} holds {FORMS[given.to]}")
+    print(f"{given.output} holds {'the mean of its experts' if given.average else FORMS[given.to]}")
     return 0
 
 

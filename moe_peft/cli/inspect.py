@@ -11,10 +11,13 @@ from typing import Any
 from ..backbone.without_weights import meta_model
 from ..config.adapter_files import COMPRESSED, CONFIG, WEIGHTS
 from ..hub.card import is_hub_name
+from ..hub.push import BESIDE
 from ..tables import table
+from ..telemetry.history import FILE_NAME
 from ..tools.health import AdapterHealth, inspect_adapter, read_config
 
-FILES = [CONFIG, WEIGHTS, COMPRESSED, "routing_history.safetensors"]
+# What is fetched of an adapter on the Hub: its own files, and its tokenizer's.
+FILES = [CONFIG, WEIGHTS, COMPRESSED, FILE_NAME, *(own for own in BESIDE if "/" not in own)]
 LINES = 12
 
 

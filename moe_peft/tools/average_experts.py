@@ -20,6 +20,7 @@ from ..layers import RoutedLayer
 from ..messages import shown
 from .checks import check_finite_adapter, check_peft_model
 from .export_lora import write_lora
+from .merge_for_task import decided
 from .other_experts import routed_by_name
 
 # Share of a place's mixture up to which the mean counts as equal to it: rounding.
@@ -55,7 +56,9 @@ class Averaged:
 
 
 @torch.no_grad()
-def average_experts(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> Averaged:
+def average_experts(
+    model: PeftModel, folder: str | Path, adapter_name: str = "default", *, task: int | None = None
+) -> Averaged:
     """Write the mean of an adapter's experts as a stock LoRA of an expert's rank.
 
     Args:
@@ -63,6 +66,7 @@ def average_experts(model: PeftModel, folder: str | Path, adapter_name: str = "d
             changed.
         folder: The folder to make.
         adapter_name: Which adapter.
+        task: Task whose mean is written, of an adapter whose router reads the task alone.
 
     Returns:
         How far the LoRA is from the mixture; print it.
@@ -75,15 +79,16 @@ def average_experts(model: PeftModel, folder: str | Path, adapter_name: str = "d
     check_peft_model(model, "average_experts")
     layers = routed_by_name(model, adapter_name)
     check_finite_adapter(model, adapter_name, "average_experts")
-    other = next((layer for layer in layers.values() if not layer.supports_lora_conversion(adapter_name)), None)
-    if other is not None:
-        raise ValueError(
-            f"average_experts: the weights of the adapter {shown(adapter_name)} at {other.place} depend on the token, "
-            "or its experts are no pairs beside a linear layer, so that there is no mean. Distil it to one LoRA "
-            "(distil_to_lora)."
-        )
-    pairs = {name: layer.get_mean_factors(adapter_name) for name, layer in layers.items()}  # type: ignore[operator]
-    lost = {name: _lost(layer, adapter_name, pairs[name]) for name, layer in layers.items()}
+    with decided(model, adapter_name, task):
+        other = next((layer for layer in layers.values() if not layer.supports_lora_conversion(adapter_name)), None)
+        if other is not None:
+            raise ValueError(
+                f"average_experts: the weights of the adapter {shown(adapter_name)} at {other.place} depend on the "
+                "token, or its experts are no pairs beside a linear layer, so that there is no mean. Distil it to one "
+                "LoRA (distil_to_lora); an adapter that routes by task has a mean for each of them (task=0)."
+            )
+        pairs = {name: own.get_mean_factors(adapter_name) for name, own in layers.items()}  # type: ignore[operator]
+        lost = {name: _lost(layer, adapter_name, pairs[name]) for name, layer in layers.items()}
     result = Averaged(max(len(A) for A, _ in pairs.values()), lost)
     with write_lora(model, folder, adapter_name, pairs) as growing:
         write_text(growing / "README.md", _card(model, adapter_name, result))

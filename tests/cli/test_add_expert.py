@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from moe_peft import RoutedConfig, routed_layers
 from moe_peft.cli import main
+from moe_peft.tools import add_expert
 from tests.tiny import tiny_llama
 from tests.tools.exported import checkpoint, digest, trained, trained_lora
 
@@ -39,6 +40,26 @@ def test_an_expert_comes_last_and_what_was_trained_beside_stays(tmp_path, capsys
             ]
             assert torch.equal(*heads) and torch.equal(*rows)
     assert digest(tmp_path / "adapter") == before
+
+
+def test_a_description_makes_the_new_experts_row(tmp_path, capsys):
+    base = checkpoint(tiny_llama(), tmp_path / "base")
+    router = {"scorer": "domain_embedding", "router_args": {"width": 3, "hidden": 5}, "num_experts": 2, "r": 4}
+    model = trained(base, tmp_path / "adapter", RoutedConfig(**router, task_type="CAUSAL_LM"))
+    (tmp_path / "vector").write_text("[1, 2.5, -3]")
+    words = ["add-expert", str(tmp_path / "adapter"), "--output", str(tmp_path / "out"), "--description"]
+    assert main([*words, str(tmp_path / "vector")]) == 0
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out")
+    add_expert(model, "new", description=[1, 2.5, -3])
+    for own, other in zip(routed_layers(loaded), routed_layers(model), strict=True):
+        assert torch.equal(own.router["default"].domains, other.router["new"].domains)
+        assert own.router["default"].domains[2].tolist() == [1, 2.5, -3]
+    capsys.readouterr()
+    for text in ("[1, 2", '["a", 1, 2]', "[1, 2]", "{}", "[]", "[1, NaN, 2]"):
+        (tmp_path / "vector").write_text(text)
+        other = [*words[:3], str(tmp_path / "none"), "--description", str(tmp_path / "vector")]
+        assert main(other) == 1 and "description" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("words", [["--copy_of", "2"], ["--copy_of", "0", "--lora", "x"], ["--lora", "nowhere"]])

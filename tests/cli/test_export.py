@@ -8,11 +8,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from moe_peft import EsftConfig, ExpertLoraConfig, LoraMoeConfig, MoloraConfig
+from moe_peft import EsftConfig, ExpertLoraConfig, LoraMoeConfig, MoloraConfig, RoutedConfig
 from moe_peft.cli import main
+from moe_peft.tools import average_experts
 from tests.contract.cases import tiny_olmoe
 from tests.tiny import tiny_llama
-from tests.tools.exported import checkpoint, logits, tensors, trained
+from tests.tools.exported import checkpoint, digest, logits, tensors, trained
 
 
 def test_each_form_is_written_and_loads(tmp_path, capsys):
@@ -27,6 +28,21 @@ def test_each_form_is_written_and_loads(tmp_path, capsys):
     assert json.loads((tmp_path / "slices-experts/expert_cfg.json").read_text())["experts"] == {"1": [0, 2]}
     assert any(".experts.0.up_proj.lora_A" in key for key in tensors(tmp_path / "pairs-experts"))
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "pairs-lora")
+
+
+def test_the_mean_of_experts_is_written_with_its_error(tmp_path, capsys):
+    base = checkpoint(tiny_llama(), tmp_path / "base")
+    config = RoutedConfig(router="random", num_experts=3, r=2, task_type="CAUSAL_LM")
+    model = trained(base, tmp_path / "adapter", config)
+    words = ["export", str(tmp_path / "adapter"), "--average", "--to"]
+    assert main([*words, "lora", "--output", str(tmp_path / "mean")]) == 0
+    printed = capsys.readouterr().out
+    assert str(average_experts(model, tmp_path / "same")) in printed and "mean of its experts" in printed
+    assert digest(tmp_path / "mean").keys() == digest(tmp_path / "same").keys()
+    one, other = (tensors(tmp_path / name) for name in ("mean", "same"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], own) for key, own in other.items())
+    assert main([*words, "merged", "--output", str(tmp_path / "out")]) == 1
+    assert "Write --to lora" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_what_has_no_equal_is_one_line_and_writes_nothing(tmp_path, capsys):

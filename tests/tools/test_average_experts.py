@@ -10,7 +10,7 @@ from moe_peft import MoloraConfig, RoutedConfig, routed_layers
 from moe_peft.tools import average_experts
 from tests.contract.cases import randomize
 from tests.tiny import tiny_gpt2, tiny_llama
-from tests.tools.exported import logits
+from tests.tools.exported import BATCH, logits
 
 RANDOM = {"router": "random", "num_experts": 3, "r": 2}
 
@@ -76,6 +76,21 @@ def test_elsewhere_it_is_the_mean_of_either_matrix_and_says_how_far_off(tmp_path
             mean = bank.scaling * bank.B.mean(0).T @ bank.A.mean(0)
             torch.testing.assert_close(own.get_delta_weight("default"), mean, rtol=1e-5, atol=1e-6)
             assert found.lost[name] == pytest.approx(float((mean - mixture).norm() / mixture.norm()), rel=1e-6)
+
+
+def test_an_adapter_by_task_has_a_mean_for_each(tmp_path):
+    table = {"scorer": "task_table", "router": "dense", "num_experts": 3, "router_args": {"num_tasks": 2}}
+    model = get_peft_model(tiny_llama().double(), RoutedConfig(**table, r=2)).double().eval()
+    randomize(model)
+    share(model, "A")
+    with pytest.raises(ValueError, match="task=0"):
+        average_experts(model, tmp_path / "none")
+    for task in (0, 1):
+        assert average_experts(model, tmp_path / str(task), task=task).exact
+        stock = PeftModel.from_pretrained(tiny_llama().double(), tmp_path / str(task)).double()
+        with torch.no_grad():
+            expected = model(**BATCH, task_type=torch.tensor([task, task])).logits
+        torch.testing.assert_close(logits(stock), expected, rtol=0, atol=1e-5)
 
 
 def test_an_adapter_that_has_learned_nothing_yet_has_an_exact_mean(tmp_path):

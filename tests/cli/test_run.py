@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import pytest
@@ -14,6 +18,7 @@ import torch
 import transformers
 from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.import_utils import is_serve_available
 
 import moe_peft
 from moe_peft.cli import main
@@ -82,6 +87,76 @@ def test_the_server_of_transformers_finds_an_adapter_in_the_folder_of_its_base(t
     assert torch.equal(served(**inputs).logits, expected(**inputs).logits)
     with expected.disable_adapter():
         assert not torch.equal(served(**inputs).logits, expected(**inputs).logits)
+
+
+def posted(address, content):
+    """What a server answers to JSON, as text."""
+    request = urllib.request.Request(address, json.dumps(content).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return answer.read().decode()
+
+
+@contextmanager
+def served(command, folder):
+    """The address of a server that the page's command starts, once it answers; stopped at the end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    name, *given = shlex.split(command)
+    assert name == "moe-peft"
+    given += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with open(folder / "log", "wb") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "moe_peft", *given], cwd=folder, env=environment, stdout=log, stderr=log
+        )
+    try:
+        until = time.monotonic() + 300
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                    break
+            except OSError:
+                waiting = server.poll() is None and time.monotonic() < until
+                assert waiting, (folder / "log").read_text()[-3000:]
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_serve_available(), reason="transformers[serving] is not installed")
+def test_the_server_of_transformers_answers_as_generate_does(tmp_path):
+    """The command of the page on deployment, over HTTP: whole answers and streamed ones."""
+    base, adapter = random_adapter(tmp_path)
+    folder = tmp_path / "outputs/served"
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.save_pretrained(folder)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    model.save_pretrained(folder)
+    (command,) = [own.strip() for own in programs(DOCS / "deploy.md", "bash") if " serve " in own]
+    chats = [[{"role": "user", "content": words(seed, 3 + seed)}] for seed in range(2)]
+    settings = {"max_new_tokens": 12, "do_sample": False}
+
+    def answer(chat):
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        made = model.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :]
+        return tokenizer.decode(made, skip_special_tokens=True)
+
+    expected = [answer(chat) for chat in chats]
+    with model.disable_adapter():
+        assert all(answer(chat) != own for chat, own in zip(chats, expected, strict=True))
+    with served(command, tmp_path) as address:
+        for chat, own in zip(chats, expected, strict=True):
+            content = {"model": "outputs/served", "messages": chat, "temperature": 0, "max_tokens": 12}
+            whole = json.loads(posted(f"{address}/v1/chat/completions", content))
+            assert whole["choices"][0]["message"]["content"] == own
+            lines = posted(f"{address}/v1/chat/completions", {**content, "stream": True}).splitlines()
+            parts = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+            assert "".join(part["choices"][0]["delta"].get("content") or "" for part in parts) == own
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed")

@@ -58,6 +58,9 @@ class SelectionArguments:
     p: float | None = field(
         default=None, metadata={"help": "Score that a layer's experts reach together; default: 0.2 token, 0.1 gate."}
     )
+    max_parameters: int | None = field(
+        default=None, metadata={"help": "Parameters that the experts have at most; the largest p is taken for it."}
+    )
     aggregate: str = field(default="token", metadata={"help": "Mean over tokens or samples.", "choices": AGGREGATES})
     normalize_scores: bool = field(default=False, metadata={"help": "Make p a share of the layer's summed scores."})
     min_experts: int = field(default=0, metadata={"help": "Take at least this many experts per layer."})
@@ -102,6 +105,7 @@ def main(
     selection = moe_peft.select_experts(
         scores,
         arguments.p,
+        max_parameters=arguments.max_parameters,
         criterion=arguments.criterion,
         aggregate=arguments.aggregate,
         min_experts=arguments.min_experts,
@@ -128,8 +132,13 @@ def check_rule(arguments: SelectionArguments) -> None:
         above = "a number above 0"
         what = f"the scores of a layer add up to one, so that it must be {above}, at most 1" if shares else above
         raise ValueError(f"--p {p:g}: {what}. The authors' own are 0.2 by tokens and 0.1 by gates.")
-    for name in ("min_experts", "max_tokens"):
-        value, least = getattr(arguments, name), int(name == "max_tokens")
+    if p is not None and arguments.max_parameters is not None:
+        raise ValueError(f"--p {p:g} and --max_parameters {arguments.max_parameters} exclude each other: give one.")
+    numbers = {"min_experts": 0, "max_tokens": 1, "max_parameters": 1}
+    for name, least in numbers.items():
+        value = getattr(arguments, name)
+        if value is None:
+            continue
         if value < least:
             raise ValueError(f"--{name} {value} must be at least {least}.")
 

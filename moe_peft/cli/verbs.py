@@ -13,6 +13,7 @@ VERBS: dict[str, tuple[str, str | None, str]] = {
     "rloo": ("launch", "rloo", "train on rewards of generated answers (RLOO)"),
     "reward": ("launch", "reward", "train a reward model on pairs of answers"),
     "select-experts": ("launch", "select_experts", "choose the experts of a backbone that a data set uses (ESFT)"),
+    "selections": ("selections", None, "compare the experts that tasks select, and join them"),
     "configs": ("configs", None, "list the configurations that ship with the package, or print one"),
     "describe": ("describe", None, "say what an adapter would train, and the memory that it takes, without loading"),
     "inspect": ("inspect", None, "say what a saved adapter is, and whether it is healthy"),

@@ -143,6 +143,13 @@ def test_flags_reach_the_selection_and_the_file(tmp_path):
     rule = {"criterion": "gate", "aggregate": "sample", "normalize_scores": True, "min_experts": 2}
     assert made.experts == select_experts(scores_in(tmp_path), 0.15, **rule).experts and min(made.counts.values()) >= 2
     assert not made.shared_experts
+    size = next(iter(scores_in(tmp_path).by_layer.values())).expert_parameters
+    made = run_here("select_experts", tmp_path / "run.yaml", "--max_parameters", str(3 * size))
+    assert made.experts == select_experts(scores_in(tmp_path), max_parameters=3 * size).experts
+    assert 0 < made.num_parameters <= 3 * size
+    for flags in (["--p", "0.2", "--max_parameters", "5"], ["--max_parameters", "0"]):
+        with pytest.raises(ValueError, match=r"exclude each other|at least 1"):
+            run_here("select_experts", tmp_path / "run.yaml", *flags)
     run_here("select_experts", tmp_path / "run.yaml", "--train_shared_experts", "true")
     assert ExpertSelection.load(tmp_path / "out/expert_config.json").shared_experts
 

@@ -9,7 +9,9 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from moe_peft import MoloraConfig, RoutedConfig, routed_layers
+from moe_peft.routers import SCORERS, SELECTORS
 from moe_peft.tools import compose, fit_centroids, fit_directions, train_router_alone
+from moe_peft.tools.stock_lora import read_lora
 from tests.tiny import padded_batch, tiny_llama, train
 from tests.tools.exported import digest, logits, trained_lora
 
@@ -54,6 +56,28 @@ def test_one_lora_equals_it_and_is_saved_and_loaded(loras, tmp_path):
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-6)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("field", "name"), [*(("router", own) for own in SELECTORS), *(("scorer", own) for own in SCORERS)]
+)
+def test_any_router_of_the_registry_can_decide(field, name, loras):
+    parts = {"router": SELECTORS, "scorer": SCORERS}[field]
+    needs = parts[name].needs | parts[name].context_needs
+    try:
+        config = RoutedConfig(**{field: name}, task_type="CAUSAL_LM")
+        model = compose(tiny_llama(), {own: loras[own] for own in ("expert0", "expert1")}, config)
+    except ValueError as error:
+        assert name in str(error) or needs, error  # what it needs is said
+        return
+    assert model.peft_config["default"].num_experts == 2
+    pairs = [read_lora(loras[own]).pairs for own in ("expert0", "expert1")]
+    for layer in routed_layers(model):
+        bank = layer.experts["default"]
+        for expert, own in enumerate(pairs):
+            expected = own[layer.place].B @ own[layer.place].A if layer.place in own else torch.zeros(())
+            found = bank.scaling * bank.B[expert].T @ bank.A[expert]
+            torch.testing.assert_close(found, expected.expand_as(found), rtol=1e-5, atol=1e-6)
 
 
 def test_the_router_alone_trains(loras):

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer, convert_to_lora
+from peft.tuners.lora import LoraLayer, convert_to_lora, save_as_lora
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -151,16 +151,19 @@ def test_what_no_lora_equals_is_refused_with_the_ways_out(build, config, tmp_pat
     assert not any(layer.supports_lora_conversion("default") for layer in routed_layers(model))
 
 
-def test_stock_conversion_to_lora_is_offered_where_it_is_exact():
-    model = get_peft_model(tiny_llama(), MoloraConfig(num_experts=1, r=2)).eval()
+@pytest.mark.parametrize("case", ["one expert", "logits of the layer", "constant", "diagonal cores", "shared expert"])
+def test_stock_conversion_to_lora_is_offered_where_it_is_exact(case, tmp_path):
+    build, config = EXACT[case]
+    model = get_peft_model(build(), config).eval()
     randomize(model)
     assert all(layer.supports_lora_conversion() for layer in routed_layers(model))
     assert not any(layer.supports_lora_conversion("other") for layer in routed_layers(model))
-    config, tensors = convert_to_lora(model, rank=2)
-    stock = get_peft_model(tiny_llama(), config)
-    named = {key.replace(".weight", ".default.weight"): own for key, own in tensors.items()}
-    stock.load_state_dict(named, strict=False)
+    save_as_lora(tmp_path, model, rank=8)
+    stock = PeftModel.from_pretrained(build(), tmp_path)
     torch.testing.assert_close(logits(stock), logits(model), rtol=0, atol=2e-5)
+
+
+def test_stock_conversion_to_lora_is_refused_where_it_is_none():
     routed = get_peft_model(tiny_llama(), MoloraConfig(num_experts=2))
     with pytest.raises(TypeError, match="do not support LoRA conversion"):
         convert_to_lora(routed, rank=2)

@@ -14,6 +14,7 @@ from moe_peft import MoloraConfig
 from moe_peft.tools.stock_lora import read_lora
 from tests.tiny import tiny_llama
 from tests.tools.exported import trained_lora
+from tests.tuner.ways import as_hub_cache
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,17 @@ def test_pairs_are_the_matrices_that_stock_peft_adds(fields, tmp_path):
     assert len(found.pairs) == 4 and found.rank == 4
     for place, pair in found.pairs.items():
         torch.testing.assert_close(pair.B @ pair.A, stock.get_submodule(place).get_delta_weight("default"))
+
+
+def test_a_name_on_the_hub_gives_what_its_folder_does(tmp_path, monkeypatch):
+    folder = trained_lora(tmp_path / "lora")
+    for module in ("huggingface_hub.constants", "huggingface_hub.file_download", "peft.utils.save_and_load"):
+        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(as_hub_cache(folder)), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    found, expected = read_lora("user/adapter"), read_lora(str(folder))
+    assert found.name == "user/adapter" and found.pairs.keys() == expected.pairs.keys()
+    for place, pair in expected.pairs.items():
+        assert torch.equal(found.pairs[place].A, pair.A) and torch.equal(found.pairs[place].B, pair.B)
 
 
 @pytest.mark.parametrize(

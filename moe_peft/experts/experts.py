@@ -199,7 +199,8 @@ class Experts(UndecidedSums, nn.Module):
     def delta_products(self) -> torch.Tensor | None:
         """The inner products of what the experts add, <D_e, D_f> = tr(D_e' D_f), of kinds that know them.
 
-        D_e is the matrix, or the vector of offsets, that expert e alone stands for; it is not built.
+        D_e is the matrix, or the vector of offsets, that expert e alone stands for, of a nonlinear one the product of
+        its matrices; it is not built.
 
         Returns:
             (E, E) float64 of the experts that routers choose between; None of kinds that add no such thing.

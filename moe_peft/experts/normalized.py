@@ -90,7 +90,3 @@ class NormalizedExperts(LowRankExperts):
             up_ErO = self.B * self.gain[:, None]
         gates_TE = gates_TE * (square_TE + EPS).rsqrt()
         return combine_experts(h, base_out_TO, up_ErO, gates_TE, scaling=self.scaling, in_place=in_place)
-
-    def directions(self) -> torch.Tensor:
-        """Unknown: the size of an output does not follow that of the input; see `Experts.directions`."""
-        return Experts.directions(self)

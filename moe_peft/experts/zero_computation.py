@@ -116,10 +116,6 @@ class ZeroComputationExperts(LowRankExperts):
         """See `Experts.further_choices`."""
         return int(options["zeros"] + options["constants"] + options["copies"])
 
-    def directions(self) -> torch.Tensor:
-        """Not known, as some experts have none; see `Experts.directions`."""
-        return Experts.directions(self)
-
     def prepare(self, x_TD: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """(T, E r + constants) projections, and the (T, D) input for copies; arguments as in `Experts.prepare`."""
         dtype = compute_dtype(x_TD)

@@ -120,6 +120,26 @@ def test_tensors_are_those_that_the_part_names(choice):
     assert built.router.learns == any(name not in built.router.frozen for name, _ in built.router.named_parameters())
 
 
+@on_layers(list({choice[3]: choice for choice in PARTS}.values()))
+def test_inner_products_of_experts_are_those_of_the_matrices_that_each_adds(choice):
+    bank = layer_of(choice).experts["default"]
+    torch.manual_seed(0)
+    x_TD, base_TO = torch.randn(2 * (IN + OUT), IN).double(), torch.randn(2 * (IN + OUT), OUT).double()
+    known_TF = torch.cat([x_TD, base_TO, torch.ones(len(x_TD), 1).double()], dim=-1)
+    maps = []
+    for gates_TE in torch.eye(bank.num_choices).double().unsqueeze(1).expand(-1, len(x_TD), -1):
+        alone = Routing(weights=gates_TE, experts=None, logits=gates_TE, probs=gates_TE)
+        added_TO = bank(x_TD, base_TO, alone) - base_TO
+        map_FO = torch.linalg.lstsq(known_TF, added_TO).solution
+        maps.append(map_FO if torch.allclose(known_TF @ map_FO, added_TO) else None)
+    products = bank.delta_products()
+    linear = all(own is not None for own in maps)
+    assert linear or not bank.mergeable, f"{type(bank).__name__} is mergeable, but adds no matrix"
+    if products is not None and linear:
+        flat_EN = torch.stack(maps).flatten(1)
+        close(products, flat_EN @ flat_EN.T, f"{type(bank).__name__}.delta_products are of other matrices", 1e-9)
+
+
 @on_layers(PARTS)
 @pytest.mark.parametrize("num_experts", [1, NUM_EXPERTS])
 def test_a_promise_to_merge_is_kept_and_nothing_else_merges(choice, num_experts):

@@ -10,18 +10,17 @@ Every run is a process of its own on one device, so that its time and memory are
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from comparable import arms_of, check_runs, check_shared, parse, task_of
 from comparison import METRICS, markdown, plot, table_of, without_nan
-from dry_run import check_model_name, model_without_weights
+from dry_run import model_without_weights
 from equal_sizes import Size, equal_size
 from rates import FACTORS
 from running import run
@@ -29,28 +28,11 @@ from running import run
 from moe_peft.files import write_text
 from moe_peft.messages import shown
 
-# What the runs of a comparison must have in common.
-SHARED = ["model_name_or_path", "model_revision", "dataset_name", "dataset_config", "datasets", "test_split_size"]
-SHARED += ["dataset_train_split", "dataset_test_split", "max_steps", "num_train_epochs", "per_device_train_batch_size"]
-SHARED += ["gradient_accumulation_steps", "max_length", "packing", "load_in_4bit", "load_in_8bit", "dtype"]
 # What a comparison sets itself: held-out loss from step 0 on, and nothing beside the run.
 FIXED = {"eval_strategy": "steps", "eval_steps": "0.2", "eval_on_start": "true", "save_strategy": "no"}
 FIXED |= {"report_to": "none", "push_to_hub": "false", "disable_tqdm": "true"}
 SEEDS = [0, 1, 2]
 Measure = Callable[[str, list[str], Path], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One of the methods that are compared.
-
-    Attributes:
-        name: Short, for the table.
-        words: Of the script's command line.
-    """
-
-    name: str
-    words: list[str]
 
 
 def own_flags() -> argparse.ArgumentParser:
@@ -109,6 +91,7 @@ def main(argv: Sequence[str], measure: Measure | None = None) -> dict[str, Any]:
     arms = arms_of(given.config, given.moe_config, rest)
     parsed = {arm.name: parse(given.script, arm) for arm in arms}
     check_shared(parsed)
+    check_runs(parsed, given.script)
     sizes = sizes_of(parsed, given.script, given.match == "true", given.parameters)
     for name, size in sizes.items():
         print(f"{name}: {size}", flush=True)
@@ -149,70 +132,6 @@ def report(results: dict[str, list[dict[str, Any]]], script: str, folder: Path) 
     return found
 
 
-def arms_of(runs: list[str], methods: list[str], rest: list[str]) -> list[Arm]:
-    """The methods that are compared: every method file with every run file.
-
-    Args:
-        runs: Values of `--config`.
-        methods: Values of `--moe_config`.
-        rest: Words of every run.
-
-    Raises:
-        ValueError: Nothing is given, or two have one name.
-    """
-    if not runs and not methods:
-        raise ValueError("Give --config with a run's file or name, twice and more, or --moe_config beside it.")
-    arms: list[Arm] = []
-    for run_file in runs or [None]:
-        for method in methods or [None]:
-            parts = [(run_file, len(runs) > 1 or not methods), (method, True)]
-            name = "-".join(Path(part).stem for part, counts in parts if part is not None and counts)
-            words = [] if run_file is None else ["--config", run_file]
-            arms.append(Arm(name, [*words, *([] if method is None else ["--moe_config", method]), *rest]))
-    names = [arm.name for arm in arms]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"Two of the files are called {twice!r}, which names a row of the table. Rename one.")
-    return arms
-
-
-def parse(script: str, arm: Arm) -> tuple[Any, ...]:
-    """What a script's parser makes of a method's words.
-
-    Args:
-        script: "sft", "dpo", ...
-        arm: The method.
-
-    Raises:
-        ValueError: Something means nothing to the script; the method is named.
-    """
-    try:
-        return importlib.import_module(script).make_parser().parse_args_and_config(list(arm.words))
-    except ValueError as error:
-        raise ValueError(f"{arm.name}: {error}") from error
-
-
-def check_shared(parsed: dict[str, tuple[Any, ...]]) -> None:
-    """Refuse runs that differ in data, model or length.
-
-    Args:
-        parsed: Method -> what its script's parser returned.
-
-    Raises:
-        ValueError: They do; the setting and both values are named.
-    """
-    (first, own), *others = parsed.items()
-    for name in SHARED:
-        value = _setting(own, name)
-        for other, theirs in others:
-            if _setting(theirs, name) != value:
-                raise ValueError(
-                    f"{first} and {other} cannot be compared: {name} is {shown(value)} in one and "
-                    f"{shown(_setting(theirs, name))} in the other. Give --{name} on the command line, which counts "
-                    "for both."
-                )
-
-
 def sizes_of(parsed: dict[str, tuple[Any, ...]], script: str, match: bool, parameters: int | None) -> dict[str, Size]:
     """The sizes of the methods, equal where they can be.
 
@@ -222,9 +141,8 @@ def sizes_of(parsed: dict[str, tuple[Any, ...]], script: str, match: bool, param
         match: Whether to change sizes.
         parameters: Trained parameters of every method; None takes those of the first.
     """
-    task_type = "SEQ_CLS" if script == "reward" else "CAUSAL_LM"
+    task_type = task_of(script)
     _, training_args, model_args, *_ = next(iter(parsed.values()))
-    check_model_name(model_args.model_name_or_path)
     _, model = model_without_weights(model_args, training_args, task_type)
     sizes: dict[str, Size] = {}
     for name, own in parsed.items():
@@ -271,10 +189,6 @@ def measured(script: str, words: list[str], folder: Path) -> dict[str, Any]:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise ValueError(f"A run ended with exit code {code}: {lines[-1] if lines else 'no output'} (see {log})")
     return json.loads(result.read_text(encoding="utf-8"))
-
-
-def _setting(parsed: tuple[Any, ...], name: str) -> Any:
-    return next((getattr(own, name) for own in parsed if hasattr(own, name)), None)
 
 
 def _said(found: dict[str, Any], script: str) -> str:

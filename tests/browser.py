@@ -49,7 +49,7 @@ def run(url: str, folder: Path, *flags: str) -> subprocess.CompletedProcess:
     """Load a page, print its document, and let the console write to stderr."""
     command = [browser(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
     command += ["--enable-logging=stderr", "--virtual-time-budget=8000", "--window-size=1400,1000", *flags]
-    return subprocess.run([*command, "--dump-dom", url], capture_output=True, text=True, timeout=180)
+    return subprocess.run([*command, "--dump-dom", url], capture_output=True, text=True, timeout=400)
 
 
 def console(result: subprocess.CompletedProcess) -> list[str]:

@@ -24,15 +24,15 @@ VECTORS = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_mod
 # Name -> (configuration, operators of decoding, of the forward, of the backward), for a place.
 CEILINGS = {
     "lora": (lambda: LoraConfig(r=32, target_modules=FFN), 10, 10, 20),
-    "molora": (lambda: MoloraConfig(**SHAPE), 12, 14, 33),
-    "loramoe": (lambda: LoraMoeConfig(lora_dropout=0.0, **SHAPE), 12, 35, 34),
+    "molora": (lambda: MoloraConfig(**SHAPE), 11, 14, 33),
+    "loramoe": (lambda: LoraMoeConfig(lora_dropout=0.0, **SHAPE), 11, 35, 34),
     "top-2, balance and z-loss": (
         lambda: RoutedConfig(router="top_k", top_k=2, router_z_loss_coef=0.001, **SHAPE),
-        15,
+        14,
         40,
         39,
     ),
-    "sira": (lambda: SiraConfig(**SHAPE), 15, 51, 40),
+    "sira": (lambda: SiraConfig(**SHAPE), 14, 51, 40),
     "ia3": (lambda: IA3Config(**VECTORS), 3, 3, 7),
     "mov": (lambda: MovConfig(num_experts=8, **VECTORS), 17, 22, 31),
 }

@@ -16,9 +16,11 @@ from ..ops import (
     AUTO,
     IMPLEMENTATIONS,
     Work,
+    add_gated,
     choose,
     combine_experts,
     compute_dtype,
+    few_stay_dense,
     project,
 )
 from ..part import Option
@@ -206,8 +208,9 @@ class LowRankExperts(RankedExperts, PairAlgebra):
         """Where two products over all experts are the way to their sum; see `Experts.takes_gates`."""
         if not self._called_as_defined or self.shared:
             return False
-        dtype = None if num_slots >= self.num_choices else compute_dtype(x_TD)
-        return self.implementation(x_TD.shape[0], num_slots, dtype=dtype) == "dense"
+        if num_slots >= self.num_choices:
+            return self.experts_implementation in ("dense", AUTO)
+        return self.implementation(x_TD.shape[0], num_slots, dtype=compute_dtype(x_TD)) == "dense"
 
     def add_gated(
         self,
@@ -219,9 +222,8 @@ class LowRankExperts(RankedExperts, PairAlgebra):
         in_place: bool = False,
     ) -> torch.Tensor:
         """Add the weighted sum of all experts to the base output; arguments as in `Experts.add_gated`."""
-        A, act = self.A, self.activation(context)
-        h_TR = project(x_TD, A.reshape(-1, A.shape[-1]), dtype=compute_dtype(x_TD))
-        return combine_experts(h_TR, base_out_TO, self.B, gates_TE, scaling=self.scaling, act=act, in_place=in_place)
+        act, scaling = self.activation(context), self.scaling
+        return add_gated(x_TD, base_out_TO, self.A, self.B, gates_TE, scaling=scaling, act=act, in_place=in_place)
 
     def activation(self, context: TokenContext) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """Elementwise function between the two matrices in this pass; None for the identity."""
@@ -241,17 +243,20 @@ class LowRankExperts(RankedExperts, PairAlgebra):
         if num_slots >= self.num_choices:
             return "dense"  # there is no work to skip
         num_experts, r, in_features = self.A.shape
+        compiling, num_slots = torch.compiler.is_compiling(), num_slots + self.shared
+        if not compiling and few_stay_dense(num_tokens, num_slots, num_experts * r):
+            return "dense"  # as is chosen for them; a decoded token asks at every place
         return choose(
             Work(
                 num_tokens=num_tokens,
                 num_experts=num_experts,
-                num_slots=num_slots + self.shared,
+                num_slots=num_slots,
                 r=r,
                 in_features=in_features,
                 out_features=self.B.shape[-1],
                 dtype=dtype or self.A.dtype,
                 device_type=device_type or self.A.device.type,
-                compiling=torch.compiler.is_compiling(),
+                compiling=compiling,
             )
         )
 

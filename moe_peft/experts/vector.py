@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ops import autocast_is_on, keeps_a_graph, outside_autocast, worth_a_function
+from ..ops import autocast_is_off, autocast_is_on, keeps_a_graph, outside_autocast, worth_a_function
 from ..types import Routing, TokenContext
 from .experts import Experts
 
@@ -108,9 +108,12 @@ class VectorExperts(Experts):
 
     def _scaled(self, base_out_TO: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         dtype = base_out_TO.dtype
-        gates = gates.to(dtype)
         # One is subtracted in the vectors' own precision, so that a fresh bank is exactly the identity.
-        offsets, u = (self.vectors - 1).to(dtype), base_out_TO
+        offsets, u = self.vectors - 1, base_out_TO
+        plain = gates.dtype == offsets.dtype == dtype and self.num_heads == 1
+        if plain and not torch.is_grad_enabled() and autocast_is_off():
+            return torch.addcmul(u, u, gates @ offsets)
+        gates, offsets = gates.to(dtype), offsets.to(dtype)
         if self.num_heads > 1:
             num_tokens, by_head = u.shape[0], (self.num_heads, offsets.shape[1] // self.num_heads)
             gates, u = gates.view(num_tokens, self.num_heads, gates.shape[-1]), u.view(num_tokens, *by_head)

@@ -179,8 +179,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Adapters that act in this forward: active, present here and not merged."""
         held: Any = self._modules[self.adapter_layer_names[0]]
         active, merged = self._active_adapter, self.merged_adapters
-        names = (active,) if isinstance(active, str) else active
-        return [name for name in names if name in held._modules and name not in merged]
+        if isinstance(active, str):
+            return [active] if active in held._modules and active not in merged else []
+        return [name for name in active if name in held._modules and name not in merged]
 
     def parts_of(self, adapter_name: str) -> tuple[Router | None, Any]:
         """The router of an adapter, None where it follows the backbone's, and its experts.

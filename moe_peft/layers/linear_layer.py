@@ -48,6 +48,8 @@ class LinearLayer(RoutedLayer):
         names = [] if mixes else self.active_names()
         if not mixes and not names:
             return self.base_layer(x, *args, **kwargs)
+        if names and not self.splits:
+            return self.with_adapters(names, self._modules["base_layer"], x, *args, **kwargs)  # type: ignore[arg-type]
         adapted = partial(self._mixed, adapter_names) if mixes else partial(self.with_adapters, names)
         if not self.splits:
             return adapted(self.base_layer, x, *args, **kwargs)

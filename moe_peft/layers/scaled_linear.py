@@ -68,9 +68,12 @@ class ScaledLinear(LinearLayer):
             router, bank = self.parts_of(name)
             assert router is not None, "vectors have no decision but that of a router of their own"
             read = hidden if bank.router_reads_hidden else u if read_by_routers is None else read_by_routers
-            read_XD = read.reshape(-1, read.shape[-1] // bank.num_heads)
-            per_head = _per_head(context, bank.num_heads)
             scaled_TO = scaled.reshape(-1, u.shape[-1])
+            if bank.num_heads == 1:
+                read_XD, per_head = scaled_TO if read is scaled else read.reshape(-1, read.shape[-1]), context
+            else:
+                read_XD = read.reshape(-1, read.shape[-1] // bank.num_heads)
+                per_head = _per_head(context, bank.num_heads)
             gates_XE = self.unseen_gates(router, bank, read_XD, per_head)
             if gates_XE is None:
                 scaled_TO = bank(None, scaled_TO, self.note(name, router(read_XD, per_head)))
@@ -188,7 +191,7 @@ class ScaledLinear(LinearLayer):
 def _per_head(context: TokenContext, num_heads: int) -> TokenContext:
     """Describe the heads of tokens, the heads of a token together."""
     own = (context.valid, context.sequences, context.token_ids, context.prompt)
-    if num_heads == 1 or all(tensor is None for tensor in own):
+    if all(tensor is None for tensor in own):
         return context
     valid, sequences, token_ids, prompt = (
         None if tensor is None else tensor.repeat_interleave(num_heads) for tensor in own

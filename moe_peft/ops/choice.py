@@ -63,6 +63,17 @@ def joins(num_tokens: int) -> bool:
     return torch.compiler.is_compiling() or num_tokens > SEPARATE_ROWS
 
 
+def few_stay_dense(num_tokens: int, num_slots: int, ranks: int) -> bool:
+    """Whether a batch has so few slots of so few ranks that two GEMMs are best on any device.
+
+    Args:
+        num_tokens: T.
+        num_slots: K, experts a token uses.
+        ranks: E * r.
+    """
+    return num_tokens * num_slots <= FEW_SLOTS and (ranks <= FEW_RANKS or num_tokens == 0)
+
+
 def choose(work: Work) -> str:
     """Choose an op.
 
@@ -75,9 +86,9 @@ def choose(work: Work) -> str:
     if work.num_slots >= work.num_experts:
         return "dense"
     ranks, on_cpu = work.num_experts * work.r, work.device_type == "cpu"
+    if not work.compiling and few_stay_dense(work.num_tokens, work.num_slots, ranks):
+        return "dense"
     if not work.compiling and work.num_tokens * work.num_slots <= FEW_SLOTS:
-        if work.num_tokens == 0 or ranks <= FEW_RANKS:
-            return "dense"
         return "gather"
     if on_cpu and (work.num_experts / work.num_slots - 1) * work.r <= CPU_SPARE_RANKS:
         return "dense"

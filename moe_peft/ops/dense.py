@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..types import Routing
-from .dtypes import autocast_is_on, outside_autocast, product_dtype
+from .dtypes import autocast_is_off, autocast_is_on, compute_dtype, outside_autocast, product_dtype
 from .project import keeps_a_graph, project, worth_a_function
 
 
@@ -72,6 +72,45 @@ def dense_experts(
     return combine_experts(h_TR, base_out_TO, B, routing.gate_matrix(), scaling=scaling, act=act, in_place=in_place)
 
 
+def add_gated(
+    x_TD: torch.Tensor,
+    base_out_TO: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    gates_TE: torch.Tensor,
+    *,
+    scaling: float,
+    act: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    in_place: bool = False,
+) -> torch.Tensor:
+    """The sum by gates alone; without gradients and casts, as where a token is decoded, in the fewest operators.
+
+    Args:
+        x_TD: (T, D) input.
+        base_out_TO: (T, O) output of the frozen layer.
+        A: (E, r, D) down matrices.
+        B: (E, r, O) up matrices, stored transposed.
+        gates_TE: (T, E) combine weights.
+        scaling: s, the factor of the routed sum.
+        act: Elementwise function of the down projections; None for the identity.
+        in_place: Whether `base_out_TO` may be overwritten.
+
+    Returns:
+        (T, O) in the dtype of `base_out_TO`.
+    """
+    num_experts, r, width = A.shape
+    h_TR = project(x_TD, A.reshape(-1, width), dtype=compute_dtype(x_TD))
+    same = h_TR.dtype == gates_TE.dtype == B.dtype == base_out_TO.dtype == product_dtype(h_TR)
+    if not same or torch.is_grad_enabled() or not autocast_is_off():
+        return combine_experts(h_TR, base_out_TO, B, gates_TE, scaling=scaling, act=act, in_place=in_place)
+    h_TR = h_TR if act is None else act(h_TR).view_as(h_TR)
+    h_TR.view(-1, num_experts, r).mul_(gates_TE.unsqueeze(-1))
+    B_RO = B.reshape(num_experts * r, -1)
+    if in_place:
+        return base_out_TO.addmm_(h_TR, B_RO, alpha=scaling)
+    return torch.addmm(base_out_TO, h_TR, B_RO, alpha=scaling)
+
+
 def _gated(h_TR: torch.Tensor, gates_TE: torch.Tensor | None) -> torch.Tensor:
     if gates_TE is None:
         return h_TR
@@ -95,7 +134,7 @@ def _combined(
         gated_TR, B_RO = gated_TR.to(dtype), B_RO.to(dtype)
     if base_out_TO.dtype == dtype and in_place:
         return base_out_TO.addmm_(gated_TR, B_RO, alpha=scaling)  # in place, autocast has no say
-    if base_out_TO.dtype == dtype and not autocast_is_on(h_TR.device.type):
+    if base_out_TO.dtype == dtype and (autocast_is_off() or not autocast_is_on(h_TR.device.type)):
         return torch.addmm(base_out_TO, gated_TR, B_RO, alpha=scaling)
     with outside_autocast(h_TR.device.type):
         if base_out_TO.dtype == dtype:

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from .choice import FEW_ROWS
-from .dtypes import autocast_is_on, outside_autocast, product_dtype
+from .dtypes import autocast_is_off, autocast_is_on, outside_autocast, product_dtype
 
 
 def project(x_TD: torch.Tensor, *weights: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -34,7 +34,7 @@ def project(x_TD: torch.Tensor, *weights: torch.Tensor, dtype: torch.dtype | Non
     own = x_TD.dtype
     dtype = dtype or own
     if own == dtype and len(weights) == 1 and weights[0].dtype == dtype:
-        if not autocast_is_on(x_TD.device.type):
+        if autocast_is_off() or not autocast_is_on(x_TD.device.type):
             return F.linear(x_TD, weights[0])
     elif keeps_a_graph(x_TD, *weights) and worth_a_function(x_TD):
         product: torch.Tensor = _Project.apply(x_TD, dtype, *weights)
@@ -50,8 +50,9 @@ def worth_a_function(x: torch.Tensor) -> bool:
     Args:
         x: (..., D) of any leading shape. A compiled graph is not to ask, as it is to hold for any number of rows.
     """
-    many = x.numel() > FEW_ROWS * x.shape[-1]
-    return many or autocast_is_on(x.device.type) or product_dtype(x) != x.dtype
+    if x.numel() > FEW_ROWS * x.shape[-1] or product_dtype(x) != x.dtype:
+        return True
+    return not autocast_is_off() and autocast_is_on(x.device.type)
 
 
 def keeps_a_graph(*tensors: torch.Tensor) -> bool:

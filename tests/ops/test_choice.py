@@ -11,7 +11,7 @@ from peft import get_peft_model
 from moe_peft import PerftConfig, RoutedConfig, describe
 from moe_peft.experts import LowRankExperts
 from moe_peft.experts import low_rank as module
-from moe_peft.ops import AUTO, IMPLEMENTATIONS, Work, choose
+from moe_peft.ops import AUTO, IMPLEMENTATIONS, Work, choose, few_stay_dense
 from tests.compare import random_routing
 from tests.contract.cases import randomize, tiny_olmoe
 from tests.tiny import padded_batch, tiny_llama
@@ -114,3 +114,13 @@ def test_a_description_says_what_is_chosen():
     assert describe(tiny_llama(), RoutedConfig(num_experts=4, r=4)).implementations == {2048: ["dense"], 1: ["dense"]}
     forced = describe(tiny_llama(), RoutedConfig(num_experts=64, r=16, experts_implementation="eager"))
     assert forced.implementations == {2048: ["eager"], 1: ["eager"]}
+
+
+@pytest.mark.parametrize(("num_tokens", "num_slots", "r"), [(0, 2, 64), (1, 2, 2), (8, 2, 2), (9, 2, 2), (1, 2, 64)])
+def test_few_slots_of_few_ranks_are_what_the_choice_makes_of_them(num_tokens, num_slots, r):
+    num_experts = 64
+    work = Work(num_tokens, num_experts, num_slots, r, 16, 16, torch.float32, "cpu")
+    if few_stay_dense(num_tokens, num_slots, num_experts * r):
+        assert choose(work) == choose(replace(work, device_type="cuda")) == "dense"
+    else:
+        assert num_tokens * num_slots > 16 or num_experts * r > 128

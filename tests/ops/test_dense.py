@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from moe_peft.ops import IMPLEMENTATIONS, cast_to_compute_dtype, combine_experts, dense_experts, eager_experts, project
+from moe_peft.ops import (
+    IMPLEMENTATIONS,
+    add_gated,
+    cast_to_compute_dtype,
+    combine_experts,
+    dense_experts,
+    eager_experts,
+    project,
+)
 from moe_peft.ops.choice import FEW_ROWS
 from tests.compare import assert_same, random_routing, saved_for_backward
 
@@ -138,3 +147,32 @@ def test_autocast_does_not_round_inside_the_op():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = dense_experts(x.float(), base.float(), A.float(), B.float(), routing, scaling=1.0)
     assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("act", [None, F.silu])
+@pytest.mark.parametrize("num_tokens", [0, 1, 13, 63])
+def test_the_sum_by_gates_alone_equals_the_one_of_a_decision(num_tokens, act, in_place):
+    x, A, B, base = leaves(num_tokens, 4)
+    routing = random_routing(num_tokens, 4, 2, unused=3)
+    expected = eager_experts(x, base * 1.0, A, B, routing, scaling=0.3, act=act)
+    settings = {"scaling": 0.3, "act": act, "in_place": in_place}
+    found = add_gated(x, base * 1.0, A, B, routing.gate_matrix(), **settings)
+    assert_same(found, expected, [x, A, B, base, routing.logits], [x, A, B, base, routing.logits])
+    with torch.no_grad():
+        out = base.clone()
+        found = add_gated(x, out, A, B, routing.gate_matrix(), **settings)
+    torch.testing.assert_close(found, expected.detach())
+    assert (found is out) == in_place and (in_place or torch.equal(out, base))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_sum_by_gates_alone_follows_autocast_and_takes_gates_of_another_dtype(autocast):
+    x, A, B, base = (own.detach().float() for own in leaves(13, 4))
+    gates = random_routing(13, 4, 2).gate_matrix().detach().float()
+    expected = base + 0.3 * torch.einsum("td,erd,te,ero->to", x, A, gates, B)
+    dtype = torch.float32 if autocast else torch.bfloat16
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = add_gated(x.to(dtype), base.to(dtype), A.to(dtype), B.to(dtype), gates, scaling=0.3)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_peft.ops import cast_to_compute_dtype, combine_experts, dtypes, without_rounding
+from moe_peft.ops import autocast_is_off, cast_to_compute_dtype, combine_experts, dtypes, without_rounding
 from moe_peft.ops.choice import FEW_ROWS
 
 
@@ -61,3 +61,11 @@ def test_sums_of_16_bits_are_those_of_float32_to_rounding_where_their_products_a
         torch.testing.assert_close(
             found.double(), expected, rtol=0.03, atol=0.05 * float(expected.detach().abs().max())
         )
+
+
+def test_one_look_sees_autocast_of_any_device():
+    assert autocast_is_off()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not autocast_is_off()
+        with torch.autocast("cpu", enabled=False):
+            assert autocast_is_off()

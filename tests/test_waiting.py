@@ -6,10 +6,13 @@ from collections import Counter
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moe_peft import accelerate_expert_lora, expert_parameters
 from tests.contract.cases import METHODS, MODELS, groups_for, randomize
+from tests.extend.cases import batch_for, context, inputs, layer_of, make, name_of, token
+from tests.extend.combinations import covering, placed
 
 # Operators whose result the processor reads, or whose output has a size that depends on values.
 WAITING = {
@@ -101,6 +104,46 @@ def test_an_adapter_waits_for_the_device_no_more_than_the_frozen_model(method, r
         model.zero_grad()
     more = run(model, batch) - counts_of_base(name, run)
     assert {key for key, count in more.items() if count > 0} <= OWN.get(method, set()), more
+
+
+# An auction ends when every token has a place; tasks are looked at where they are on the processor already.
+WAITING_PARTS = {"balanced_assignment": {"nonzero", "_local_scalar_dense"}, "task_table": {"_local_scalar_dense"}}
+
+
+def allowed(choice):
+    return set().union(*(WAITING_PARTS.get(name, set()) for name in choice))
+
+
+@pytest.mark.parametrize("choice", covering(1), ids=name_of)
+def test_no_part_waits_for_the_device_in_training_or_for_one_token(choice):
+    layer, known = layer_of(choice), context(training=True)
+    x_TD, out_TO = inputs()
+    layer.add("default", x_TD, out_TO, known)  # a part may look at something once
+    with Waits() as waits:
+        layer.add("default", x_TD.requires_grad_(), out_TO, known).sum().backward()
+        with torch.no_grad():
+            layer.add("default", x_TD[:1], out_TO[:1], token(context(), 0))
+    assert set(waits.counts) <= allowed(choice), waits.counts
+
+
+@pytest.mark.parametrize(
+    "choice", [*placed(), *(pytest.param(own, marks=pytest.mark.slow) for own in covering(1))], ids=name_of
+)
+def test_no_part_of_a_model_waits_with_any_loss(choice):
+    model, batch = make("llama", choice, train=True), batch_for("llama", choice, labels=True)
+    training(model, batch)
+    model.zero_grad()
+    more = training(model, batch) - counts_of_base("llama", training)
+    assert {name for name, count in more.items() if count > 0} <= allowed(choice), more
+
+
+@pytest.mark.parametrize("run", [training, decoding])
+def test_accelerated_stock_adapters_wait_no_more_than_the_frozen_model(run):
+    base = built("olmoe")
+    config = LoraConfig(r=2, target_modules=[], target_parameters=expert_parameters(base), task_type="CAUSAL_LM")
+    model = accelerate_expert_lora(get_peft_model(base, config))
+    more = run(model, MODELS["olmoe"].batch()) - counts_of_base("olmoe", run)
+    assert not {name for name, count in more.items() if count > 0}, more
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from ..ops import compute_dtype, outside_autocast, project
+from ..ops import compute_dtype, one_hot, outside_autocast, project
 from ..place import Place
 from ..types import Routing
 from .products import pair_products
@@ -141,7 +140,8 @@ def _slots(routing: Routing, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor,
     weights_TK, num_experts = routing.weights.to(dtype), routing.num_experts
     for k in range(weights_TK.shape[1]):
         if routing.experts is None:
-            slot_TE = F.one_hot(torch.tensor(k, device=weights_TK.device), num_experts)[None]
+            slot_TE = weights_TK.new_zeros(1, num_experts)
+            slot_TE[:, k] = 1
         else:
-            slot_TE = F.one_hot(routing.experts[:, k], num_experts + 1)[:, :num_experts]
-        yield slot_TE.to(dtype), weights_TK[:, k : k + 1]
+            slot_TE = one_hot(routing.experts[:, k], num_experts + 1, dtype)[:, :num_experts]
+        yield slot_TE, weights_TK[:, k : k + 1]

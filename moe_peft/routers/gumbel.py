@@ -10,8 +10,8 @@ Jang et al., arXiv 1611.01144; as a gate over adapters: Mixture-of-Linguistic-Ex
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
 
+from ..ops import one_hot
 from ..part import Option
 from ..types import TokenContext
 from .gates import Gate
@@ -56,5 +56,5 @@ class Gumbel(Gate):
         soft_TE = (logits_TE / self.tau).softmax(-1)
         if not self.hard:
             return soft_TE
-        chosen_TE = F.one_hot(soft_TE.argmax(-1), soft_TE.shape[-1]).to(soft_TE)
+        chosen_TE = one_hot(soft_TE.argmax(-1), soft_TE.shape[-1], soft_TE.dtype)
         return chosen_TE + (soft_TE - soft_TE.detach()) if context.training else chosen_TE

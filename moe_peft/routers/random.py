@@ -12,8 +12,8 @@ same where they share one of both.
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
 
+from ..ops import one_hot
 from ..part import Option
 from ..types import Routing, TokenContext
 from .router import Router
@@ -69,5 +69,5 @@ class RandomRouter(Router):
         per_sequence = self.draw_for == "sequence" and context.sequences is not None
         count = context.num_sequences if per_sequence else 1
         drawn_S = torch.rand(count, self.num_experts, device=logits_TE.device).argmax(-1)
-        ones_SE = F.one_hot(drawn_S, self.num_experts).to(logits_TE)
+        ones_SE = one_hot(drawn_S, self.num_experts, logits_TE.dtype)
         return ones_SE[context.sequences] if per_sequence else ones_SE.expand_as(logits_TE)

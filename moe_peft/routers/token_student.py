@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from ..ops import one_hot
 from ..part import Option
 from ..types import Routing, TokenContext
 from .linear import LinearArgs, LinearRouter
@@ -88,9 +88,9 @@ class TokenStudent(LinearRouter):
         z_TE = self.scores(x, self.deciding(context))
         taught_TE = self.table.to(z_TE.dtype)[hash_of(ids_T, 0, self.table.shape[0])]
         student_TE = taught_TE.softmax(-1)
-        teacher_TE = F.one_hot(z_TE.argmax(-1), self.num_experts).to(z_TE.dtype)
+        teacher_TE = one_hot(z_TE.argmax(-1), self.num_experts, z_TE.dtype)
         if self.stage == 2:
-            seen_TE = F.one_hot(taught_TE.argmax(-1), self.num_experts).bool()
+            seen_TE = one_hot(taught_TE.argmax(-1), self.num_experts, torch.bool)
             z_TE, teacher_TE = z_TE.masked_fill(~seen_TE, MASKED), student_TE.detach()
         # Nothing, so that the table has a gradient, zero, where no loss teaches it: DDP waits for one of every tensor.
         routing = self.decide(z_TE + 0 * taught_TE, context)

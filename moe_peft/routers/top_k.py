@@ -65,7 +65,7 @@ class TopK(Selector):
     def gates(self, probs_TE: torch.Tensor) -> torch.Tensor | None:
         """The kept probabilities among zeros; see `Selector.gates`."""
         weights_TK, experts_TK = self.pick(probs_TE)
-        return torch.zeros_like(probs_TE).scatter(-1, experts_TK, self.rescale(weights_TK))
+        return torch.zeros_like(probs_TE).scatter_(-1, experts_TK, self.rescale(weights_TK))
 
     def pick(self, probs_TE: torch.Tensor, **own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The kept experts of each token.

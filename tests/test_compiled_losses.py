@@ -8,6 +8,7 @@ from peft import get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from moe_peft import LoraMoeConfig, RoutedConfig, router_loss
+from moe_peft.forward.joined_losses import WindowSums
 from moe_peft.forward.objective import router_loss_values
 from moe_peft.forward.tracker import find_tracker
 from tests.tiny import tiny_llama
@@ -68,6 +69,26 @@ def test_training_with_router_losses_is_one_graph_with_the_same_gradients(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_training_with_router_losses_is_one_graph_of_the_default_compiler(name):
     assert_trains_as_without(name, "inductor", LENGTHS)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_windows_of_any_length_are_as_few_graphs_with_the_same_gradients(backend):
+    torch._dynamo.reset()
+    fields = {"router": "top_k", "top_k": 2, "target_modules": ["down_proj"], **SHARED}
+    config = RoutedConfig(load_balancing_scope="accumulation_window", **fields)
+    plain, model = (get_peft_model(tiny_llama(seed=3, num_hidden_layers=1), config).train() for _ in range(2))
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for window in ((5, 7), (9,), (7, 9, 12, 16)):
+        for own, call in ((plain, plain), (model, compiled)):
+            find_tracker(own).window = WindowSums()
+            own.zero_grad()
+            for length in window:
+                ((call(**batch(length)).loss + router_loss(own)) / len(window)).backward()
+        for (name, expected), found in zip(plain.named_parameters(), model.parameters(), strict=True):
+            if expected.requires_grad:
+                torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-6, msg=name)
+    assert counter.frame_count <= MAX_GRAPHS
 
 
 def test_evaluation_is_one_graph_with_the_same_outputs():

@@ -33,7 +33,7 @@ class LayerLosses:
         scope: What the losses are measured on, out of `SCOPES`.
         own: Name -> (N,) sums of this pass and process, without graph; empty until the stack's forward ends.
         joined: Name -> (N,) sums of everything the scope covers.
-        count: m, the number of sums that were joined.
+        count: m, the number of sums that were joined; a 0-d tensor where compiled code has counted.
         gradients: Name -> (N,) derivative of coefficient * loss in its own sums; empty until the stack's forward ends.
         part: Tokens that were measured, where they are a slice of the rows; else 0.
         assumed: See `TokenContext.assumed`.
@@ -45,7 +45,7 @@ class LayerLosses:
     scope: str
     own: dict[str, torch.Tensor] = field(default_factory=dict)
     joined: dict[str, torch.Tensor] = field(default_factory=dict)
-    count: int = 1
+    count: int | torch.Tensor = 1
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     part: int = 0
     assumed: bool = False
@@ -97,14 +97,19 @@ class WindowSums:
 
     def __init__(self) -> None:
         self.sums: dict[tuple, torch.Tensor] = {}
-        self.counts: dict[tuple, int] = {}
+        self.counts: dict[tuple, int | torch.Tensor] = {}
 
     def add(self, key: tuple, layer: LayerLosses) -> None:
         """Join a layer's sums with those of the window's earlier micro-batches."""
         for name, sums in layer.joined.items():
             layer.joined[name] = self._added(key, name, sums)
-        layer.count += self.counts.get(key, 0)
-        self.counts[key] = layer.count
+        before = self.counts.get(key)
+        if before is not None:
+            layer.count = layer.count + before
+        count = layer.count
+        # Every number that a graph reads is one more graph.
+        compiles = torch.compiler.is_compiling() and not isinstance(count, torch.Tensor)
+        self.counts[key] = torch.tensor(count) if compiles else count
 
     def add_absent(self, key: tuple, sums: Mapping[str, torch.Tensor], count: int) -> None:
         """Note what other processes have measured at a layer that this one has not called.

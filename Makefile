@@ -66,7 +66,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/expert_lora.py --dtypes float32 --experts 64 --output benchmarks/results/expert_lora.json
 	$(BIN)/python benchmarks/expert_lora.py --dtypes bfloat16 --experts 64 \
 		--output benchmarks/results/expert_lora_bfloat16.json
-	$(BIN)/python benchmarks/expert_lora.py --dtypes float32 --experts 8 \
+	$(BIN)/python benchmarks/expert_lora.py --dtypes float32 --experts 8 --rounds 9 --no-memory \
 		--output benchmarks/results/expert_lora_8_experts.json
 	$(BIN)/python benchmarks/routed_sum.py --tokens 1 --output benchmarks/results/routed_sum_1.json
 	$(BIN)/python benchmarks/routed_sum.py --tokens 256 --output benchmarks/results/routed_sum_256.json

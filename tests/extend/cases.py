@@ -27,6 +27,7 @@ NUM_EXPERTS, RANK, IN, OUT = 3, 2, 7, 5
 LENGTHS = (4, 2, 3)  # valid tokens of the rows of a context
 GROUPS = torch.tensor([0, 1, 0])
 NUM_LAWS = 7  # laws of whole models
+EVERY = 4  # one pair of parts in so many meets a law of layers in `make test`
 PLACES = {"llama": {"target_modules": ["q_proj", "down_proj"]}, "olmoe": {"wraps": "block"}}
 # Kinds of experts that stand beside linear layers alone.
 OF_LINEAR = {name for name, kind in EXPERTS.items() if kind.reads_weight}
@@ -44,6 +45,17 @@ def on_layers(first: list[Choice], rest: Sequence[Choice] = ()):
     others = [choice for choice in rest if choice not in first]
     params += [pytest.param(choice, id=name_of(choice), marks=pytest.mark.slow) for choice in others]
     return pytest.mark.parametrize("choice", params)
+
+
+def on_pairs(turn: int, rest: Sequence[Choice] = ()):
+    """A test on one layer for every part and one pair in `EVERY` in `make test`, for every pair in `make slow`.
+
+    Args:
+        turn: Number of the law; pairs that one law leaves out the next ones see.
+        rest: Further choices for `make slow`.
+    """
+    kept = dict.fromkeys([*PARTS, *PAIRS[turn % EVERY :: EVERY]])
+    return on_layers(list(kept), [*PAIRS, *rest])
 
 
 def on_models(turn: int):

@@ -13,7 +13,7 @@ from moe_peft.extend import EXPERTS
 from tests.contract.cases import randomize
 from tests.tiny import tiny_llama
 
-from .cases import PAIRS, PARTS, PLACED, batch_for, config_of, context, on_layers, parts_of
+from .cases import PARTS, PLACED, batch_for, config_of, context, on_layers, on_pairs, parts_of
 from .combinations import losses_for, placed
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -36,7 +36,7 @@ class FourBit(nn.Module):
         return self.linear(x)
 
 
-@on_layers(PAIRS)
+@on_pairs(7)
 def test_a_layer_in_four_bits_starts_as_it_was_and_trains_in_float32(choice):
     base, x_TD = FourBit().requires_grad_(False), torch.randn(12, WIDTH)
     assert base.linear.weight.quant_state is not None

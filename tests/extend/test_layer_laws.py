@@ -16,7 +16,6 @@ from .cases import (
     NEEDING,
     NUM_EXPERTS,
     OUT,
-    PAIRS,
     RANK,
     TRIPLES,
     close,
@@ -27,6 +26,7 @@ from .cases import (
     inputs,
     layer_of,
     on_layers,
+    on_pairs,
     parts_of,
     promised,
     token,
@@ -61,7 +61,7 @@ def sum_of_experts(bank, x_TD, base_TO, gates_TE, known):
     return expected
 
 
-@on_layers(PAIRS, TRIPLES)
+@on_pairs(0, TRIPLES)
 def test_a_layer_equals_its_tokens_and_experts_one_at_a_time(choice):
     layer, known, (x_TD, base_TO) = layer_of(choice), context(), inputs()
     x_TD.requires_grad_()
@@ -72,7 +72,7 @@ def test_a_layer_equals_its_tokens_and_experts_one_at_a_time(choice):
     close(again, found, "combine: with in_place=True it must compute the same")
 
 
-@on_layers(PAIRS, TRIPLES)
+@on_pairs(1, TRIPLES)
 def test_what_padding_holds_changes_no_other_token(choice):
     layer, (x_TD, base_TO) = layer_of(choice), inputs()
     for known in (context(), context(training=True)):
@@ -85,7 +85,7 @@ def test_what_padding_holds_changes_no_other_token(choice):
         close(results[1], results[0], f"{advice} False (training={known.training})", 1e-12)
 
 
-@on_layers(PAIRS, TRIPLES)
+@on_pairs(2, TRIPLES)
 def test_a_decision_has_the_shapes_and_the_names_that_the_contract_says(choice):
     layer, (x_TD, base_TO) = layer_of(choice), inputs()
     seen, num_tokens = noted(layer), len(x_TD)
@@ -110,7 +110,7 @@ def test_a_decision_has_the_shapes_and_the_names_that_the_contract_says(choice):
         assert words <= routing.extras.keys(), f"gives names {sorted(words)}, but extras has {sorted(routing.extras)}"
 
 
-@on_layers(PAIRS, TRIPLES)
+@on_pairs(3, TRIPLES)
 def test_no_token_is_an_empty_output(choice):
     layer = layer_of(choice)
     x_TD, base_TO = torch.zeros(0, IN).double().requires_grad_(), torch.zeros(0, OUT).double()
@@ -122,7 +122,7 @@ def test_no_token_is_an_empty_output(choice):
         found.sum().backward()
 
 
-@on_layers(PAIRS, TRIPLES)
+@on_pairs(4, TRIPLES)
 def test_a_training_pass_decides_like_evaluation_where_nothing_may_perturb_it(choice):
     layer, (x_TD, _) = layer_of(choice), inputs()
     layer.router["default"].perturbs_training = False
@@ -132,7 +132,7 @@ def test_a_training_pass_decides_like_evaluation_where_nothing_may_perturb_it(ch
     assert torch.equal(decided[0], decided[2]), "evaluation decides the same twice: keep no state, draw no numbers"
 
 
-@on_layers(PAIRS, TRIPLES)
+@on_pairs(5, TRIPLES)
 def test_scores_stay_float32_in_16_bit_layers_and_outputs_do_not(choice):
     layer = layer_of(choice).to(torch.bfloat16)
     for part in parts_of(layer):
@@ -153,7 +153,7 @@ def test_scores_stay_float32_in_16_bit_layers_and_outputs_do_not(choice):
             assert not p.requires_grad or torch.isfinite(p.grad).all(), name
 
 
-@on_layers(PAIRS, TRIPLES)
+@on_pairs(6, TRIPLES)
 def test_tensors_alone_carry_what_a_part_has_become(choice):
     layer, known, (x_TD, base_TO) = layer_of(choice), context(), inputs()
     expected = layer.add("default", x_TD, base_TO.clone(), known)

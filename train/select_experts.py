@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from arguments import ScriptParser
+from chat_forms import as_messages
 from common import model_init_kwargs, refuse_plain_lora
 from data import DataArguments, load_data, names_of, splits
 from data_checks import check_columns, check_template
@@ -95,6 +96,7 @@ def main(
         model_args, training_args, can_quantize_experts(model_args, model)
     )
     rows, _ = splits(load_data(script_args, dataset_args, training_args.seed), script_args, evaluates=False)
+    rows = as_messages(rows)
     name = ", ".join(names_of(script_args)) or "the data of `datasets`"
     check_columns("select_experts", rows, training_args, name)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)

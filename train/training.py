@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from baseline_card import write_baseline_card
 from baselines import BASELINES, Baseline, check_flags
+from chat_forms import as_messages
 from checkpoints import resume_point
 from common import MoeArguments, model_init_kwargs, moe_config, refuse_plain_lora
 from data import load_data, names_of, splits
@@ -124,6 +125,8 @@ def prepare_data(
 
     script_args, dataset_args = data_args
     train_rows, eval_rows = splits(load_data(script_args, dataset_args, training_args.seed), script_args, evaluates)
+    if script == "sft":
+        train_rows, eval_rows = as_messages(train_rows), None if eval_rows is None else as_messages(eval_rows)
     where = ", ".join(names_of(script_args)) or "the data of `datasets`"
     check_columns(script, train_rows, training_args, where)
     if eval_rows is not None:

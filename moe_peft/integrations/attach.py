@@ -9,7 +9,7 @@ from torch import nn
 
 from ..forward.frozen import FrozenTensors
 from .callback import MoeCallback
-from .checks import check_adapter, check_count, check_training
+from .checks import check_adapter, check_count, check_sharded_dtypes, check_training
 from .console import print_tables
 from .groups import carry_groups, check_groups
 from .noise import say_what_is_off
@@ -68,6 +68,7 @@ def attach(
     check_count("attach", "console_steps", console_steps)
     check_adapter(trainer.model)
     check_training(trainer.args, trainer.model)
+    check_sharded_dtypes(trainer)
     check_groups(trainer)
     rates = Rates(router_lr, expert_lr, lora_plus_ratio)
     check_rates(trainer, rates)

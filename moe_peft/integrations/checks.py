@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from numbers import Integral, Real
 from typing import Any
 
+import torch
+from accelerate import DistributedType
 from torch import nn
 
 from ..layers import RoutedLayer
 from ..messages import shown, warn
 from ..quantization.four_bit import Dequantize
 from ..tuner.merging import check_merges, plan_merges
+
+UNIT = re.compile(r".*?\.\d+\.")
 
 
 def check_count(caller: str, name: str, value: Any) -> None:
@@ -117,6 +122,35 @@ def check_training(args: Any, model: nn.Module) -> None:
             "copies of the model share no routing. Start one process per GPU with `accelerate launch`, or show this "
             "process a single GPU (CUDA_VISIBLE_DEVICES=0)."
         )
+
+
+def check_sharded_dtypes(trainer: Any) -> None:
+    """Refuse what FSDP2 cannot split: trained parameters of two dtypes in one unit, which mixed precision makes one.
+
+    Args:
+        trainer: A trainer of transformers or TRL.
+
+    Raises:
+        ValueError: A layer has such parameters; nothing has been changed.
+    """
+    accelerator = getattr(trainer, "accelerator", None)
+    if accelerator is None or accelerator.distributed_type != DistributedType.FSDP:
+        return
+    if accelerator.mixed_precision != "no":
+        return
+    first: dict[str, tuple[str, torch.dtype]] = {}
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            numbered = UNIT.match(name)  # FSDP's units are the decoder layers, and what is left
+            own = name, parameter.dtype
+            other = first.setdefault("" if numbered is None else numbered.group(), own)
+            if other[1] != own[1]:
+                raise ValueError(
+                    f"attach: FSDP2 splits trained parameters of one dtype in a layer, but {other[0]} is {other[1]} "
+                    f"and {own[0]} is {own[1]}. Set bf16=True in the trainer's arguments, with which all that is "
+                    "trained is float32, load the base model in float32, or leave modules_to_save, train_router and "
+                    "train_shared_experts off. Nothing has been changed."
+                )
 
 
 def has_four_bit_experts(model: nn.Module) -> bool:

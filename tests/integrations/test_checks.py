@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+from accelerate import DistributedType
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from moe_peft import EsftConfig, MoeCallback, MovConfig, RoutedConfig, attach
-from moe_peft.integrations.checks import check_adapter, is_count, is_number
+from moe_peft.integrations.checks import check_adapter, check_sharded_dtypes, is_count, is_number
 from tests.contract.cases import tiny_olmoe
 from tests.integrations.test_callback import rows
 from tests.tiny import tiny_llama
@@ -92,3 +95,18 @@ def test_what_counts_as_a_number():
     assert is_count(0) and is_count(3) and is_number(2) and is_number(0.5)
     assert not any(is_count(value) for value in BAD_COUNTS)
     assert not any(is_number(value) for value in ("1", True, None, float("nan"), float("inf"), 1j, 10**400))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("train_router", [False, True])
+def test_trained_parameters_of_two_dtypes_in_a_layer_are_refused_before_fsdp_would(train_router, precision):
+    model = get_peft_model(tiny_olmoe().bfloat16(), EsftConfig(experts={"0": [1]}, train_router=train_router))
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, mixed_precision=precision)
+    trainer = SimpleNamespace(model=model, accelerator=accelerator)
+    if train_router and precision == "no":
+        with pytest.raises(ValueError, match=r"one dtype in a layer, but .*layers\.0\..* is torch\..*Set bf16=True"):
+            check_sharded_dtypes(trainer)
+    else:
+        check_sharded_dtypes(trainer)
+    accelerator.distributed_type = DistributedType.MULTI_GPU
+    check_sharded_dtypes(trainer)

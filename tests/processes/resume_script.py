@@ -32,7 +32,11 @@ def trainer_of(folder: str, steps: int, alpha: int) -> SFTTrainer:
     config = moe_peft.RoutedConfig(task_type="CAUSAL_LM", num_experts=4, r=2, lora_alpha=alpha)
     rows = Dataset.from_list([{"input_ids": [3 + i, 5, 7, 9]} for i in range(8)])
     trainer = SFTTrainer(
-        model=base_of("routed"), args=args, train_dataset=rows, processing_class=tokenizer(), peft_config=config
+        model=base_of("routed", Path(folder)),
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer(),
+        peft_config=config,
     )
     return moe_peft.attach(trainer)
 

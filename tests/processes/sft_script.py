@@ -1,9 +1,9 @@
 """One optimizer step of SFTTrainer, to be launched with any number of processes: the same global batch each time.
 
-accelerate launch tests/processes/sft_script.py <folder> <method> <accumulation>-<scope> ...
+accelerate launch tests/processes/sft_script.py <folder> <method,method,...> <accumulation>-<scope> ...
 
-Each setting is a run of its own, in the folder of its name. A method is a name, or `<name>@<way>`: several processes
-then have a model that transformers has split when it loaded it.
+Each setting is a run of its own, in the folder of its name, below one of the method's name where there are several.
+A method is a name, or `<name>@<way>`: several processes then have a model that transformers split when it loaded it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import DistributedType
-from accelerate.state import AcceleratorState
+from accelerate import DistributedType, ParallelismConfig
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from datasets import Dataset
 from torch import distributed as dist
@@ -28,7 +28,14 @@ from tests.methods.esft_models import EXPERTS, sparse_model
 from tests.tiny import tiny_llama
 
 ROWS = 8
-WAYS = {"fsdp": {"fsdp_size": 2}, "ep+fsdp": {"fsdp_size": 2, "ep_size": 2}}
+WAYS = {
+    "fsdp": {"fsdp_size": 2},
+    "ep+fsdp": {"fsdp_size": 2, "ep_size": 2},
+    "tp": {"tp_size": 2, "tp_plan": "auto"},
+    "tp+ep": {"tp_size": 2, "tp_plan": "auto", "ep_size": 2},
+}
+# Adapters are split like the experts, and trained with all that acts on gradients and states.
+WAYS |= {f"{way}+split": {**WAYS[way], "ep_implementation": "moe_peft"} for way in ("ep+fsdp", "tp+ep")}
 
 
 def allow_fsdp_on_cpu() -> None:
@@ -42,6 +49,11 @@ def allow_fsdp_on_cpu() -> None:
             self.fsdp_plugin = fsdp_plugin or FullyShardedDataParallelPlugin()
 
     AcceleratorState.__init__ = init
+
+
+def allow_tensor_parallelism_on_cpu() -> None:
+    """Accelerate takes it for a setting of GPUs alone, and looks at nothing else in this check."""
+    ParallelismConfig._validate_accelerator = lambda self, accelerator: None
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -69,8 +81,10 @@ def base_of(method: str, folder: Path) -> PreTrainedModel:
 
 def config_of(method: str, scope: str) -> moe_peft.config.MoeConfig:
     fields = {"task_type": "CAUSAL_LM", "init_weights": False, "load_balancing_scope": scope}
-    if method == "esft":
+    if method.startswith("esft"):
         return moe_peft.EsftConfig(task_type="CAUSAL_LM", experts=EXPERTS)
+    if method.startswith("expert-lora"):
+        return moe_peft.ExpertLoraConfig(r=4, task_type="CAUSAL_LM", init_weights=False)
     if method.startswith("perft-e"):
         return moe_peft.PerftConfig(variant="E", r=4, lora_dropout=0.0, task_type="CAUSAL_LM", init_weights=False)
     if method.startswith("perft"):
@@ -79,12 +93,13 @@ def config_of(method: str, scope: str) -> moe_peft.config.MoeConfig:
 
 
 def main(folder: str, accumulation: int, scope: str, method: str) -> None:
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    way = method.partition("@")[2]
+    batches = int(os.environ.get("WORLD_SIZE", "1")) if "tp" not in way.split("+") else 1
     ids = torch.randint(3, 60, (ROWS, 6), generator=torch.Generator().manual_seed(3)).tolist()
     args = SFTConfig(
         output_dir=folder,
         max_steps=1,
-        per_device_train_batch_size=ROWS // world // accumulation,
+        per_device_train_batch_size=ROWS // batches // accumulation,
         gradient_accumulation_steps=accumulation,
         optim="sgd",
         learning_rate=0.5,
@@ -99,6 +114,9 @@ def main(folder: str, accumulation: int, scope: str, method: str) -> None:
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
     )
+    if way.endswith("split"):
+        args.optim, args.adam_epsilon, args.max_steps = "adamw_torch", 1e-2, 2
+        args.learning_rate, args.weight_decay, args.max_grad_norm = 0.05, 0.1, 0.05
     if method != "routed":
         # The backbone's own balance loss, which TRL would add, is measured process by process.
         args.router_aux_loss_coef = 0.0
@@ -125,6 +143,12 @@ def main(folder: str, accumulation: int, scope: str, method: str) -> None:
 if __name__ == "__main__":
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         allow_fsdp_on_cpu()
-    for setting in sys.argv[3:]:
-        micro_batches, _, measured_on = setting.partition("-")
-        main(str(Path(sys.argv[1]) / setting), int(micro_batches), measured_on, sys.argv[2])
+    allow_tensor_parallelism_on_cpu()
+    methods = sys.argv[2].split(",")
+    for method in methods:
+        for setting in sys.argv[3:]:
+            AcceleratorState._reset_state(False)  # methods may split their models in other ways
+            GradientState._reset_state()
+            micro_batches, _, measured_on = setting.partition("-")
+            target = Path(sys.argv[1], *([method] if len(methods) > 1 else []), setting)
+            main(str(target), int(micro_batches), measured_on, method)

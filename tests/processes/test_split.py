@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.contract.cases import tiny_olmoe
-from tests.processes.split_worker import CASES
+from tests.processes.split_worker import CASES, EXPERTS
 from tests.processes.test_parallel import tiny_gpt_oss, tiny_qwen3_moe
 from tests.processes.together import run_together
 
@@ -27,9 +27,9 @@ def check(model, way, cases, folder, processes):
         found = json.loads((folder / f"split.{rank}.json").read_text())
         assert found.keys() == set(cases)
         for case, facts in found.items():
-            assert (
-                0 < facts.pop("parts") <= (facts["all"] if case.endswith(("full", "lora-some")) else facts["all"] / 2)
-            )
+            # Selections lie unevenly: every process has as many rows as the one with the most.
+            share = 2 / 3 if CASES[case].get("experts") is EXPERTS else 1 / 2
+            assert 0 < facts.pop("parts") <= share * facts["all"], (case, facts)
             held[case] += facts.pop("all")
             for what, far in facts.items():
                 assert far < (2e-5 if what == "gradients" else 1e-5), (way, case, what, far)

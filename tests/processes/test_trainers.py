@@ -39,7 +39,8 @@ FSDP = {
 }
 SINGLE = {"distributed_type": "NO", "use_cpu": True, "num_processes": 1, "num_machines": 1}
 SHARDED = {**FSDP, "fsdp_config": {**FSDP["fsdp_config"], "fsdp_state_dict_type": "SHARDED_STATE_DICT"}}
-LAUNCHES = {"one": SINGLE, "ddp": DDP, "fsdp": FSDP, "sharded": SHARDED}
+FROM_ONE = {**FSDP, "fsdp_config": {**FSDP["fsdp_config"], "fsdp_cpu_ram_efficient_loading": True}}
+LAUNCHES = {"one": SINGLE, "ddp": DDP, "fsdp": FSDP, "sharded": SHARDED, "fsdp-from-one": FROM_ONE}
 for stage in (2, 3):
     # DeepSpeed finds that there is no GPU by itself, and its launcher is not told so.
     zero = {"zero_stage": stage, "zero3_init_flag": stage == 3}
@@ -62,7 +63,7 @@ WHOLE, LOCAL, WINDOW = "1-global_batch", "1-micro_batch", "2-accumulation_window
 
 def launch(folder: Path, how: str, *settings: str, method: str = "routed") -> Path:
     """Train with accelerate's launcher, once for each setting, in a folder of its own."""
-    target = folder / f"{how}-{method}"
+    target = folder / f"{how}-{method}"[:40]
     target.mkdir()
     config = target / "accelerate.yaml"
     text = yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", "mixed_precision": "no", **LAUNCHES[how]})
@@ -76,7 +77,7 @@ def run_script(config: Path, script: str, *arguments: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["--main_process_port", str(free_port()), f"tests/processes/{script}.py", *arguments]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
 
 
@@ -137,24 +138,45 @@ def test_accumulation_on_two_processes_equals_accumulation_on_one_with_the_same_
         torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+SPARSE = ["esft", "perft", "perft-e", "expert-lora"]
+# The launcher starts processes, and the model has been split when it was loaded.
+SPLIT = ["perft@fsdp", "perft@ep+fsdp", "perft-e@ep+fsdp", "perft@tp", "perft-e@tp+ep"]
+LIKE_EXPERTS = [
+    f"{name}@{way}+split" for name, way in itertools.product(["perft-e", "esft", "expert-lora"], ["tp+ep", "ep+fsdp"])
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folder of the runs of a launch, each started once for all methods that it is asked for."""
+    folder, found = tmp_path_factory.mktemp("runs"), {}
+
+    def of(how):
+        if how not in found:
+            methods = {"one": [*SPARSE, *SPLIT, *LIKE_EXPERTS], "ddp": ["esft", "perft", *SPLIT, *LIKE_EXPERTS]}
+            found[how] = launch(folder, how, WHOLE, method=",".join(methods.get(how, SPARSE)))
+        return found[how]
+
+    return of
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "how"),
     [
-        *itertools.product(["esft", "perft"], ["ddp", "fsdp"]),
-        # The launcher starts processes, and the model has been split when it was loaded.
-        *itertools.product(["perft@fsdp", "perft@ep+fsdp", "perft-e@ep+fsdp"], ["ddp"]),
+        *itertools.product(["esft", "perft", *SPLIT, *LIKE_EXPERTS], ["ddp"]),
+        *itertools.product(SPARSE, ["fsdp", "fsdp-from-one"]),
     ],
 )
-def test_two_processes_train_a_sparse_backbones_adapter_as_one(method, how, tmp_path):
-    two, one = (launch(tmp_path, processes, WHOLE, method=method) / WHOLE for processes in (how, "one"))
+def test_two_processes_train_a_sparse_backbones_adapter_as_one(method, how, runs):
+    two, one = runs(how) / method / WHOLE, runs("one") / method / WHOLE
     facts, single = facts_of(two), facts_of(one)
-    assert facts["world"] == 2 and facts["sharded"] == (how == "fsdp" or "@" in method)
+    assert facts["world"] == 2 and facts["sharded"] == (how.startswith("fsdp") or "@" in method)
     found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (two, one))
     assert found.keys() == expected.keys()
     for name, wanted in expected.items():
         torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-    keys = {"loss", *(key for key in single["log"] if key.startswith("moe/"))}
+    keys = {"loss", "grad_norm", *(key for key in single["log"] if key.startswith("moe/"))}
     assert {key: facts["log"][key] for key in keys} == pytest.approx(
         {key: single["log"][key] for key in keys}, rel=1e-4
     )
@@ -171,3 +193,15 @@ def test_sharded_states_are_resumed_with_their_own_settings_alone(tmp_path):
     assert "adapter_model.safetensors" not in facts["files"]
     assert "lora_alpha=4, but the adapter 'default' that is to be trained has lora_alpha=16" in facts["refused"]
     assert facts["refused at"] == 0 and facts["resumed to"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["one", "ddp", "fsdp", "sharded", *ZERO])
+def test_a_resumed_run_ends_where_one_without_a_break_does(how, tmp_path):
+    config = tmp_path / "accelerate.yaml"
+    fields = {"compute_environment": "LOCAL_MACHINE", "mixed_precision": "no", **LAUNCHES[how]}
+    config.write_text(yaml.safe_dump(fields))
+    run_script(config, "resumed_script", str(tmp_path))
+    facts = facts_of(tmp_path)
+    assert facts["world"] == (1 if how == "one" else 2) and facts["steps"] == [3, 3]
+    assert facts["tensors"] > 4 and facts["moved"] > 1e-3 and facts["far"] < 1e-6, facts

@@ -79,10 +79,10 @@ def compared(case: str, folder: Path) -> dict[str, Any]:
         unset_hf_deepspeed_config()
         del keeper
     put(model, dict(whole.named_parameters()))
-    lengths, expected = router_norms(model), router_norms(whole)
-    facts["norms"] = lengths.keys() == expected.keys() and all(lengths[n].equal(own) for n, own in expected.items())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(trained, lr=0.0), config=CONFIG)
+    lengths, expected = router_norms(engine.module), router_norms(whole)
+    facts["norms"] = lengths.keys() == expected.keys() and all(lengths[n].equal(own) for n, own in expected.items())
     ids = torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(2))
     out = engine(input_ids=ids, labels=ids)
     engine.backward(out.loss)

@@ -32,6 +32,7 @@ from trl import SFTConfig
 
 import moe_peft
 from moe_peft.cli.launch import PROGRAM
+from moe_peft.files import filled_folder
 from moe_peft.methods import METHODS
 from moe_peft.selection.scores import AGGREGATES, CRITERIA
 from moe_peft.selection.scoring import sparse_layers
@@ -221,22 +222,22 @@ def score(trainer: Any, arguments: SelectionArguments) -> moe_peft.ExpertScores:
 
 
 def report(selection: moe_peft.ExpertSelection, scores: moe_peft.ExpertScores, folder: Path) -> None:
-    """Write the files, and print the table and what to do next.
+    """Write the files, all of them or none, and print the table and what to do next.
 
     Args:
         selection: Selected experts.
         scores: What they were selected by.
         folder: Output folder, made if absent.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    selection.save(folder / "expert_config.json")
-    scores.save(folder / "summary.json")
-    print(f"{scores.num_tokens:,} tokens of {scores.num_samples:,} samples")
-    print(moe_peft.selection_table(selection, scores))
-    try:
-        moe_peft.plot_selection({folder.name: selection}, folder / "selection.png")
-    except ImportError as error:
-        print(f"No plot: {error}")
+    with filled_folder(folder) as growing:
+        selection.save(growing / "expert_config.json")
+        scores.save(growing / "summary.json")
+        print(f"{scores.num_tokens:,} tokens of {scores.num_samples:,} samples")
+        print(moe_peft.selection_table(selection, scores))
+        try:
+            moe_peft.plot_selection({folder.name: selection}, growing / "selection.png")
+        except ImportError as error:
+            print(f"No plot: {error}")
     method = methods_of_selections()[0]
     program = "moe-peft sft" if os.environ.get(PROGRAM) else "train/sft.py"
     print(f"Train them: {program} --moe_method {method} --moe_experts {folder / 'expert_config.json'}", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import common
 import pytest
@@ -152,6 +153,22 @@ def test_flags_reach_the_selection_and_the_file(tmp_path):
             run_here("select_experts", tmp_path / "run.yaml", *flags)
     run_here("select_experts", tmp_path / "run.yaml", "--train_shared_experts", "true")
     assert ExpertSelection.load(tmp_path / "out/expert_config.json").shared_experts
+
+
+def test_an_interruption_while_files_are_written_leaves_none(tmp_path):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    selection, scores = ExpertSelection({"0": [1]}), SimpleNamespace(save=interrupted)
+    for folder in (tmp_path / "new", tmp_path):
+        with pytest.raises(KeyboardInterrupt):
+            script.report(selection, scores, folder)
+        assert not list(tmp_path.iterdir())
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/expert_config.json").write_text("{}")
+    with pytest.raises(KeyboardInterrupt):
+        script.report(selection, scores, tmp_path / "old")
+    assert [(path.name, path.read_text()) for path in (tmp_path / "old").iterdir()] == [("expert_config.json", "{}")]
 
 
 def test_the_order_of_the_examples_follows_the_seed(tmp_path):

@@ -56,11 +56,11 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/train_step.py --dtypes float32 --tokens 16 256 --layers 4 --output benchmarks/results/train_step.json
-	$(BIN)/python benchmarks/train_step.py --dtypes bfloat16 --tokens 16 256 --output benchmarks/results/train_step_bfloat16.json
+	$(BIN)/python benchmarks/train_step.py --dtypes bfloat16 --tokens 16 --rounds 9 --output benchmarks/results/train_step_bfloat16.json
 	$(BIN)/python benchmarks/train_step.py --dtypes float32 --tokens 2048 --layers 1 \
 		--output benchmarks/results/train_step_2048.json
 	$(BIN)/python benchmarks/train_step.py --dtypes float32 --tokens 256 --layers 1 --experts 32 --all-linear --slow \
-		--telemetry --output benchmarks/results/train_step_32_experts.json
+		--telemetry --rounds 5 --output benchmarks/results/train_step_32_experts.json
 	$(BIN)/python benchmarks/moe_block.py --output benchmarks/results/moe_block.json
 	$(BIN)/python benchmarks/decode.py --output benchmarks/results/decode.json
 	$(BIN)/python benchmarks/expert_lora.py --dtypes float32 --experts 64 --output benchmarks/results/expert_lora.json

@@ -392,3 +392,10 @@ def test_a_cpu_says_whether_it_multiplies_in_16_bits(name):
     assert asked is not None and isinstance(asked(), bool), (
         "torch tells 16-bit products of a CPU elsewhere: mend ops/dtypes.py, or they are slow where it has none."
     )
+
+
+def test_torch_says_whether_any_autocast_is_on():
+    advice = "mend ops/dtypes.py: ask torch.is_autocast_enabled of each kind of device"
+    assert torch._C._is_any_autocast_enabled() is False, advice
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch._C._is_any_autocast_enabled() is True, advice

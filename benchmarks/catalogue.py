@@ -1,6 +1,7 @@
 """A training step with each registered part over one of plain LoRA: what a choice of parts costs at one size.
 
     python benchmarks/catalogue.py [--tokens 256] [--hidden 256] [--rounds 5] [--output results.json]
+    python benchmarks/catalogue.py --only tree top_p --update --output results.json     only these rows anew
 
 Every contestant adapts the FFN of the same Llama-like model: a part stands with the usual other parts (dense softmax
 routing, linear scores, low-rank experts, no router loss), or with the first that give what it needs. E experts of rank
@@ -12,13 +13,15 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from dense_models import FFN, LORA, adapted, backbone
 from peft import LoraConfig
-from timing import interleave, print_rows, rows, write
+from timing import interleave, machine, print_rows, rows, write
 from torch import nn
 
 import moe_peft
@@ -33,7 +36,11 @@ AXES["experts"] = EXPERTS
 # Why parts cost more than plain LoRA of as many parameters.
 REASONS = {
     "ffn_lora": "the FFN's own products run once for each chosen expert, as in the paper",
+    "balanced_assignment": "an auction assigns the tokens of each sequence on the host, round by round",
+    "compete": "timed is a step in which all experts compete, which is one in ten by default",
 }
+# Options under which a part does in each timed step what it is there for.
+OPTIONS: dict[str, dict[str, Any]] = {"compete": {"router_args": {"compete_rate": 1.0, "warm_up": 0}}}
 
 
 def fits(choice: dict[str, str]) -> bool:
@@ -58,7 +65,8 @@ def fields_of(choice: dict[str, str]) -> dict[str, Any]:
     placement = EXPERTS[choice["experts"]].placement
     targets = {"target_modules": FFN} if placement is None else {"wraps": "block"}
     parts = *router_parts(*_router(choice)), EXPERTS[choice["experts"]]
-    return {**choice, **targets, "allow_non_causal": not all(part.causal for part in parts)}
+    options = OPTIONS.get(choice["scorer"], {})
+    return {**choice, **targets, **options, "allow_non_causal": not all(part.causal for part in parts)}
 
 
 def choices() -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -129,6 +137,32 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
+def with_others(found: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """New rows and those of the other registered parts, in the order of the registries.
+
+    Args:
+        found: Rows of `measured`.
+        before: Of a file.
+    """
+    rows_by_part = {(own["axis"], own["contestant"]): own for own in (*before, *found)}
+    return [rows_by_part[axis, name] for axis, name, _ in choices() if (axis, name) in rows_by_part]
+
+
+def update(output: Path, found: list[dict[str, Any]]) -> None:
+    """Put new rows into a file of this machine and these versions, which keeps its others and its command.
+
+    Args:
+        output: The file.
+        found: Rows of `measured`.
+    """
+    record = json.loads(output.read_text(encoding="utf-8"))
+    other = [name for name, value in machine().items() if name != "command" and record[name] != value]
+    if other:
+        raise SystemExit(f"{output} is of another {other[0]}, so that its rows do not stand beside these.")
+    record["rows"] = with_others(found, record["rows"])
+    output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -141,6 +175,7 @@ def main() -> None:
     parser.add_argument("--together", type=int, default=12, help="contestants that take turns with LoRA")
     parser.add_argument("--only", nargs="+", help="names of parts")
     parser.add_argument("--output")
+    parser.add_argument("--update", action="store_true", help="keep the output's rows of other parts")
     args = parser.parse_args()
     torch.set_num_threads(1)
     found = measured(args)
@@ -149,7 +184,10 @@ def main() -> None:
         f"FFN, {args.tokens} tokens"
     )
     print_rows(title, found)
-    write(args.output, title, found)
+    if args.update:
+        update(Path(args.output), found)
+    else:
+        write(args.output, title, found)
 
 
 if __name__ == "__main__":

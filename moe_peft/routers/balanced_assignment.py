@@ -6,8 +6,9 @@
 BASE layers (Lewis et al., arXiv 2103.16716, with `gate="sigmoid"`), which assign the tokens of all processes together,
 here those of each sequence. An auction finds the assignment: free tokens bid for the expert that they gain most with,
 and an expert keeps its c best bids; the sum is within n eps of the best, eps being a hundredth of the scores' range.
+Experts that a token may not see count as one range worse than the worst that any may, so that few are given to it.
 An earlier token's expert depends on later tokens in training: for encoders, not for causal models. The auction runs on
-the host, round by round.
+the host, round by round, so that compiled training has a break in its graph here.
 """
 
 from __future__ import annotations
@@ -16,10 +17,15 @@ import torch
 
 from ..types import Routing, TokenContext
 from .selector import Selector
+from .task_table import MASKED
 from .whole_rows import check_whole_rows
 
 # Bids rise by the range of the scores over this number at least.
 STEPS = 100
+WHY_NOT_COMPILED = (
+    "router='balanced_assignment' assigns tokens by an auction on the host, whose rounds no graph can hold: leave "
+    "fullgraph out"
+)
 
 
 class BalancedAssignment(Selector):
@@ -51,6 +57,7 @@ class BalancedAssignment(Selector):
         )
 
 
+@torch.compiler.disable(reason=WHY_NOT_COMPILED)
 def _by_sequence(z_TE: torch.Tensor, experts_T: torch.Tensor, context: TokenContext) -> torch.Tensor:
     """(T,) experts of the valid tokens by assignment within their sequence, and of padding as they were."""
     why = "tokens of whole rows are assigned together"
@@ -69,7 +76,8 @@ def assign(z_nE: torch.Tensor, places: int) -> torch.Tensor:
     """Assign tokens to experts with a nearly largest sum of scores, by an auction.
 
     Args:
-        z_nE: (n, E) scores; where one is not finite, each token takes its largest.
+        z_nE: (n, E) scores; where one is not finite, each token takes its largest. Those near `MASKED` are of experts
+            that a token may not see.
         places: Tokens that an expert takes at most; `places` times E is n or more.
 
     Returns:
@@ -81,6 +89,7 @@ def assign(z_nE: torch.Tensor, places: int) -> torch.Tensor:
         return torch.zeros_like(expert_n)
     if not bool(z_nE.isfinite().all()):
         return z_nE.argmax(-1)
+    z_nE = _with_one_range(z_nE)
     # Every bid must raise a price: in float64, and from zero, no step is lost beside the size of the scores.
     z_nE = z_nE.double() - z_nE.max().double()
     spread = -z_nE.min()
@@ -96,3 +105,13 @@ def assign(z_nE: torch.Tensor, places: int) -> torch.Tensor:
         expert_n = torch.where(bids_nE.isfinite().any(-1), bids_nE.argmax(-1), -1)
         prices_E = best_cE[-1].clamp_min(0)  # free while a place is
     return expert_n
+
+
+def _with_one_range(z_nE: torch.Tensor) -> torch.Tensor:
+    """Scores whose range is that of the experts which tokens may see, twice where there are others."""
+    unseen_nE = z_nE < MASKED / 2
+    seen_n = z_nE[~unseen_nE]
+    if not bool(unseen_nE.any()) or seen_n.numel() == 0:
+        return z_nE
+    least, spread = seen_n.min(), seen_n.max() - seen_n.min()
+    return torch.where(unseen_nE, least - torch.where(spread > 0, spread, 1.0), z_nE)

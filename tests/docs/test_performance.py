@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from moe_peft.extend import EXPERTS, GATES, LOSSES, ROUTERS, SCORERS
+
 ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
@@ -36,6 +38,14 @@ def test_a_record_names_machine_versions_and_command_and_has_enough_rounds(path)
 def test_parts_that_cost_more_than_lora_say_why():
     rows = json.loads((ROOT / "benchmarks" / "results" / "catalogue.json").read_text())["rows"]
     assert len(rows) > 40 and all(bool(row["why"]) == (row["ratio"] > 1.3) for row in rows)
+
+
+def test_every_registered_part_has_its_cost_in_the_table():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "catalogue.json").read_text())["rows"]
+    timed = {(row["axis"], row["contestant"]) for row in rows}
+    axes = {"router": ROUTERS, "scorer": SCORERS, "gate": GATES, "experts": EXPERTS, "loss": LOSSES}
+    lacking = {(axis, name) for axis, registry in axes.items() for name in registry} - timed
+    assert not lacking, f"run benchmarks/catalogue.py --update --only ... and benchmarks/table.py: {sorted(lacking)}"
 
 
 def _bench() -> str:

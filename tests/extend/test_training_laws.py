@@ -65,7 +65,9 @@ def tensors_of(model) -> dict[str, tuple[torch.Tensor, bool]]:
     for layer in routed_layers(model):
         for kind, part in (("experts", layer.experts["default"]), ("router", layer.router["default"])):
             for name, tensor in part.named_parameters():
-                changes = name not in part.frozen or getattr(part, "counts", False)
+                select = getattr(part, "select", None)
+                of_selector = select is not None and select.counts and name in select.tensors(part.num_experts)
+                changes = name not in part.frozen or of_selector
                 found[f"{layer.place}.{kind}.{name}"] = (tensor.detach().clone(), changes)
     return found
 

@@ -10,6 +10,7 @@ import torch
 from moe_peft import RoutedConfig
 from moe_peft.routers.balanced_assignment import STEPS, BalancedAssignment, assign
 from moe_peft.routers.sigmoid import Sigmoid
+from moe_peft.routers.task_table import MASKED
 from moe_peft.types import TokenContext
 from tests.compare import assert_same
 
@@ -26,6 +27,29 @@ def test_the_sum_is_near_that_of_the_best_even_assignment(n, experts, seed):
     found = assign(z, places)
     assert found.bincount(minlength=experts).max() <= places
     assert z.gather(1, found[:, None]).sum() >= best - n * (z.max() - z.min()) / STEPS
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_experts_out_of_sight_make_the_assignment_of_the_others_no_coarser(seed):
+    n, experts = 6, 3
+    z = torch.randn(n, experts, generator=torch.Generator().manual_seed(seed)).double()
+    seen = torch.ones(n, experts, dtype=torch.bool)
+    seen[[0, 1], [0, 2]] = False
+    every = [a for a in itertools.product(range(experts), repeat=n) if max(a.count(e) for e in a) <= 2]
+    allowed = [a for a in every if all(seen[t, e] for t, e in enumerate(a))]
+    best = max(sum(z[t, e].item() for t, e in enumerate(a)) for a in allowed)
+    found = assign(z.masked_fill(~seen, MASKED), 2)
+    assert found.bincount(minlength=experts).max() <= 2 and seen[range(n), found].all()
+    assert z.gather(1, found[:, None]).sum() >= best - n * 2 * (z.max() - z.min()) / STEPS
+
+
+def test_a_compiled_training_step_says_why_it_has_no_single_graph():
+    made, x = linear(BalancedAssignment())
+    known = TokenContext(training=True, sequences=torch.zeros(T, dtype=torch.long), num_sequences=1)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="auction on the host"):
+        torch.compile(made, backend="eager", fullgraph=True)(x, known)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(made, backend="eager")(x, known).experts, made(x, known).experts)
 
 
 @pytest.mark.parametrize("n", [0, 1, 63])

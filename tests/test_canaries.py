@@ -141,6 +141,7 @@ NAMES = [
         "forward/calls.py and objective.py hear the end of a backward by it",
     ),
     ("torch._C", "_current_graph_task_id", None, "forward/recomputation.py knows a backward by it"),
+    ("torch._C", "_is_any_autocast_enabled", None, "ops/dtypes.py asks once for all devices by it"),
     ("torch._C", "_current_autograd_node", None, "forward/recomputation.py knows what a backward repeats by it"),
 ]
 SINCE_0_21 = ("_get_adapter_state_dict", "_remove_adapter_name_from_key", "_remap_adapter_state_dict_for_load")

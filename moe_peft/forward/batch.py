@@ -57,15 +57,19 @@ def _number_of_samples(inputs: Mapping[str, Any], tokens: torch.Tensor) -> int:
     return samples if samples and num_rows % samples == 0 else num_rows
 
 
-def mask_of(inputs: Mapping[str, Any], whole: Mapping[str, Any], shape: tuple[int, int] | None) -> torch.Tensor | None:
+def mask_of(
+    inputs: Mapping[str, Any], whole: Mapping[str, Any], shape: tuple[int, int] | None, config: Any = None
+) -> torch.Tensor | None:
     """The mask of a stack's own tokens.
 
-    A decoder whose batch has labels alone is given none: its padding is what comes after the last label of a row.
+    A decoder whose batch has labels alone is given none: its padding is what comes after the last label of a row. A
+    trainer that smooths labels keeps them to itself: what comes after a row's last token is padding then.
 
     Args:
         inputs: Arguments of the stack.
         whole: Those of the call of the whole model that it belongs to, which may be the same.
         shape: (B, L) of the stack's tokens.
+        config: Configuration of the stack, which says what tokens of padding and ends are; None where there is none.
 
     Returns:
         (B, L), or longer where earlier tokens are cached; None where all tokens are valid.
@@ -77,9 +81,28 @@ def mask_of(inputs: Mapping[str, Any], whole: Mapping[str, Any], shape: tuple[in
     if given is not None:
         return given if tuple(given.shape) == shape else None
     labels = two_dimensional(whole.get("labels"))
-    if labels is None or labels.is_floating_point() or tuple(labels.shape) != shape:
+    if labels is None:
+        return _before_padding(two_dimensional(inputs.get("input_ids")), shape, config)
+    if labels.is_floating_point() or tuple(labels.shape) != shape:
         return None
     return (labels != IGNORED_LABEL).flip(1).cummax(1).values.flip(1)
+
+
+def _before_padding(ids: torch.Tensor | None, shape: tuple[int, int] | None, config: Any) -> torch.Tensor | None:
+    """Which tokens of a decoder have a label, by their ids: those before the last one of a row that is no padding.
+
+    Labels are shifted to the right to make them, so that the token of the end, which predicts nothing, has none.
+    """
+    padding, ends = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
+    if ids is None or not isinstance(padding, int) or tuple(ids.shape) != shape or ids.shape[1] < 2:
+        return None
+    positions = torch.arange(ids.shape[1], device=ids.device)
+    last_B = torch.where(ids != padding, positions, 0).amax(1)
+    ended_B = torch.zeros_like(last_B, dtype=torch.bool)
+    for end in ends if isinstance(ends, (list, tuple)) else [ends]:
+        if isinstance(end, int) and end != padding:
+            ended_B |= ids.gather(1, last_B[:, None])[:, 0] == end
+    return positions <= (last_B - (ended_B & (last_B > 0)).to(last_B.dtype))[:, None]
 
 
 def two_dimensional(value: Any) -> torch.Tensor | None:

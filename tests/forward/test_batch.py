@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -42,6 +44,22 @@ def test_ids_of_codebooks_are_rows_of_one_sample():
     assert batch_shape({"input_ids": ids, "encoder_hidden_states": states}) == (2, 3)
     for others in ({"attention_mask": torch.ones(3, 3)}, {"attention_mask": torch.ones(2, 7)}, {}):
         assert batch_shape({"input_ids": ids, **others}) == (8, 3)
+
+
+@pytest.mark.parametrize(("start", "padding", "end"), [(0, 0, 1), (2, 1, 2), (2, 1, [2, 9])])
+def test_a_decoder_whose_labels_are_kept_back_is_padded_behind_its_last_tokens(start, padding, end):
+    eos = end[0] if isinstance(end, list) else end
+    labels = torch.tensor([[5, 6, 7, eos], [5, 6, eos, -100], [5, eos, -100, -100], [eos, -100, -100, -100]])
+    ids = torch.cat([torch.full((4, 1), start), labels[:, :-1]], 1).masked_fill(labels.roll(1, 1) == -100, padding)
+    ids[:, 0] = start
+    states = {"encoder_hidden_states": torch.ones(4, 2, 2)}
+    config = SimpleNamespace(pad_token_id=padding, eos_token_id=end)
+    expected = mask_of(states, {"labels": labels}, (4, 4), config)
+    found = mask_of({**states, "input_ids": ids}, {}, (4, 4), config)
+    assert torch.equal(found, expected) and expected.sum(1).tolist() == [4, 3, 2, 1]
+    assert mask_of({**states, "input_ids": ids}, {}, (4, 4)) is None
+    assert mask_of({**states, "input_ids": ids}, {}, (2, 4), config) is None
+    assert mask_of({"input_ids": ids}, {}, (4, 4), config) is None
 
 
 def test_a_decoder_without_a_mask_is_padded_behind_its_last_labels():

@@ -90,6 +90,16 @@ def text_and_labels():
     return model, ["q", "v", "wi"], batches
 
 
+def text_and_labels_kept_back():
+    """What a trainer that smooths labels gives the model: the tokens that they are shifted to."""
+    model, targets, batches = text_and_labels()
+    ended = torch.tensor([[5, 6, 7, 1], [1, -100, -100, -100], [3, 1, -100, -100]])
+    for batch in batches:
+        labels = pad(ended, (0, batch.pop("labels").shape[1] - 4), value=-100)
+        batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+    return model, targets, batches
+
+
 def codebooks(num_rows):
     layers = {"num_hidden_layers": 1, "num_attention_heads": 4, "ffn_dim": 48, "num_codebooks": 4, "hidden_size": 32}
     ids = {"pad_token_id": PAD, "bos_token_id": PAD}
@@ -111,8 +121,22 @@ def codebooks(num_rows):
 
 @pytest.mark.parametrize(
     "build",
-    [speech_and_text, heads, text_and_labels, lambda: codebooks(3), lambda: codebooks(1)],
-    ids=["speech and text", "heads of frames", "labels alone", "codebooks", "codebooks of one sample"],
+    [
+        speech_and_text,
+        heads,
+        text_and_labels,
+        text_and_labels_kept_back,
+        lambda: codebooks(3),
+        lambda: codebooks(1),
+    ],
+    ids=[
+        "speech and text",
+        "heads of frames",
+        "labels alone",
+        "labels kept back",
+        "codebooks",
+        "codebooks of one sample",
+    ],
 )
 def test_rows_that_are_padded_more_have_the_same_router_losses(build):
     torch.manual_seed(0)

@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-# What the rows of a layer's input are: tokens of the text, encoder states that cross-attention reads, or patches of
-# images and frames of sound.
-Rows = Literal["tokens", "encoder_states", "media"]
+# What the rows of a layer's input are: tokens of the text, encoder states that cross-attention reads, patches of
+# images and frames of sound, or embeddings of relative positions, which belong to no sample; some layers read tokens
+# in one call of a pass and positions in another.
+Rows = Literal["tokens", "encoder_states", "media", "positions", "tokens_and_positions"]
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,8 @@ class TokenContext:
         assumed: Whether the mask, which has padding, is theirs only if the calls of the module are slices of the rows,
             one after the other.
         padding_known: Whether padding is told from tokens; False where rows have another length than their mask.
+        of_tokens: Whether these are tokens; False for embeddings of relative positions, whose number is that of the
+            longest row, so that no router loss and no statistic counts them.
     """
 
     training: bool = False
@@ -80,6 +82,7 @@ class TokenContext:
     part: int = 0
     assumed: bool = False
     padding_known: bool = True
+    of_tokens: bool = True
 
     def rows(self, numbers: Sequence[int]) -> TokenContext:
         """Describe the tokens of some rows of the batch, as batches that mix adapters split it.

@@ -11,14 +11,15 @@ from __future__ import annotations
 import ast
 import inspect
 import operator
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from types import CodeType, FunctionType
+from types import FunctionType
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from .source import attribute_path, definition_of, functions_of, names_in
 
 # What is asked of a weight without computing with it: attributes, and functions and methods that it is given to.
 METADATA = frozenset(
@@ -58,16 +59,16 @@ class Condition:
 
 
 @dataclass(frozen=True)
-class Read:
-    """A place in the source where a weight is read.
+class Use:
+    """A place in the source where a module is used.
 
     Attributes:
-        chain: Attributes that lead to the module, joined by dots.
+        path: Attributes that lead to the module, joined by dots.
         own: The name of the method's first argument.
         conditions: What has to hold for the place to be reached.
     """
 
-    chain: str
+    path: str
     own: str
     conditions: tuple[Condition, ...]
 
@@ -94,68 +95,34 @@ def read_weights(model: nn.Module) -> dict[str, str]:
             continue
         for read in _reads(type(module)):  # type: ignore[arg-type]
             if read.may_happen(module):
-                found[f"{name}.{read.chain}".lstrip(".")] = type(module).__name__
+                found[f"{name}.{read.path}".lstrip(".")] = type(module).__name__
     return found
 
 
 @lru_cache(maxsize=1024)
-def _reads(cls: type) -> tuple[Read, ...]:
-    """Every place in `forward`, and in the methods of the class that it leads to, where a weight is read."""
-    found: list[Read] = []
-    seen: set[str] = set()
-    todo = ["forward"]
-    while todo:
-        method = todo.pop()
-        function = inspect.unwrap(getattr(cls, method, None) or _nothing)
-        if method in seen or not isinstance(function, FunctionType):
-            continue
-        seen.add(method)
-        names = _names(function.__code__)
-        todo.extend(name for name in names if isinstance(inspect.getattr_static(cls, name, None), FunctionType))
-        if "weight" in names:
-            found.extend(_reads_of(function))
-    return tuple(found)
+def _reads(cls: type) -> tuple[Use, ...]:
+    """Every place in `forward`, and in what it leads to, where a weight is read."""
+    return tuple(
+        read
+        for function in functions_of(cls)
+        if "weight" in names_in(function.__code__)
+        for read in _reads_of(function)
+    )
 
 
-def _nothing() -> None:
-    """Stands for a method that a class does not have."""
-
-
-def _names(code: CodeType) -> set[str]:
-    """Names that a function, or one inside it, looks up."""
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            names |= _names(constant)
-    return names
-
-
-def _reads_of(function: FunctionType) -> list[Read]:
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, SyntaxError, TypeError):
-        return []
-    definition = next((node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)), None)
-    if definition is None or not definition.args.args:
+def _reads_of(function: FunctionType) -> list[Use]:
+    definition = definition_of(function)
+    if definition is None:
         return []
     own = definition.args.args[0].arg
-    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    parents = {child: node for node in ast.walk(definition) for child in ast.iter_child_nodes(node)}
     reads = []
     for node in ast.walk(definition):
         if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load):
-            chain = _chain(node.value, own)
-            if chain is not None and _computes(node, parents):
-                reads.append(Read(chain, own, tuple(_conditions(node, parents, chain, definition))))
+            module = attribute_path(node.value, own)
+            if module is not None and _computes(node, parents):
+                reads.append(Use(module, own, tuple(conditions_of(node, parents, module, definition))))
     return reads
-
-
-def _chain(node: ast.expr, own: str) -> str | None:
-    """`a.b` for the expression `self.a.b`."""
-    parts: list[str] = []
-    while isinstance(node, ast.Attribute):
-        parts.append(node.attr)
-        node = node.value
-    return ".".join(reversed(parts)) if parts and isinstance(node, ast.Name) and node.id == own else None
 
 
 def _computes(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
@@ -169,23 +136,30 @@ def _computes(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
     return not (isinstance(parent, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in parent.ops))
 
 
-def _conditions(
-    node: ast.AST, parents: dict[ast.AST, ast.AST], chain: str, function: ast.FunctionDef
+def conditions_of(
+    node: ast.AST, parents: dict[ast.AST, ast.AST], path: str, function: ast.FunctionDef
 ) -> Iterator[Condition]:
-    """The tests around an expression, and those before it that would have left the function."""
+    """The tests around an expression, and those before it that would have left the function.
+
+    Args:
+        node: The expression.
+        parents: Every node of the function -> the one around it.
+        path: Path of the module that the expression uses.
+        function: The function.
+    """
     own, absent = function.args.args[0].arg, _none_by_default(function)
     while node is not function:
         parent = parents[node]
         if isinstance(parent, (ast.If, ast.IfExp)) and node is not parent.test:
             body, other = _branches(parent)
             wanted = node in body
-            called = _calls(other if wanted else body, chain, own)
+            called = _calls(other if wanted else body, path, own)
             yield Condition(parent.test, wanted, absent if called else frozenset())
         for block in (getattr(parent, "body", None), getattr(parent, "orelse", None)):
             if isinstance(block, list) and node in block:
                 for before in block[: block.index(node)]:
                     if isinstance(before, ast.If) and isinstance(before.body[-1], (ast.Return, ast.Raise)):
-                        called = _calls(before.body, chain, own)
+                        called = _calls(before.body, path, own)
                         yield Condition(before.test, False, absent if called else frozenset())
         node = parent
 
@@ -196,10 +170,10 @@ def _branches(node: ast.If | ast.IfExp) -> tuple[list[ast.AST], list[ast.AST]]:
     return [node.body], [node.orelse]
 
 
-def _calls(nodes: Sequence[ast.AST], chain: str, own: str) -> bool:
-    """Whether statements call the module at the end of a chain."""
+def _calls(nodes: Sequence[ast.AST], path: str, own: str) -> bool:
+    """Whether statements call the module at the end of a path."""
     inside = (inner for node in nodes for inner in ast.walk(node))
-    return any(isinstance(inner, ast.Call) and _chain(inner.func, own) == chain for inner in inside)
+    return any(isinstance(inner, ast.Call) and attribute_path(inner.func, own) == path for inner in inside)
 
 
 def _none_by_default(function: ast.FunctionDef) -> frozenset[str]:
@@ -235,7 +209,7 @@ def evaluate(node: ast.expr, module: nn.Module, own: str, absent: frozenset[str]
             return UNKNOWN if UNKNOWN in sides else COMPARISONS[type(node.ops[0])](*sides)
         except TypeError:
             return UNKNOWN
-    return _setting(module, _chain(node, own))
+    return _setting(module, attribute_path(node, own))
 
 
 def _both_or_either(node: ast.BoolOp, module: nn.Module, own: str, absent: frozenset[str]) -> object:
@@ -246,10 +220,10 @@ def _both_or_either(node: ast.BoolOp, module: nn.Module, own: str, absent: froze
     return UNKNOWN if UNKNOWN in values else not settles
 
 
-def _setting(module: nn.Module, chain: str | None) -> object:
+def _setting(module: nn.Module, path: str | None) -> object:
     """A number, text or None that a module or its configuration holds."""
     value: object = module
-    for name in chain.split(".") if chain else ["training"]:
+    for name in path.split(".") if path else ["training"]:
         if name in CHANGING or isinstance(inspect.getattr_static(type(value), name, None), property):
             return UNKNOWN
         value = getattr(value, name, UNKNOWN)

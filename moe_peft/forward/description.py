@@ -29,6 +29,8 @@ def describe(
     rows, shape = leading, own_pass.shape
     if shape is not None and (leading == (shape[0] * shape[1],) or _same_rows(leading, shape)):
         rows = shape
+    if not from_encoder and _are_relative(own_pass, rows):
+        return own_pass.positions()
     kept_T = of_one_modality(own_pass, rows)
     if kept_T is not None:
         return _kept(own_pass, kept_T.to(device))
@@ -80,7 +82,7 @@ def _valid(
         return None, True
     frames_BF = own_pass.frames(rows[1])
     if frames_BF is None:
-        return None, _is_relative(own_pass, mask, rows[1]) or not _has_padding(own_pass, rows)
+        return None, not _has_padding(own_pass, rows)
     return frames_BF.reshape(-1).to(device), True
 
 
@@ -115,11 +117,15 @@ def _sequences(
     return None, 1
 
 
-def _is_relative(own_pass: ForwardPass, mask: torch.Tensor, length: int) -> bool:
-    """Whether a length is that of the relative positions of some rows, 2 F - 1, which are no tokens and all count."""
-    positions, rest = divmod(length + 1, 2)
-    known = own_pass.frames is not None and (positions == mask.shape[1] or own_pass.frames(positions) is not None)
-    return rest == 0 and known
+def _are_relative(own_pass: ForwardPass, rows: tuple[int, ...]) -> bool:
+    """Whether rows are the relative positions of F frames, 2 F - 1, given once for all samples or once for each."""
+    mask, frames_of = own_pass.attention_mask, own_pass.frames
+    if mask is None or frames_of is None or len(rows) != 2 or rows[0] not in (1, mask.shape[0]):
+        return False
+    positions, rest = divmod(rows[1] + 1, 2)
+    if own_pass.shape is not None or rest or frames_of(rows[1]) is not None:
+        return False
+    return positions > 1 and frames_of(positions) is not None
 
 
 def _has_padding(own_pass: ForwardPass, rows: tuple[int, ...]) -> bool:

@@ -59,6 +59,7 @@ class ForwardPass:
         media_frames: The same of sound that stands beside text, of a mask of its own.
         position: The slice of the rows that ran last, where the input told which it is.
         progress: Name of a place -> positions of the rows, or tokens, that it was given in slices which do not tell.
+        first_rows: Name of a place that reads tokens and relative positions -> shape of its first input, of tokens.
         unknown: Name of a place that has read tokens of which nothing tells whether they are padding; "" for none.
         token_ids: (B, L) ids of the tokens, where a part needs them.
         prompt: (B, L) bool, True before the first label of a row, where a part needs it.
@@ -86,6 +87,7 @@ class ForwardPass:
     media_frames: Callable[[int], torch.Tensor | None] | None = None
     position: Slice | None = None
     progress: dict[str, int] = field(default_factory=dict)
+    first_rows: dict[str, tuple[int, ...]] = field(default_factory=dict)
     unknown: str = ""
     token_ids: torch.Tensor | None = None
     prompt: torch.Tensor | None = None
@@ -113,7 +115,7 @@ class ForwardPass:
             made.follow(call.behind)
             return made
         shape = batch_shape(inputs)
-        mask = mask_of(inputs, call.whole_inputs or inputs, shape)
+        mask = mask_of(inputs, call.whole_inputs or inputs, shape, getattr(call.module, "config", None))
         return cls(
             training=call.training,
             losses=call.losses,
@@ -251,6 +253,20 @@ class ForwardPass:
             mask = self.encoder_attention_mask
             shape = (batch, leading[0]) if mask is None else (mask.shape[0], mask.shape[1])
         return turned_shape(leading, shape, self.module) or self._turned_frames(leading, shape)
+
+    def later_rows(self, leading: tuple[int, ...], place: str) -> bool:
+        """Whether a place that reads tokens first, then relative positions, is given these.
+
+        Args:
+            leading: Shape of its input without the last dimension.
+            place: Its name.
+        """
+        return self.first_rows.setdefault(place, leading) != leading
+
+    def positions(self) -> TokenContext:
+        """Describe embeddings of relative positions, which are no tokens of any sample."""
+        scale = self.losses.scale if self.training else None
+        return TokenContext(training=self.training, loss_scale=scale, of_tokens=False)
 
     def _known(self, key: tuple) -> TokenContext | None:
         for own, context in self.contexts:

@@ -129,6 +129,10 @@ class ForwardTracker(Requests, WarningKeeper):
         if forward_pass is None or not (forward_pass.training or self._thread.observers or self.needs):
             return INFERENCE
         leading = tuple(x.shape[:-1])
+        if rows in ("positions", "tokens_and_positions"):
+            if rows == "positions" or forward_pass.later_rows(leading, place or ""):
+                return forward_pass.positions()
+            rows = "tokens"
         if rows == "tokens" and leading != forward_pass.shape:
             part = forward_pass.slice_of(x, None if recomputing else place)
             if part is not None:

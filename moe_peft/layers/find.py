@@ -41,6 +41,7 @@ def joined_places(model: nn.Module, tracker: ForwardTracker) -> dict[tuple[str, 
     return {
         (layer.place, name): layer.rows == "media"
         for layer in layers
+        if layer.rows != "positions"
         for name in (layer.experts if tracker.mixes_rows() else layer.active_adapters)
         if name in layer.objectives and layer.objectives[name] and layer.objectives[name].scope != "micro_batch"
     }

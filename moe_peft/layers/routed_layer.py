@@ -30,12 +30,14 @@ class RoutedLayer(MergingLayer):
             The same decision, whose weights must be used.
         """
         objective, training = self.objectives[adapter_name], routing.context.training
-        if training and objective:
+        counts = routing.context.of_tokens
+        if training and objective and counts:
             routing = objective(routing, self.tracker, self.place, adapter_name)
-        self.tracker.record(self.place, adapter_name, routing)
+        if counts:
+            self.tracker.record(self.place, adapter_name, routing)
         if self.block is not None:
             self.tracker.led[self.block, adapter_name] = routing
-        if training and self.counts_decisions(adapter_name):
+        if training and counts and self.counts_decisions(adapter_name):
             self.tracker.count(self.place, adapter_name, as_sums(RoutingStatistics.of(routing)))
         return routing
 
@@ -170,6 +172,11 @@ class RoutedLayer(MergingLayer):
                 f"Cannot pass `adapter_names`: {self.place} reads images or sound, which do not tell the row of the "
                 "batch they belong to. Leave the encoders out of an adapter whose rows are to be mixed; "
                 "target_modules=None does."
+            )
+        if self.rows in ("positions", "tokens_and_positions"):
+            raise ValueError(
+                f"Cannot pass `adapter_names`: {self.place} reads embeddings of relative positions, which belong to "
+                "no row of the batch. Leave it out of an adapter whose rows are to be mixed; exclude_modules does."
             )
         if len(adapter_names) != x.shape[0] or x.dim() < min_dim:
             raise ValueError(

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..backbone.encoders import encoder_names
 from ..backbone.read_weights import read_weights
+from ..backbone.relative_positions import Reader, position_readers
 from ..backbone.structure import find_moe_layers, is_below, layer_of, router_names
 from ..config.patterns import check_patterns
 from ..messages import shown, warn
@@ -106,7 +107,7 @@ def find_places(model: nn.Module, config: MoeConfig, **quantization: Any) -> lis
     if config.target_modules in (DUMMY_TARGETS, {DUMMY_TARGETS}):
         return []
     routers, modules, layers = router_names(model), dict(model.named_modules()), find_moe_layers(model)
-    encoders, read = encoder_names(model), read_weights(model)
+    encoders, read, readers = encoder_names(model), read_weights(model), position_readers(model)
     places: list[Place] = []
     inside: set[str] = set()
     taken: set[str] = set()
@@ -130,7 +131,7 @@ def find_places(model: nn.Module, config: MoeConfig, **quantization: Any) -> lis
         _refuse_trained_parts(name, module, config.modules_to_save or [])
         place = PLACES[config.placement](name, module, layers, quantization)
         index, num_layers = layer_of(name, modules) or (place.layer_index, None)
-        places.append(replace(place, rows=_rows(name, encoders), layer_index=index, num_layers=num_layers))
+        places.append(replace(place, rows=_rows(name, encoders, readers), layer_index=index, num_layers=num_layers))
         taken.add(name)
     if not places:
         raise NoMatchingPeftModuleError(_all_excluded(unmatched) if excluded else _no_match(model, config))
@@ -150,7 +151,11 @@ def _warn_of_unknown(config: MoeConfig, modules: Collection[str]) -> None:
         )
 
 
-def _rows(name: str, encoders: set[str]) -> Rows:
+def _rows(name: str, encoders: set[str], readers: Mapping[str, Reader]) -> Rows:
+    if is_below(name, {one for one, reader in readers.items() if reader == "positions"}):
+        return "positions"
+    if name in readers:
+        return readers[name]
     if is_below(name, encoders):
         return "media"
     return "encoder_states" if reads_encoder_states(name) else "tokens"

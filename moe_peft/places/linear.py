@@ -21,6 +21,7 @@ from ..backbone.encoders import encoder_names
 from ..backbone.offloaded import onloaded
 from ..backbone.partitioned import gathered, is_partitioned
 from ..backbone.read_weights import read_weights
+from ..backbone.relative_positions import below_positions
 from ..backbone.split_linear import is_split, why_not_whole
 from ..backbone.structure import base_of, find_moe_layers, is_below, router_names
 from ..messages import shown
@@ -61,10 +62,10 @@ def linear_names(model: nn.Module) -> list[str]:
     """Names of the linear layers an adapter may wrap.
 
     None below a router or a tuner layer, nor an output head, nor those that choose the tokens of sparse attention, nor
-    those whose weight is read where they are not called.
+    those whose weight is read where they are not called, nor those that read relative positions alone.
     """
     heads = _output_heads(model)
-    others = router_names(model) | set(read_weights(model))
+    others = router_names(model) | set(read_weights(model)) | below_positions(model)
     names: list[str] = []
     inside: set[str] = set()
     for name, module in model.named_modules():

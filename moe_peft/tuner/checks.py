@@ -76,7 +76,7 @@ def check_groups(config: MoeConfig, places: Sequence[Place], model: nn.Module) -
         model: The model.
 
     Raises:
-        ValueError: A place reads images or sound, or the groups' column is one of the model's inputs.
+        ValueError: A place reads images, sound or positions, or the groups' column is one of the model's inputs.
     """
     columns = [column for column, groups in config.group_columns.items() if groups]
     for column in columns:
@@ -92,6 +92,12 @@ def check_groups(config: MoeConfig, places: Sequence[Place], model: nn.Module) -
             "which do not tell the sample they belong to. Set "
             f"exclude_modules={encoder_pattern(encoder_names(model))!r}, target_modules=None, which leaves encoders "
             "out, or expert_groups=None."
+        )
+    shared = [place.name for place in places if place.rows in ("positions", "tokens_and_positions")]
+    if columns and shared:
+        raise ValueError(
+            f"expert_groups needs the group of every row, or the router does, but {shared[0]} reads embeddings of "
+            "relative positions, which belong to no sample. Name it in exclude_modules, or set expert_groups=None."
         )
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, Conv1D
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from moe_peft import RoutedConfig
+from moe_peft import MoePeftWarning, RoutedConfig, router_loss
 from moe_peft.telemetry.functions import record
 
 LENGTHS, WIDTH = (7, 4, 6), 9
@@ -121,3 +121,20 @@ def test_the_places_of_a_padded_batch_have_the_tokens_of_its_rows(model_type):
             # Which tokens reach an expert that is a module of its own is not known, and the package says so.
             if ".experts." not in place:
                 assert number == sum(own.get(place, 0) for own in alone), place
+
+
+def test_experts_that_are_modules_of_their_own_warn_once_that_their_padding_counts():
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "d_model": 32}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_experts": 4, "vocab_size": 64}
+    quiet = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "encoder_layerdrop": 0.0}
+    sparse = {"encoder_sparse_step": 1, "decoder_sparse_step": 1, "decoder_layerdrop": 0.0, "moe_token_dropout": 0.0}
+    torch.manual_seed(0)
+    base = AutoModel.from_config(AutoConfig.for_model("nllb-moe", **sizes, **heads, **quiet, **sparse))
+    fields = {"num_experts": 2, "r": 2, "lora_dropout": 0.0, "router_aux_loss_coef": 0.5}
+    model = get_peft_model(base, RoutedConfig(target_modules=r".*encoder\..*\.experts\..*fc1", **fields)).train()
+    batch = batch_of(LENGTHS, WIDTH, left=False, seq_to_seq=True)
+    with pytest.warns(MoePeftWarning, match=r"experts\.expert_\d\.fc1 reads some tokens of the batch alone") as warned:
+        assert counts(model, batch)
+        assert counts(model, batch)
+    assert len([one for one in warned if issubclass(one.category, MoePeftWarning)]) == 1
+    assert torch.isfinite(router_loss(model))

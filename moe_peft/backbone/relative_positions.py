@@ -104,13 +104,12 @@ def _assignments(definition: ast.FunctionDef) -> dict[str, list[ast.expr]]:
     """Local name -> all that is assigned to it."""
     assigned: dict[str, list[ast.expr]] = {}
     for node in ast.walk(definition):
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        value = getattr(node, "value", None)
-        if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.NamedExpr)) and value is not None:
-            for target in targets:
-                names = (part for part in ast.walk(target) if isinstance(part, ast.Name)) if target is not None else ()
-                for name in names:
-                    assigned.setdefault(name.id, []).append(value)
+        if not isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.NamedExpr)) or node.value is None:
+            continue
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+            for part in ast.walk(target):
+                if isinstance(part, ast.Name):
+                    assigned.setdefault(part.id, []).append(node.value)
     return assigned
 
 

@@ -20,8 +20,8 @@ def check_fit(config: Any, parts: RoutedParts) -> None:
         parts: What it builds there, on any device.
 
     Raises:
-        ValueError: A part or a loss needs what no other gives, or a later token or another row would change what a
-            token of a causal language model gets.
+        ValueError: A part or a loss needs what no other gives, a gate lets none of its router's scores pass, or a
+            later token or another row would change what a token of a causal language model gets.
     """
     built: tuple[object, ...] = (parts.router, parts.experts)
     made = [part for part in built if isinstance(part, Part)]
@@ -42,6 +42,11 @@ def _check_needs(owner: str, parts: RoutedParts, made: list[Part]) -> None:
     decision = parts.router.gives
     given = decision.union(*(part.gives for part in made))
     losses = {} if parts.objective is None else parts.objective.losses
+    if parts.router.log_scores and parts.router.gate.needs_positive:
+        raise ValueError(
+            f"{owner}: {_called(parts.router)} scores by logarithms of probabilities, and its gate lets scores above "
+            "zero pass alone, so that no expert would ever be used. Choose another gate, as Softmax."
+        )
     asking = [(_called(part), part.needs - given) for part in made]
     asking += [(f"the loss {shown(name)}", loss.needs - decision) for name, loss in losses.items()]
     for asks, lacking in asking:

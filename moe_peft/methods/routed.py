@@ -170,6 +170,10 @@ class RoutedConfig(LocalizedBalancingConfig, PacedConfig):
             giving = [own for known in (SCORERS, GATES, EXPERTS) for own in known if lacking <= known[own].gives]
             hint = f"one that needs no {', '.join(sorted(lacking))}, or beside a part that gives it: {giving}"
             self._check(not lacking, name, hint)
+        if self.router in SELECTORS:
+            dead = SCORERS[self.scorer].log_scores and GATES[self.gate].needs_positive
+            hint = f"one that scores below zero pass, as 'softmax': {shown(self.scorer)} scores by logarithms"
+            self._check(not dead, "gate", f"{hint} of probabilities, and no expert would ever be used")
         owner = type(self).__name__
         for field_name, own, options in (
             ("router_args", parts, self.router_args),

@@ -15,9 +15,11 @@ class Gate(Part, ABC):
 
     Attributes:
         sums_to_one: Whether the probabilities of a token always sum to one.
+        needs_positive: Whether scores at or below zero get no probability and no gradient.
     """
 
     sums_to_one: bool = False
+    needs_positive: bool = False
 
     @abstractmethod
     def __call__(self, logits_TE: torch.Tensor, context: TokenContext) -> torch.Tensor:

@@ -45,6 +45,7 @@ class Hybrid(PromptMean):
     """
 
     gives = frozenset()  # further columns of selectors are no probabilities that could be mixed
+    log_scores = True
     options = (
         Option("mu", 0.0, "a number from -100 to 100", _is_number, "Logit of the sample's share in the middle layer."),
         Option("eps", 2.0, "a number from -100 to 100", _is_number, "How much more that logit is in the last layer."),

@@ -12,6 +12,7 @@ class Relu(Gate):
     """Weights that are differentiable where experts come and go; a token may use any number of experts, or none."""
 
     gives = frozenset({"selection"})
+    needs_positive = True
 
     def __call__(self, logits_TE: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """Turn scores into weights; arguments as in `Gate`."""

@@ -48,6 +48,7 @@ class Router(ModulePart, nn.Module):
             matrix that they share, the decision of the block's first router, or the input again where it decides by
             what the context holds.
         gives: "extra_scores", further columns that a selector reads, where a scorer is not limited to the experts.
+        log_scores: Whether its scores are logarithms of probabilities, none of which is above zero.
         learns: Whether it has parameters that the task or a router loss trains.
         descriptions: Name of the parameter that holds a description of each expert (E, width), of routers that make
             their rows of it; tools set it.
@@ -61,6 +62,7 @@ class Router(ModulePart, nn.Module):
     fields: tuple[str, ...] = ("routed_scaling_factor", "expert_dropout")
     gives = frozenset({"extra_scores"})
     reads: Reads = "input"
+    log_scores: bool = False
     learns: bool = False
     descriptions: str | None = None
     one_draw: bool = False

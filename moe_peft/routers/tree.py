@@ -40,6 +40,7 @@ class Tree(Router):
     """
 
     gives = frozenset()
+    log_scores = True
     separable = False  # a node is above several leaves
     learns = True
 

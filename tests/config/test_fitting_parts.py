@@ -12,6 +12,7 @@ from peft import get_peft_model
 from moe_peft import RoutedConfig, describe
 from moe_peft.config.fitting_parts import check_fit
 from moe_peft.extend import (
+    GATES,
     Dense,
     Experts,
     LinearRouter,
@@ -31,6 +32,13 @@ class Spread(RouterLoss):
 class ByActivations(LinearRouter):
     needs = frozenset({"activations"})
     reads = "activations"
+
+
+class Logarithmic(LinearRouter):
+    log_scores = True
+
+    def scores(self, x, context):
+        return super().scores(x, context).log_softmax(-1)
 
 
 class Gives(TopK):
@@ -77,6 +85,10 @@ CASES = {
     "scorer": (
         lambda: parts(ByActivations(7, 3, select=Dense()), Bare),
         r"OwnConfig: ByActivations \(Softmax, Dense\) needs activations",
+    ),
+    "gate": (
+        lambda: parts(Logarithmic(7, 3, select=Dense(), gate=GATES["relu"]())),
+        r"OwnConfig: Logarithmic \(Relu, Dense\) scores by logarithms .* no expert would ever be used",
     ),
     "later tokens": (lambda: parts(LinearRouter(7, 3, select=Dense()), Looking), f"Looking a later token .*{CAUSAL}"),
     "other rows": (lambda: parts(LinearRouter(7, 3, select=Mixing())), rf"Mixing\) other rows .*{CAUSAL}"),

@@ -13,9 +13,10 @@ DEFAULTS = ("top_k", "linear", "softmax", "low_rank")
 
 
 def fits(choice: Choice) -> bool:
-    """Whether the experts give what the router needs."""
+    """Whether the experts give what the router needs, and its gate lets some of the scores pass."""
     router, scorer, gate, experts = choice
-    return router_needs(router, scorer, gate) <= EXPERTS[experts].gives
+    dead = SCORERS[scorer].log_scores and GATES[gate].needs_positive
+    return not dead and router_needs(router, scorer, gate) <= EXPERTS[experts].gives
 
 
 def fitting() -> list[Choice]:

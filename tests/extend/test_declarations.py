@@ -32,6 +32,7 @@ from .cases import (
     on_layers,
     promised,
 )
+from .combinations import fitting
 
 REGISTRIES = {
     "scorer": SCORERS,
@@ -57,6 +58,19 @@ def keywords_of(cls) -> set[str]:
             if all(p.kind is not p.VAR_KEYWORD for p in parameters):
                 break
     return found
+
+
+with registered():
+    SCORING = {name: next(choice for choice in fitting() if choice[1] == name) for name in SCORERS}
+
+
+@pytest.mark.parametrize("name", SCORING)
+def test_a_scorer_says_whether_its_scores_are_logarithms_of_probabilities(name):
+    layer, above = layer_of(SCORING[name]), False
+    for seed in range(8):
+        logits = decide(layer, inputs(seed)[0], context(seed % 2 == 0)).logits
+        above |= bool((logits > 0).any())
+    assert above != SCORERS[name].log_scores
 
 
 @every_part

@@ -54,7 +54,7 @@ def trainer_of(folder, make, model_init, attached, max_steps):
     return attach(trainer) if attached else trainer
 
 
-@pytest.mark.parametrize(("case", "model_init", "attached"), combinations())
+@pytest.mark.parametrize(("case", "model_init", "attached"), list(combinations()))
 def test_other_settings_are_refused_and_the_same_resume(case, model_init, attached, tmp_path):
     build, config, fields, changed, name = CASES[case]
 

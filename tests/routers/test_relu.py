@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from moe_peft import RoutedConfig
 from moe_peft.experts import LowRankExperts
 from moe_peft.routers.positive import Positive
 from moe_peft.routers.relu import Relu
@@ -34,3 +36,10 @@ def test_a_token_without_a_positive_score_is_left_as_it_is():
     assert torch.equal(out[0], base[0]) and not torch.equal(out, base)
     out.sum().backward()
     assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("scorer", ["tree", "hybrid"])
+def test_scores_that_are_never_above_zero_are_refused_before_a_model_is_there(scorer):
+    with pytest.raises(ValueError, match=f"gate='relu' must be .*{scorer}.* no expert would ever be used"):
+        RoutedConfig(router="positive", scorer=scorer, gate="relu")
+    RoutedConfig(router="positive", scorer="linear", gate="relu")

@@ -73,7 +73,7 @@ def as_an_engine_reads(folder, model):
     return model
 
 
-@pytest.mark.parametrize("case", set(EXACT) - {"head and tokens"})
+@pytest.mark.parametrize("case", [name for name in EXACT if name != "head and tokens"])
 def test_an_engine_that_knows_one_rank_and_one_scale_computes_the_same(case, tmp_path):
     build, config = EXACT[case]
     model = get_peft_model(build().double(), config).eval()

@@ -53,11 +53,11 @@ class Compressed:
 
     def __str__(self) -> str:
         """One line."""
-        largest = max(self.errors.values())
+        share, least, most = self.bytes_after / self.bytes_before, min(self.errors.values()), max(self.errors.values())
         return (
-            f"{self.bytes_before:,} -> {self.bytes_after:,} bytes ({self.bytes_before / self.bytes_after:.1f} times "
-            f"smaller); {len(self.errors)} tensors compressed, of whose change {min(self.errors.values()):.3f} to "
-            f"{largest:.3f} is lost (relative norm); {len(self.whole)} stored whole"
+            f"{self.bytes_before:,} -> {self.bytes_after:,} bytes ({share:.0%}); {len(self.errors)} tensors "
+            f"compressed, of whose change {least:.3f} to {most:.3f} is lost (relative norm); {len(self.whole)} "
+            "stored whole"
         )
 
 

@@ -122,6 +122,8 @@ def prune_experts(
     check_new(model, adapter_name, new_name)
     data = checked_batches(batches, "prune_experts")
     fewest = min(layer.experts[adapter_name].num_choices for layer in layers.values())
+    if fewest == 1:
+        raise ValueError(f"The adapter {shown(adapter_name)} has a layer with one expert, which cannot be left out.")
     if not isinstance(keep, int) or isinstance(keep, bool) or not 1 <= keep < fewest:
         raise ValueError(f"keep={shown(keep)} must be a whole number from 1 to {fewest - 1}.")
     if not isinstance(by, str) or by not in BY:

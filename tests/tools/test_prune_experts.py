@@ -133,6 +133,13 @@ def test_numbers_to_choose_by_that_do_not_fit_are_refused(tmp_path):
     assert list(model.state_dict()) == names
 
 
+def test_one_expert_cannot_be_left_out():
+    model = adapted(num_experts=1)
+    with pytest.raises(ValueError, match="'default' has a layer with one expert, which cannot be left out"):
+        prune_experts(model, "small", 1, BATCHES)
+    assert list(model.peft_config) == ["default"]
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

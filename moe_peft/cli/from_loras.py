@@ -43,18 +43,23 @@ def load_base(given: argparse.Namespace, lora: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(name, dtype="auto")
 
 
-def router_config(given: argparse.Namespace, num_experts: int, *, directions: bool = False) -> RoutedConfig | None:
+def router_config(
+    given: argparse.Namespace, num_experts: int, *, directions: bool = False, centroids: bool = False
+) -> RoutedConfig | None:
     """The router that the flags name; None for the default.
 
     Args:
         given: Values of the flags.
         num_experts: E.
         directions: Whether the experts are scored by the direction that each answers most.
+        centroids: Whether they are scored by the mean input of their texts.
     """
-    if not (given.router or given.scorer or given.top_k or directions):
+    if not (given.router or given.scorer or given.top_k or directions or centroids):
         return None
     fields: dict[str, Any] = {"num_experts": num_experts, "task_type": "CAUSAL_LM"}
     fields |= {name: own for name in ("router", "scorer", "top_k") if (own := getattr(given, name)) is not None}
+    if centroids:
+        fields |= {"scorer": _of_prototypes()}
     if directions:
         fields |= {"scorer": _of_either_sign(), "router_args": {EITHER_SIGN: True}}
     if fields.get("top_k", 2) > 1 and given.router in (None, "top_k") and num_experts > 1:
@@ -64,8 +69,13 @@ def router_config(given: argparse.Namespace, num_experts: int, *, directions: bo
 
 def _of_either_sign() -> str:
     """The scorer that compares directions whatever their sign, as those of a LoRA have none."""
+    return _of_prototypes(EITHER_SIGN)
+
+
+def _of_prototypes(*options: str) -> str:
+    """The scorer that compares a token with a vector of each expert, and has these options."""
     kinds = {name: {option.name for option in own.options} for name, own in SCORERS.items() if own.takes_prototypes}
-    return next(name for name, options in kinds.items() if EITHER_SIGN in options)
+    return next(name for name, own in kinds.items() if own.issuperset(options))
 
 
 def write(model: Any, output: str) -> None:

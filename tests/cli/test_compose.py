@@ -6,10 +6,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from moe_peft import routed_layers
+from moe_peft import RoutedConfig, routed_layers
 from moe_peft.cli import main
 from moe_peft.cli.distil import batches
-from moe_peft.tools import choose_loras, compose
+from moe_peft.tools import choose_loras, compose, fit_centroids
 from tests.integrations.trainers import tokenizer
 from tests.tiny import tiny_llama
 from tests.tools.exported import checkpoint, trained_lora
@@ -25,6 +25,29 @@ def test_loras_become_a_saved_adapter_with_a_router_by_their_directions(tmp_path
     assert "2 experts of rank 4" in capsys.readouterr().out
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), f"{tmp_path}/both")
     assert all(len(layer.experts["default"].A) == 2 for layer in routed_layers(model))
+
+
+def test_loras_become_an_adapter_whose_router_compares_with_texts_of_each(tmp_path, capsys):
+    base = str(checkpoint(tiny_llama(), tmp_path / "base"))
+    loras = {name: str(trained_lora(tmp_path / name, seed)) for seed, name in enumerate(("law", "tax"))}
+    (tmp_path / "law.txt").write_text("w3 w4 w5 w6\nw6 w7 w8\n")
+    (tmp_path / "tax.txt").write_text("w20 w21 w22\n")
+    words = ["compose", *loras.values(), "--base", base, "--output", f"{tmp_path}/both"]
+    wrong = (["law=a"], ["law=a", "tax="], ["law=a", "law=b"], ["law=a", "tax=b", "art=c"], ["law", "tax"])
+    for files in wrong:
+        assert main([*words, *(word for file in files for word in ("--centroids", file))]) == 1
+        assert "must name one file for each LoRA, as in --centroids law=FILE" in capsys.readouterr().err
+    given = [word for name in loras for word in ("--centroids", f"{name}={tmp_path}/{name}.txt")]
+    assert main([*words, *given, "--top_k", "1"]) == 0
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), f"{tmp_path}/both")
+    config = RoutedConfig(task_type="CAUSAL_LM", scorer="centroid", num_experts=2, top_k=1)
+    expected = compose(tiny_llama(), loras, config)
+    fit_centroids(
+        expected, {number: batches(tmp_path / f"{name}.txt", tokenizer()) for number, name in enumerate(loras)}
+    )
+    for own, other in zip(routed_layers(model), routed_layers(expected), strict=True):
+        assert own.router["default"].weight.any()
+        torch.testing.assert_close(own.router["default"].weight, other.router["default"].weight)
 
 
 def test_the_loras_that_are_best_on_texts_of_the_task_are_composed(tmp_path, capsys):

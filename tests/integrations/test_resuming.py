@@ -146,7 +146,9 @@ def test_training_writes_the_configuration_that_a_checkpoint_lacks_and_no_other(
     trainer = attach(
         trainer_of(tmp_path, model_of(CHANGES["top_k"][0]), save_strategy="steps", save_steps=1, max_steps=1)
     )
-    trainer.save_model = lambda folder, **kwargs: Path(folder).mkdir(exist_ok=True)  # no weights, as with sharded states
+    trainer.save_model = lambda folder, **kwargs: Path(folder).mkdir(
+        exist_ok=True
+    )  # no weights, as with sharded states
     trainer.train()
     assert (tmp_path / "checkpoint-1" / "adapter_config.json").is_file()
     assert not (tmp_path / "checkpoint-1" / "adapter_model.safetensors").exists()

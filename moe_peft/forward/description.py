@@ -122,8 +122,8 @@ def _are_relative(own_pass: ForwardPass, rows: tuple[int, ...]) -> bool:
     mask, frames_of = own_pass.attention_mask, own_pass.frames
     if mask is None or frames_of is None or len(rows) != 2 or rows[0] not in (1, mask.shape[0]):
         return False
-    positions, rest = divmod(rows[1] + 1, 2)
-    if own_pass.shape is not None or rest or frames_of(rows[1]) is not None:
+    positions, even = (rows[1] + 1) // 2, rows[1] % 2 == 0  # a compiler's lengths have no divmod
+    if own_pass.shape is not None or even or frames_of(rows[1]) is not None:
         return False
     return positions > 1 and frames_of(positions) is not None
 

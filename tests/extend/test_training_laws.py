@@ -9,7 +9,7 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 from moe_peft import attach, routed_layers
-from moe_peft.extend import EXPERTS, SELECTORS
+from moe_peft.extend import EXPERTS, SELECTORS, Router
 from tests.integrations.trainers import NUM_ROWS, shared, token_rows, tokenizer
 from tests.tiny import tiny_llama
 
@@ -67,7 +67,8 @@ def tensors_of(model) -> dict[str, tuple[torch.Tensor, bool]]:
             for name, tensor in part.named_parameters():
                 select = getattr(part, "select", None)
                 of_selector = select is not None and select.counts and name in select.tensors(part.num_experts)
-                changes = name not in part.frozen or of_selector
+                of_router = kind == "router" and type(part).counts is not Router.counts
+                changes = name not in part.frozen or of_selector or (of_router and name in type(part).frozen)
                 found[f"{layer.place}.{kind}.{name}"] = (tensor.detach().clone(), changes)
     return found
 

@@ -14,7 +14,7 @@ from tests.processes.together import run_together
 
 pytestmark = pytest.mark.multi_process
 REFUSED = {
-    "esft-full": "Set expert_adapter='lora', whose experts are whole on every process",
+    "esft-full": "Or set expert_adapter='lora', whose experts are whole on every process",
     "expert-lora": "ep_implementation='moe_peft'), or with fsdp_size=N",
 }
 

@@ -28,6 +28,12 @@ def check_fit(config: Any, parts: RoutedParts) -> None:
     _check_needs(type(config).__name__, parts, made)
     if config.task_type == "CAUSAL_LM" and not config.permits_non_causal:
         for part in made:
+            if not part.decode_stateless and "cached" not in part.context_needs:
+                raise ValueError(
+                    f"{type(config).__name__}: {_called(part)} says that decoding token by token differs from the "
+                    "full forward (`Part.decode_stateless`), and asks for no number of cached tokens by which it "
+                    'could keep what it needs. Put "cached" into its `context_needs`, or choose another part.'
+                )
             unsafe = "a later token changes an earlier one" if not part.causal else "other rows change a token"
             if not (part.causal and part.batch_invariant):
                 raise ValueError(

@@ -53,6 +53,10 @@ class Looking(LowRankExperts):
     causal = False
 
 
+class Forgetting(LowRankExperts):
+    decode_stateless = False
+
+
 class Mixing(Dense):
     batch_invariant = False
 
@@ -91,6 +95,10 @@ CASES = {
         r"OwnConfig: Logarithmic \(Relu, Dense\) scores by logarithms .* no expert would ever be used",
     ),
     "later tokens": (lambda: parts(LinearRouter(7, 3, select=Dense()), Looking), f"Looking a later token .*{CAUSAL}"),
+    "decoding": (
+        lambda: parts(LinearRouter(7, 3, select=Dense()), Forgetting),
+        r"OwnConfig: Forgetting says that decoding token by token differs .* asks for no number of cached tokens",
+    ),
     "other rows": (lambda: parts(LinearRouter(7, 3, select=Mixing())), rf"Mixing\) other rows .*{CAUSAL}"),
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..messages import shown
 from ..part import Part
+from ..routers.registry import lets_nothing_pass
 from .parts import RoutedParts
 
 
@@ -48,7 +49,7 @@ def _check_needs(owner: str, parts: RoutedParts, made: list[Part]) -> None:
     decision = parts.router.gives
     given = decision.union(*(part.gives for part in made))
     losses = {} if parts.objective is None else parts.objective.losses
-    if parts.router.log_scores and parts.router.gate.needs_positive:
+    if lets_nothing_pass(parts.router, parts.router.gate):
         raise ValueError(
             f"{owner}: {_called(parts.router)} scores by logarithms of probabilities, and its gate lets scores above "
             "zero pass alone, so that no expert would ever be used. Choose another gate, as Softmax."

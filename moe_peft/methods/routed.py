@@ -27,7 +27,7 @@ from ..options import check_options, check_sizes, option_values
 from ..part import Part
 from ..place import Place
 from ..routers import GATES, SCORERS, SELECTORS, router_learns, router_names
-from ..routers.registry import router_parts
+from ..routers.registry import lets_nothing_pass, router_parts
 from ..tuner.registration import extend_peft_type, register
 from ..tuner.tuner import RoutedTuner
 from ..types import RouterLoss
@@ -171,7 +171,7 @@ class RoutedConfig(LocalizedBalancingConfig, PacedConfig):
             hint = f"one that needs no {', '.join(sorted(lacking))}, or beside a part that gives it: {giving}"
             self._check(not lacking, name, hint)
         if self.router in SELECTORS:
-            dead = SCORERS[self.scorer].log_scores and GATES[self.gate].needs_positive
+            dead = lets_nothing_pass(SCORERS[self.scorer], GATES[self.gate])
             hint = f"one that scores below zero pass, as 'softmax': {shown(self.scorer)} scores by logarithms"
             self._check(not dead, "gate", f"{hint} of probabilities, and no expert would ever be used")
         owner = type(self).__name__

@@ -166,6 +166,16 @@ def router_learns(router: str, scorer: str = DEFAULT_SCORER, gate: str = DEFAULT
     return any(part.learns or part.reads == "activations" for part in scorers)
 
 
+def lets_nothing_pass(scorer: type[Router] | Router, gate: type[Gate] | Gate) -> bool:
+    """Whether no score of a router ever passes its gate, so that no expert would be used or learn.
+
+    Args:
+        scorer: The router, or its class.
+        gate: The gate, or its class.
+    """
+    return scorer.log_scores and gate.needs_positive
+
+
 def make_router(
     in_features: int,
     num_experts: int,

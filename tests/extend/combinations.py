@@ -6,7 +6,7 @@ import heapq
 import itertools
 
 from moe_peft.extend import EXPERTS, GATES, LOSSES, ROUTERS, SCORERS, SELECTORS
-from moe_peft.routers import router_gives, router_learns, router_needs
+from moe_peft.routers import lets_nothing_pass, router_gives, router_learns, router_needs
 
 Choice = tuple[str, str, str, str]  # router, scorer, gate, experts
 DEFAULTS = ("top_k", "linear", "softmax", "low_rank")
@@ -15,7 +15,7 @@ DEFAULTS = ("top_k", "linear", "softmax", "low_rank")
 def fits(choice: Choice) -> bool:
     """Whether the experts give what the router needs, and its gate lets some of the scores pass."""
     router, scorer, gate, experts = choice
-    dead = SCORERS[scorer].log_scores and GATES[gate].needs_positive
+    dead = lets_nothing_pass(SCORERS[scorer], GATES[gate])
     return not dead and router_needs(router, scorer, gate) <= EXPERTS[experts].gives
 
 

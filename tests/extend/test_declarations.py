@@ -73,6 +73,15 @@ def test_a_scorer_says_whether_its_scores_are_logarithms_of_probabilities(name):
     assert above != SCORERS[name].log_scores
 
 
+@pytest.mark.parametrize("name", GATES)
+def test_a_gate_says_whether_it_needs_scores_above_zero(name):
+    logits_TE = (-5 * torch.rand(12, NUM_EXPERTS).double()).requires_grad_()
+    probs_TE = GATES[name]()(logits_TE, context(training=True))
+    assert bool(probs_TE.any()) != GATES[name].needs_positive
+    torch.autograd.backward(probs_TE.square().sum())
+    assert bool(logits_TE.grad.any()) != GATES[name].needs_positive
+
+
 @every_part
 def test_options_have_a_default_that_fits_and_say_what_they_are(axis, name):
     cls = REGISTRIES[axis][name]

@@ -35,7 +35,8 @@ gpu: $(STAMP)
 conformance: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m conformance tests/conformance
 
-# Random lives of adapters and random configurations; FUZZ_LIVES=20000 FUZZ_CASES=20000 makes it longer.
+# Random lives of adapters and random configurations; FUZZ_LIVES=20000 FUZZ_CASES=20000 makes it longer,
+# and FUZZ_FROM=2020 begins with another life.
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m fuzz tests/fuzz
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .adaptive import AdaptiveCoefficients
 from .attach import attach
 from .callback import MoeCallback
 from .collator import GroupCollator
@@ -12,6 +13,7 @@ from .scheduled_value import ScheduledValue
 from .schedules import CoefficientSchedule
 
 __all__ = [
+    "AdaptiveCoefficients",
     "CoefficientSchedule",
     "EwcCallback",
     "Fisher",

@@ -16,11 +16,12 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from moe_peft import LoraMoeConfig, RoutedConfig, SiraConfig, router_loss
+from moe_peft import LoraMoeConfig, MoloraConfig, RoutedConfig, SiraConfig, router_loss
 from moe_peft.forward.tracker import find_tracker
 from moe_peft.layers import RoutedLayer
 from moe_peft.telemetry.functions import record
 from tests import reference
+from tests.adapter_types import ALL
 from tests.compare import as_lists
 from tests.tiny import FFN, HIDDEN, LAYERS, VOCAB, padded_batch, tiny_gpt2, tiny_llama, tiny_t5
 
@@ -129,3 +130,33 @@ def test_capacity_and_expert_dropout_act_at_a_head():
     trained, evaluated = routings["lm_head"]
     assert trained.dropped.any() and (trained.probs == 0).any()
     assert evaluated.dropped is None and (evaluated.probs > 0).all()
+
+
+@pytest.mark.parametrize("config_cls", ALL, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(("name", "head"), [("llama", "lm_head"), ("roberta", "classifier.dense")])
+def test_every_adapter_type_serves_a_head_or_refuses_it_by_name(config_cls, name, head):
+    model, config = BASES[name][0](), config_cls(target_modules=[head])
+    if config.placement not in ("linear", "scaled"):
+        with pytest.raises((ValueError, TypeError), match=f"{head}|{type(model).__name__}"):
+            get_peft_model(model, config)
+        assert not any(isinstance(module, RoutedLayer) for module in model.modules())
+        return
+    model = get_peft_model(model, config).train()
+    (layer,) = (module for module in model.modules() if isinstance(module, RoutedLayer))
+    batch = {**batch_of(name), "task_type": torch.tensor([0, 1, 0])}
+    loss = model(**batch).loss
+    value = router_loss(model)
+    assert layer.place == head and (value.item() > 0) == bool(layer.objectives["default"].losses)
+    loss.backward()
+    # B is zero at the start, so that what reaches a router is its loss alone.
+    gradients = [p.grad for p in layer.router["default"].parameters() if p.grad is not None]
+    assert any(gradient.any() for gradient in gradients) == (value.item() > 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "output"), [("llama", "lm_head"), ("bert-mlm", "decoder"), ("roberta", "out_proj"), ("t5", "lm_head")]
+)
+def test_all_linear_leaves_output_layers_out(name, output):
+    model = get_peft_model(BASES[name][0](), MoloraConfig(target_modules="all-linear", num_experts=2, r=1))
+    places = [module.place for module in model.modules() if isinstance(module, RoutedLayer)]
+    assert places and not any(place.endswith(output) for place in places)

@@ -13,6 +13,9 @@ from moe_peft.routers import GATES, SCORERS
 
 from .worlds import World
 
+# The batches of the worlds bring no groups.
+WITHOUT_GROUPS = [name for name, part in SCORERS.items() if "groups" not in part.context_needs]
+
 
 class Drawn(NamedTuple):
     """A configuration as it is written in a program."""
@@ -142,7 +145,7 @@ def _routed(rng: random.Random, world: World) -> dict[str, Any]:
             fields.pop(name, None)
         _maybe(rng, fields, 0.5, activation=rng.choice(("relu", "gelu")))
     _maybe(rng, fields, 0.3, experts_implementation=rng.choice(list(IMPLEMENTATIONS)))
-    _maybe(rng, fields, 0.3, scorer=rng.choice(list(SCORERS)), gate=rng.choice(list(GATES)))
+    _maybe(rng, fields, 0.3, scorer=rng.choice(WITHOUT_GROUPS), gate=rng.choice(list(GATES)))
     _maybe(rng, fields, 0.3, router_aux_loss_coef=0.3)
     wraps = rng.choice(("linear", "linear", "block")) if world.has_blocks else "linear"
     return {**fields, **(_targets(rng, world) if wraps == "linear" else {"wraps": wraps})}

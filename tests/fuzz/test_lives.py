@@ -16,6 +16,7 @@ from .program import Program, draw_program, run, shrink
 
 SLICE, CHUNK = 20, 20
 LIVES = int(os.environ.get("FUZZ_LIVES", "2000"))
+FIRST = int(os.environ.get("FUZZ_FROM", str(SLICE)))
 
 
 def live(seed: int) -> None:
@@ -31,7 +32,7 @@ def test_every_life_keeps_the_laws(seed):
 
 
 @pytest.mark.fuzz
-@pytest.mark.parametrize("first", range(SLICE, SLICE + LIVES, CHUNK))
+@pytest.mark.parametrize("first", range(FIRST, FIRST + LIVES, CHUNK))
 def test_many_lives_keep_the_laws(first):
     for seed in range(first, first + CHUNK):
         live(seed)

@@ -96,7 +96,10 @@ def test_what_parts_learn_of_their_own_is_in_the_state(tmp_path):
         ({}, r"those of \[\], and the model has those of \['default/active_l1'\]"),
         ({"other/active_l1": 0.1}, r"those of \['other/active_l1'\]"),
         (["default/active_l1"], "the model has those of"),
-        ({"default/active_l1": float("nan")}, "coefficient of 'default/active_l1' is nan, and must be a finite number"),
+        (
+            {"default/active_l1": float("nan")},
+            "coefficient of 'default/active_l1' is nan, and must be a finite number",
+        ),
         ({"default/active_l1": "0.1"}, "is '0.1', and must be"),
     ],
 )

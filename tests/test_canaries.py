@@ -140,6 +140,7 @@ NAMES = [
         None,
         "forward/calls.py and objective.py hear the end of a backward by it",
     ),
+    ("torch", "_assert_async", None, "forward/host_checks.py lets a device stop by it"),
     ("torch._C", "_current_graph_task_id", None, "forward/recomputation.py knows a backward by it"),
     ("torch._C", "_is_any_autocast_enabled", None, "ops/dtypes.py asks once for all devices by it"),
     ("torch._C", "_current_autograd_node", None, "forward/recomputation.py knows what a backward repeats by it"),

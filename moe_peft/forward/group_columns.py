@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..messages import shown
+from .host_checks import assert_known, operator_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ def take_groups(
             continue
         if value is not None:
             groups = as_groups(value, column)
-            if groups.device.type == "cpu" or column not in checked:
+            if torch.compiler.is_compiling():
+                groups = _checked_when_run(groups, column, allowed)
+            elif groups.device.type == "cpu" or column not in checked:
                 check_groups(groups, column, allowed)
                 checked.add(column)
             found = SampleGroups(groups)
@@ -134,7 +137,7 @@ def groups_per_sequence(
     )
 
 
-def check_groups(groups: torch.Tensor, column: str, allowed: frozenset[int]) -> None:
+def check_groups(groups: torch.Tensor, column: str, allowed: Iterable[int]) -> None:
     """Refuse sample groups that no expert belongs to.
 
     Args:
@@ -145,6 +148,7 @@ def check_groups(groups: torch.Tensor, column: str, allowed: frozenset[int]) -> 
     Raises:
         ValueError: A sample has another group.
     """
+    allowed = frozenset(allowed)
     unknown = sorted(set(groups.reshape(-1).tolist()) - allowed) if allowed else []
     if unknown:
         raise ValueError(
@@ -152,3 +156,16 @@ def check_groups(groups: torch.Tensor, column: str, allowed: frozenset[int]) -> 
             f"and no router knows (known are {shown(sorted(allowed))}). Change `expert_groups`, or the number of "
             "groups in `router_args`, so that every sample group is known, or map the column to those that are."
         )
+
+
+_known_groups = operator_of("known_groups", lambda groups, allowed, column: check_groups(groups, column, allowed))
+
+
+def _checked_when_run(groups: torch.Tensor, column: str, allowed: frozenset[int]) -> torch.Tensor:
+    """Groups that compiled code checks in each run: on a device by an assertion that nothing waits for."""
+    if not allowed:
+        return groups
+    if groups.device.type == "cpu":
+        return _known_groups(groups, sorted(allowed), column)
+    assert_known(groups, sorted(allowed), "The batch holds sample groups that no expert and no router knows")
+    return groups

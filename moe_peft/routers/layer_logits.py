@@ -23,7 +23,8 @@ class LayerLogits(Router):
     Args:
         in_features: Taken for the signature that scorers share.
         num_experts: E.
-        init_std: Standard deviation of the scores at the start; None takes 1e-3.
+        init_std: Standard deviation of the scores at the start; None takes 1e-3. Under a gate that needs scores above
+            zero they start at 1 / E and more.
         **shared: See `Router`.
 
     Attributes:
@@ -44,7 +45,7 @@ class LayerLogits(Router):
     ) -> None:
         super().__init__(in_features, num_experts, **shared)
         self.weight = nn.Parameter(torch.empty(self.num_scores))
-        nn.init.normal_(self.weight, std=1e-3 if init_std is None else init_std)
+        self.start_without_tokens(self.weight, 1e-3 if init_std is None else init_std)
 
     def scores(self, x: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """Give every token the same scores; arguments as in `Router.scores`."""

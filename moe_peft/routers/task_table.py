@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..forward.host_checks import operator_of
 from ..messages import shown
 from ..part import Option
 from ..types import TokenContext
@@ -44,7 +45,7 @@ class TaskTable(Router):
         width: Width of a task's embedding; None for a table of scores.
         task_mask: For each task, a list with one or zero for each expert; None lets all tasks use all experts.
         init_std: Standard deviation of table and embedding at the start; None takes 1e-3 for a table, and one for an
-            embedding, with W as in `nn.Linear`.
+            embedding, with W as in `nn.Linear`. Under a gate that needs scores above zero all entries start above it.
         **shared: See `Router`.
 
     Attributes:
@@ -95,11 +96,12 @@ class TaskTable(Router):
         self.embedding: nn.Parameter | None = None
         if width is None:
             self.weight = nn.Parameter(torch.empty(num_tasks, self.num_scores))
-            nn.init.normal_(self.weight, std=1e-3 if init_std is None else init_std)
+            self.start_without_tokens(self.weight, 1e-3 if init_std is None else init_std)
         else:
             self.embedding = nn.Parameter(torch.empty(num_tasks, width))
-            self.weight = nn.Parameter(torch.empty(self.num_scores, width).uniform_(-1, 1) / width**0.5)
-            nn.init.normal_(self.embedding, std=1.0 if init_std is None else init_std)
+            lowest = 0 if self.gate.needs_positive else -1
+            self.weight = nn.Parameter(torch.empty(self.num_scores, width).uniform_(lowest, 1) / width**0.5)
+            self.start_without_tokens(self.embedding, 1.0 if init_std is None else init_std)
 
     @classmethod
     def misfit(cls, options: Mapping[str, Any], sizes: Mapping[str, int]) -> str | None:
@@ -142,12 +144,31 @@ class TaskTable(Router):
                 f"{type(self).__name__} needs the task of every sample: give the model the batch's column of groups "
                 "(task_type, or the adapter's group_column), or call it within moe_peft.groups(model, task_type=...)."
             )
-        if tasks_S.device.type == "cpu" and tasks_S.numel():
-            lowest, largest = int(tasks_S.min()), int(tasks_S.max())
-            if lowest < 0 or largest >= self.num_tasks:
-                raise ValueError(
-                    f"{type(self).__name__} has num_tasks={self.num_tasks}, but a sample is of task "
-                    f"{lowest if lowest < 0 else largest}. Number the tasks from 0, and set "
-                    f"router_args={{'num_tasks': {max(largest + 1, 1)}}}."
-                )
+        if tasks_S.device.type != "cpu":
+            return tasks_S
+        if torch.compiler.is_compiling():
+            return _known_tasks(tasks_S, [self.num_tasks], type(self).__name__)
+        check_tasks(tasks_S, [self.num_tasks], type(self).__name__)
         return tasks_S
+
+
+def check_tasks(tasks: torch.Tensor, num_tasks: Sequence[int], owner: str) -> None:
+    """Refuse tasks that a table has no row for.
+
+    Args:
+        tasks: (S,) task of each sequence.
+        num_tasks: The number of rows, alone.
+        owner: Class of the table, for the message.
+
+    Raises:
+        ValueError: A task is below zero, or there are not as many.
+    """
+    lowest, largest = (int(tasks.min()), int(tasks.max())) if tasks.numel() else (0, 0)
+    if lowest < 0 or largest >= num_tasks[0]:
+        raise ValueError(
+            f"{owner} has num_tasks={num_tasks[0]}, but a sample is of task {lowest if lowest < 0 else largest}. "
+            f"Number the tasks from 0, and set router_args={{'num_tasks': {max(largest + 1, 1)}}}."
+        )
+
+
+_known_tasks = operator_of("known_tasks", check_tasks)

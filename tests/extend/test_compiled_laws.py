@@ -6,13 +6,23 @@ import pytest
 import torch
 
 from . import registered
-from .cases import PARTS, batch_for, context_needs, make, name_of
+from .cases import PARTS, batch_for, make, name_of
 from .combinations import placed
 
 pytestmark = pytest.mark.slow
-# Numbers of tasks are checked on the host, where a graph breaks.
 with registered():
-    CASES = [*placed(), *(choice for choice in PARTS[:11] if "groups" not in context_needs(choice))]
+    CASES = [*placed(), *PARTS]
+
+
+def compiled_gradients(model, batch) -> dict[str, torch.Tensor]:
+    """Those of one graph; of several where a part says why none can hold it, and what to leave out."""
+    try:
+        return gradients(torch.compile(model, backend="aot_eager", fullgraph=True), model, batch)
+    except torch._dynamo.exc.Unsupported as error:
+        if "leave fullgraph out" not in str(error):
+            raise
+    torch._dynamo.reset()
+    return gradients(torch.compile(model, backend="aot_eager"), model, batch)
 
 
 def gradients(call, model, batch) -> dict[str, torch.Tensor]:
@@ -27,7 +37,7 @@ def test_a_compiled_training_step_is_one_graph_with_the_same_gradients(choice):
     plain, model = (make("llama", choice, train=True, dtype=torch.float32) for _ in range(2))
     batch = batch_for("llama", choice, labels=True)
     expected = gradients(plain, plain, batch)
-    found = gradients(torch.compile(model, backend="aot_eager", fullgraph=True), model, batch)
+    found = compiled_gradients(model, batch)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(

@@ -60,8 +60,10 @@ def keywords_of(cls) -> set[str]:
     return found
 
 
+NUM_SAMPLES = 64
 with registered():
-    SCORING = {name: next(choice for choice in fitting() if choice[1] == name) for name in SCORERS}
+    FITTING = fitting()
+SCORING = {name: next(choice for choice in FITTING if choice[1] == name) for name in SCORERS}
 
 
 @pytest.mark.parametrize("name", SCORING)
@@ -80,6 +82,44 @@ def test_a_gate_says_whether_it_needs_scores_above_zero(name):
     assert bool(probs_TE.any()) != GATES[name].needs_positive
     torch.autograd.backward(probs_TE.square().sum())
     assert bool(logits_TE.grad.any()) != GATES[name].needs_positive
+
+
+def _marks(gate) -> list:
+    """Gates that pass every score cannot leave an expert out: they are looked at in `make slow`."""
+    return [] if gate.needs_positive else [pytest.mark.slow]
+
+
+def dead_at_the_start(scorer: str, gate: str, seed: int) -> list[int]:
+    """Experts that no token of a task uses, and whose scores get no gradient from one, as a router starts."""
+    choice = next(own for own in FITTING if own[0] in ("dense", "positive") and own[1:3] == (scorer, gate))
+    torch.manual_seed(seed)
+    built = config_of(choice, losses=False).build(Place("linear", IN, OUT))
+    x_TD = torch.randn(NUM_SAMPLES, IN)
+    known = context(
+        groups=torch.arange(NUM_SAMPLES) % 2,
+        token_ids=torch.arange(NUM_SAMPLES),
+        **{"valid": torch.ones(NUM_SAMPLES, dtype=torch.bool), "prompt": torch.ones(NUM_SAMPLES, dtype=torch.bool)},
+        **{"sequences": torch.arange(NUM_SAMPLES), "num_sequences": NUM_SAMPLES, "num_rows": NUM_SAMPLES},
+    )
+    read = x_TD
+    if built.router.reads == "activations":
+        read = built.experts.activations(built.experts.prepare(x_TD, known))
+    logits_TE = built.router.scores(read, known).detach().requires_grad_()
+    probs_TE = built.router.gate(logits_TE, known)
+    torch.autograd.backward(probs_TE.square().sum())
+    for task in (0, 1):
+        alive_E = probs_TE[task::2].any(0) | logits_TE.grad[task::2].any(0)
+        if not alive_E.all():
+            return alive_E.logical_not().nonzero().flatten().tolist()
+    return []
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=_marks(gate)) for name, gate in GATES.items()])
+def test_no_expert_starts_where_no_token_could_ever_make_it_learn(name):
+    for scorer in sorted({own[1] for own in FITTING if own[2] == name and own[0] in ("dense", "positive")}):
+        for seed in range(6):
+            dead = dead_at_the_start(scorer, name, seed)
+            assert not dead, f"{scorer}: experts {dead} could never learn under {name}: start their scores above zero"
 
 
 @every_part

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -97,3 +99,14 @@ def test_options_that_cannot_be_are_refused(args, message):
 def test_a_column_that_the_model_takes_itself_is_refused():
     with pytest.raises(ValueError, match="group_column='labels' is an input of LlamaForCausalLM"):
         get_peft_model(tiny_llama(), RoutedConfig(scorer="task_table", router="dense", group_column="labels"))
+
+
+def test_compiled_code_refuses_the_tasks_that_other_code_refuses():
+    torch._dynamo.reset()
+    made, x = table(), torch.randn(3, D).double()
+    run = torch.compile(lambda context: made(x, context).weights, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(run(CONTEXT), made(x, CONTEXT).weights)
+    for bad in (5, -1):
+        unknown = replace(CONTEXT, groups=torch.tensor([bad, 0]))
+        with pytest.raises(ValueError, match=f"num_tasks=3, but a sample is of task {bad}"):
+            run(unknown)

@@ -47,12 +47,11 @@ def trainer_of(choice, folder, seed: int):
         rows = rows.add_column("task_type", [row % 2 for row in range(NUM_ROWS)])
     if "prompt" in context_needs(choice):
         rows = rows.add_column("completion_mask", [[0] * 2 + [1] * (len(ids) - 2) for ids in rows["input_ids"]])
-    torch.manual_seed(seed)
     kind = EXPERTS[choice[3]].placement
     where = {"target_modules": ["up_proj"]} if kind is None else PLACED[kind][1]
     return SFTTrainer(
-        model=tiny_llama(),
-        args=SFTConfig(**shared(folder, 1, **SETTINGS)),
+        model=tiny_llama(seed=seed),
+        args=SFTConfig(**{**shared(folder, 1, **SETTINGS), "seed": seed}),
         train_dataset=rows,
         processing_class=tokenizer(),
         peft_config=config_of(choice, task_type="CAUSAL_LM", **where),

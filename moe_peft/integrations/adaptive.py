@@ -74,7 +74,7 @@ class AdaptiveCoefficients:
         for key, value in state_dict.items():
             if not isinstance(value, float | int) or isinstance(value, bool) or not 0 <= value < math.inf:
                 raise ValueError(
-                    f"The saved coefficient of {key!r} is {shown(value)}, and must be a finite number from 0. "
+                    f"The saved coefficient of {shown(key)} is {shown(value)}, and must be a finite number from 0. "
                     "Load a state that was saved completely."
                 )
         self.set(state_dict)

@@ -15,6 +15,7 @@ from ..layers import RoutedLayer
 from ..messages import shown, warn
 from ..quantization.four_bit import Dequantize
 from ..tuner.merging import check_merges, plan_merges
+from .kernels import check_kernels
 
 UNIT = re.compile(r".*?\.\d+\.")
 
@@ -98,10 +99,11 @@ def check_training(args: Any, model: nn.Module) -> None:
         model: Its model.
 
     Raises:
-        ValueError: Nothing would be trained, vLLM would have to merge an adapter that cannot be merged, or several
-            GPUs share one process.
+        ValueError: Nothing would be trained, kernels pass an adapter by, vLLM would have to merge an adapter that
+            cannot be merged, or several GPUs share one process.
     """
     check_adapter(model)
+    check_kernels(model)
     if getattr(args, "use_vllm", False):
         check_vllm(model)
     if getattr(args, "use_transformers_continuous_batching", False) and (args.bf16 or args.fp16):

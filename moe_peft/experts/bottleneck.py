@@ -18,6 +18,7 @@ from ..ops import AUTO
 from ..part import Option
 from ..types import TokenContext
 from .low_rank import LowRankExperts
+from .reading import read_for_decision
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -98,8 +99,8 @@ class BottleneckExperts(LowRankExperts):
         return context.training and self.lora_dropout.p > 0
 
     def undropped(self, x_TD: torch.Tensor, h: torch.Tensor, context: TokenContext) -> torch.Tensor:
-        """The down projections, which nothing has been dropped of."""
-        return h
+        """The down projections, of which nothing is dropped; see `Experts.undropped`."""
+        return read_for_decision(self, x_TD, h, context, dropped=False)
 
     def activation(self, context: TokenContext) -> Callable[[torch.Tensor], torch.Tensor]:
         """The nonlinearity, after dropout in training passes."""

@@ -25,10 +25,12 @@ class PendingRouting(NamedTuple):
     Attributes:
         context: What is known about the tokens.
         decide: Makes the decision of (T, E, r) activations.
+        x_TD: (T, D) input as it came; None where autocast has not rounded what the bank is given.
     """
 
     context: TokenContext
     decide: Callable[[torch.Tensor], Routing]
+    x_TD: torch.Tensor | None = None
 
 
 class Experts(UndecidedSums, nn.Module):
@@ -169,19 +171,20 @@ class Experts(UndecidedSums, nn.Module):
         """
         h = self.prepare(x_TD, routing.context)
         if isinstance(routing, PendingRouting):
-            routing = routing.decide(self.activations(self.undropped(x_TD, h, routing.context)))
+            came_TD = x_TD if routing.x_TD is None else routing.x_TD
+            routing = routing.decide(self.activations(self.undropped(came_TD, h, routing.context)))
         return self.combine(h, base_out_TO, routing, in_place=in_place)
 
     def undropped(self, x_TD: torch.Tensor, h: torch.Tensor, context: TokenContext) -> torch.Tensor:
-        """What `prepare` makes of the input where nothing is dropped: dropout of experts decides about no token.
+        """What `prepare` makes of the input where nothing is dropped or rounded, as neither decides about a token.
 
         Args:
-            x_TD: (T, D) input in the compute dtype.
+            x_TD: (T, D) input as it came.
             h: Of `prepare` in this pass.
             context: What is known about the tokens.
 
         Returns:
-            `h` itself where no dropout acts.
+            `h` itself where no dropout acts and it is float32 or wider; see `read_for_decision`.
         """
         return h
 

@@ -22,6 +22,7 @@ from ..place import Place
 from ..types import Routing, TokenContext
 from .products import pair_products
 from .ranked import BankArgs, RankedExperts, start_pair
+from .reading import read_for_decision
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -119,7 +120,7 @@ class GoatExperts(RankedExperts):
 
     def undropped(self, x_TD: torch.Tensor, h: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """Projections of the input as it is; see `Experts.undropped`."""
-        return self.prepare(x_TD, TokenContext()) if self.drops(context) else h
+        return read_for_decision(self, x_TD, h, context, dropped=self.drops(context))
 
     def combine(
         self, h: torch.Tensor, base_out_TO: torch.Tensor, routing: Routing, *, in_place: bool = False

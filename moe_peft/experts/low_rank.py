@@ -28,6 +28,7 @@ from ..types import Routing, TokenContext
 from .experts import PendingRouting
 from .pair_algebra import PairAlgebra
 from .ranked import PairArgs, RankedExperts, start_pair
+from .reading import read_for_decision
 
 
 class LowRankArgs(PairArgs, total=False):
@@ -144,7 +145,7 @@ class LowRankExperts(RankedExperts, PairAlgebra):
 
     def undropped(self, x_TD: torch.Tensor, h: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """Down projections of the input as it is; see `Experts.undropped`."""
-        return self.prepare(x_TD, replace(context, training=False)) if self.drops(context) else h
+        return read_for_decision(self, x_TD, h, context, dropped=self.drops(context))
 
     def with_shared(self, routing: Routing) -> Routing:
         """The decision about all experts of the bank, of which every token uses the shared ones with weight one."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +11,7 @@ from ..ops import compute_dtype, project
 from ..types import TokenContext
 from .experts import Experts
 from .ranked import BankArgs, RankedExperts
+from .reading import read_for_decision
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -53,7 +53,7 @@ class OneDownExperts(RankedExperts):
 
     def undropped(self, x_TD: torch.Tensor, h: torch.Tensor, context: TokenContext) -> torch.Tensor:
         """Down projection of the input as it is; see `Experts.undropped`."""
-        return self.prepare(x_TD, replace(context, training=False)) if self.shared_rows(context) is None else h
+        return read_for_decision(self, x_TD, h, context, dropped=self.shared_rows(context) is None)
 
     def shared_rows(self, context: TokenContext) -> torch.Tensor | None:
         """(r, D) down matrix, where nothing is dropped; see `Experts`."""

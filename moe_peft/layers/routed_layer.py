@@ -81,10 +81,10 @@ class RoutedLayer(MergingLayer):
             return bank(read_TD, out_TO, router(self._led(adapter_name, x_TD), context), in_place=in_place)
         if router.reads == "activations":
             decide = partial(self.route, adapter_name, context=context)
-            return bank(read_TD, out_TO, PendingRouting(context, decide), in_place=in_place)
+            return bank(read_TD, out_TO, PendingRouting(context, decide, x_TD), in_place=in_place)
         if router.probes(context):
             decide = partial(self._route_by_responses, adapter_name, x_TD, context)
-            return bank(read_TD, out_TO, PendingRouting(context, decide), in_place=in_place)
+            return bank(read_TD, out_TO, PendingRouting(context, decide, x_TD), in_place=in_place)
         weight = router.constant_weight
         if weight is not None and not self.objectives[adapter_name] and self._unseen(router, bank):
             out = bank.add_all(read_TD, out_TO, weight, context, in_place=in_place)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from types import CodeType
 from typing import Any, Protocol
 
 import torch
@@ -80,6 +81,12 @@ class ModuleEntry:
     def __name__(self) -> str:
         """Name of the method it stands for."""
         return "forward"
+
+    @property
+    def __code__(self) -> CodeType:
+        """That of the forward it stands for, by which `torch.export` names inputs and their sizes."""
+        code: CodeType = self._own_forward.__code__
+        return code
 
     @property
     def _own_forward(self) -> Callable[..., Any]:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from moe_peft import LoraMoeConfig, MovConfig, SiraConfig
 from moe_peft.forward.entry import ModuleEntry
+from tests.tiny import adapted_linear
 
 
 class Keeper:
@@ -100,3 +102,13 @@ def test_who_has_wrapped_the_forward_since_calls_through_a_removed_entry():
     module.forward = lambda x: behind(x) + 1
     entry.remove()
     assert float(module(torch.tensor(1.0))) == 3.0 and keeper.log == []
+
+
+@pytest.mark.parametrize("config", [LoraMoeConfig(r=2), SiraConfig(r=2), MovConfig()], ids=lambda own: own.method)
+def test_an_adapted_model_is_exported_whole_with_sizes_that_may_change(config):
+    model = adapted_linear(config).eval()
+    auto = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    x, other = torch.randn(2, 3, 7).double(), torch.randn(4, 5, 7).double()
+    with torch.no_grad():
+        exported = torch.export.export(model.get_base_model(), (x,), dynamic_shapes={"x": auto}).module()
+        torch.testing.assert_close(exported(other), model(other))

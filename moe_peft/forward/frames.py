@@ -44,11 +44,14 @@ def frame_mask_of(stack: nn.Module, mask: torch.Tensor | None) -> Callable[[int]
 
 
 def _made(stack: nn.Module, mask: torch.Tensor, num_frames: int) -> torch.Tensor | None:
+    blocks = _blocks(stack, mask)
+    if blocks is not None:
+        return blocks.get(num_frames)
     if num_frames == mask.shape[1]:
         return mask.bool()
     if num_frames > mask.shape[1] and _owner(stack, PADDERS) is not None:
         return nn.functional.pad(mask, (0, num_frames - mask.shape[1])).bool()
-    for kind in (_sampled, _strided, _pooled, _downsampled, _latent):
+    for kind in (_sampled, _strided, _pooled, _downsampled, _latent, _streams):
         found = next((made for made in kind(stack, mask) if made.shape[1] == num_frames), None)
         if found is not None:
             return found.bool()
@@ -135,3 +138,27 @@ def _latent(stack: nn.Module, mask: torch.Tensor) -> Iterator[torch.Tensor]:
     num_latents = getattr(getattr(stack, "config", None), "num_latents", None)
     if isinstance(num_latents, int):
         yield mask.new_ones(mask.shape[0], num_latents)
+
+
+def _blocks(stack: nn.Module, mask: torch.Tensor) -> dict[int, torch.Tensor] | None:
+    """Pegasus-X pads rows to whole blocks on the way, and has global tokens, all of which count.
+
+    Returns:
+        Masks by length, none where both have the same; None for another stack.
+    """
+    config = getattr(stack, "config", None)
+    block_size, num_global = (getattr(config, name, None) for name in ("block_size", "num_global_tokens"))
+    if not hasattr(stack, "embed_global") or not isinstance(block_size, int) or not isinstance(num_global, int):
+        return None
+    padded = nn.functional.pad(mask, (0, -mask.shape[1] % block_size)).bool()
+    if padded.shape[1] == num_global:
+        return {}
+    return {padded.shape[1]: padded, num_global: torch.ones_like(padded[:, :1]).expand(-1, num_global)}
+
+
+def _streams(stack: nn.Module, mask: torch.Tensor) -> Iterator[torch.Tensor]:
+    """ProphetNet's decoder joins its main stream and one for each future token it predicts, in a row's order."""
+    num_streams = getattr(getattr(stack, "config", None), "ngram", None)
+    if isinstance(num_streams, int) and num_streams > 0:
+        yield mask.repeat(1, num_streams)
+        yield mask.repeat(1, 1 + num_streams)

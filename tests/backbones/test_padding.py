@@ -49,9 +49,10 @@ NAMES = """
     gpt_neox_japanese gpt_oss granite granitemoe granitemoeshared helium hunyuan_v1_dense ibert imagegpt
     internlm3 led lfm2 longt5 m2m_100 mamba marian mbart megatron-bert minimax ministral mistral mixtral
     mobilebert modernbert modernbert-decoder mpnet mpt mra mt5 mvp nemotron nllb-moe nomic_bert nystromformer
-    olmo olmo2 olmo3 olmoe openai-gpt opt pegasus persimmon phi phi3 plbart qwen2 qwen3 qwen3_moe rembert
-    roberta roberta-prelayernorm roformer rwkv seed_oss smollm3 splinter squeezebert stablelm starcoder2
-    switch_transformers tapas umt5 vaultgemma visual_bert xglm xlm-roberta xlm-roberta-xl yoso
+    olmo olmo2 olmo3 olmoe openai-gpt opt pegasus pegasus_x persimmon phi phi3 plbart prophetnet
+    qwen2 qwen3 qwen3_moe rembert roberta roberta-prelayernorm roformer rwkv seed_oss smollm3
+    splinter squeezebert stablelm starcoder2 switch_transformers tapas umt5 vaultgemma visual_bert xglm
+    xlm-roberta xlm-roberta-xl yoso
 """
 TYPES = NAMES.split()
 IN_EVERY_RUN = TYPES[:6]

@@ -16,8 +16,12 @@ from transformers import (
     LEDForConditionalGeneration,
     LongformerConfig,
     LongformerForMaskedLM,
+    PegasusXConfig,
+    PegasusXModel,
     PerceiverConfig,
     PerceiverForMaskedLM,
+    ProphetNetConfig,
+    ProphetNetModel,
     SEWConfig,
     SEWForCTC,
 )
@@ -221,3 +225,30 @@ def test_strided_layers_shorten_the_frames_one_after_the_other():
     mask = (torch.arange(40) < torch.tensor([40, 21])[:, None]).long()
     frames = frame_mask_of(torch.nn.Sequential(Strided(), Strided()), mask)
     assert frames(6).sum(1).tolist() == [6, 3] and frames(1).sum(1).tolist() == [1, 1] and frames(7) is None
+
+
+def pegasus_x(num_global):
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "block_size": 5}
+    return PegasusXModel(PegasusXConfig(vocab_size=64, d_model=32, num_global_tokens=num_global, **layers, **heads))
+
+
+def test_rows_in_blocks_have_their_mask_and_global_tokens_count_whole():
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    known = frame_mask_of(pegasus_x(7).encoder, mask)
+    assert known(10).tolist() == [[True] * 7 + [False] * 3, [True] * 4 + [False] * 6]
+    assert known(7).all() and known(7).shape == (2, 7)
+    assert known(5) is None
+    assert frame_mask_of(pegasus_x(10).encoder, mask)(10) is None
+    assert frame_mask_of(pegasus_x(7).decoder, mask)(7).tolist() == mask.bool().tolist()
+
+
+def test_streams_of_future_tokens_have_the_mask_of_their_row():
+    layers = {"num_encoder_layers": 1, "num_decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    heads = {"num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4, "ngram": 2}
+    decoder = ProphetNetModel(ProphetNetConfig(vocab_size=64, hidden_size=32, **layers, **heads)).decoder
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
+    known = frame_mask_of(decoder, mask)
+    for streams in (1, 2, 3):
+        assert torch.equal(known(3 * streams), mask.bool().repeat(1, streams))
+    assert known(12) is None

@@ -19,6 +19,8 @@ CONFIGS = {
     "top_k": lambda: RoutedConfig(
         router="top_k", top_k=2, router_z_loss_coef=0.3, target_modules=["up_proj", "down_proj"], **SHARED
     ),
+    "groups": lambda: LoraMoeConfig(target_modules=["down_proj"], expert_groups=[0, 0, 1, 1], **SHARED),
+    "tasks": lambda: RoutedConfig(scorer="task_table", target_modules=["down_proj"], **SHARED),
 }
 LENGTHS = (5, 7, 9, 12, 16)
 MAX_GRAPHS = 3
@@ -39,7 +41,8 @@ def batch(length):
 def step(call, model, length):
     """Gradients of a step, with the router losses weighed by hand in every second length."""
     model.zero_grad()
-    loss = call(**batch(length)).loss
+    groups = {column: torch.tensor([1, 0]) for column in find_tracker(model).group_columns}
+    loss = call(**batch(length), **groups).loss
     value = router_loss(model)
     (loss + 0.5 * value if length % 2 == 0 else loss).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, value.detach()
@@ -60,7 +63,9 @@ def assert_trains_as_without(name, backend, lengths):
     assert counter.frame_count <= MAX_GRAPHS
 
 
-@pytest.mark.parametrize("name", ["top_k", pytest.param("loramoe", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["top_k", *(pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS if name != "top_k")]
+)
 def test_training_with_router_losses_is_one_graph_with_the_same_gradients(name):
     assert_trains_as_without(name, "aot_eager", LENGTHS)
 

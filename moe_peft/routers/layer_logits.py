@@ -1,6 +1,7 @@
 """One score for each expert at a place, whatever the token: z = w (Mixture-of-Linguistic-Experts, arXiv 2310.16240).
 
-All tokens use the experts alike, so that the adapter merges into the weights once training is over.
+All tokens use the experts alike, so that the adapter merges into the weights once training is over. Under a gate that
+lets scores above zero pass alone they start at 1 / E: an expert that starts below it would never be used.
 """
 
 from __future__ import annotations

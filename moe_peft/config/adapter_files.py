@@ -21,7 +21,7 @@ PICKLED_WEIGHTS = "adapter_model.bin"
 # Weights in a form that is made for the way alone.
 COMPRESSED = "adapter_compressed.safetensors"
 # How safetensors' names of types without a fraction begin.
-INTEGERS = ("I", "U", "BOOL")
+FLOATS = ("F", "BF")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def read_header(path: str | Path) -> AdapterFile:
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             shapes = {key: tuple(own.get_shape()) for key, own in slices.items()}
-            integers = frozenset(key for key, own in slices.items() if own.get_dtype().startswith(INTEGERS))
+            integers = frozenset(key for key, own in slices.items() if not own.get_dtype().startswith(FLOATS))
             return AdapterFile(str(path), shapes, integers, file.metadata() or {}, Path(path))
     except (SafetensorError, OSError) as error:
         raise ValueError(
@@ -111,7 +111,7 @@ def check_values(name: str, tensors: Mapping[str, Any], own: Collection[str]) ->
             raise TypeError(f"{name} holds {shown(tensor)} under {key}, which is no tensor. Nothing has been changed.")
     wrong = {
         "no values (they are on the meta device)": [key for key, tensor in tensors.items() if tensor.is_meta],
-        "integers": [key for key in own if not tensors[key].is_floating_point()],
+        "integers or complex numbers": [key for key in own if not tensors[key].is_floating_point()],
         "NaN or infinite values": [k for k, tensor in tensors.items() if not tensor.is_meta and not is_finite(tensor)],
     }
     for what, keys in wrong.items():

@@ -169,14 +169,14 @@ def check_tensors(
             f"{extra[0]}. It was saved for a base model of more layers, or for other modules. No weight has been "
             "changed."
         )
-    of_base = model.state_dict().keys() - embeddings
-    base = sorted(key for key in foreign if key in of_base and not any(part in key for part in BESIDE))
+    present = {_inner(key) for key in model.state_dict()}
+    of_base = present - {_inner(key) for key in embeddings}
+    base = sorted(key for key in foreign if _inner(key) in of_base and not any(part in key for part in BESIDE))
     if base:
         raise ValueError(
             f"The adapter's weights hold {shown(base[0])} (and {len(base) - 1} more), which is a weight of the base "
             "model. Take it out, and load it with model.load_state_dict if it is meant. No weight has been changed."
         )
-    present = {_inner(key) for key in model.state_dict()}
     # peft saves what wraps an embedding twice where the vocabulary has grown, once by the name of the base's weight.
     twice = tuple(f"{_layer_of(name)}{part}" for name in embeddings for part in BESIDE)
     homeless = sorted(key for key in foreign if _inner(key) not in present and not key.startswith(twice))
@@ -193,6 +193,22 @@ def check_tensors(
                 "It was saved for a base model of other widths, or with another r or num_experts. No weight has been "
                 "changed."
             )
+
+
+def whole_embeddings(embeddings: Set[str], loaded: Mapping[str, torch.Tensor]) -> Set[str]:
+    """The embeddings that a state dict in memory may hold, of which no file says that they were saved on purpose.
+
+    peft saves those of a resized vocabulary all together: one alone is a weight of the base model.
+
+    Args:
+        embeddings: Names of their weights.
+        loaded: The state dict.
+
+    Returns:
+        The names; none where one of the layers is missing.
+    """
+    layers = {_layer_of(_inner(name)) for name in embeddings}
+    return embeddings if layers <= {_layer_of(_inner(key)) for key in loaded} else frozenset()
 
 
 def _layer_of(weight: str) -> str:

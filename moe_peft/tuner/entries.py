@@ -154,13 +154,19 @@ def _save(call: Call, given: Mapping[str, Any]) -> Any:
     gathered_elsewhere = given.get("state_dict") == {} and not given["is_main_process"]
     if gathered_elsewhere and len(routed) == len(names):
         return None  # the first process has the tensors, and writes them
+    if routed and not given["safe_serialization"]:
+        raise ValueError(
+            f"safe_serialization={shown(given['safe_serialization'])} would write adapter_model.bin, but that file "
+            "is a pickle, which can run code when it is read, so that no routed adapter is loaded from it. Leave the "
+            "argument out. Nothing has been written."
+        )
     for name, own in routed.items():
         check_whole(model, name, given.get("state_dict"))
         if given["is_main_process"]:
             prepare_saving(model.peft_config[name], own)
     result = call()
     for name, own in routed.items():
-        if given["is_main_process"] and given["safe_serialization"]:
+        if given["is_main_process"]:
             finish_saving(model, model.peft_config[name], name, own)
     return result
 

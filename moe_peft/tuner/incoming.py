@@ -99,8 +99,8 @@ def check_incoming(incoming: Incoming, config: MoeConfig, prefix: str, own: Shap
     integers = sorted(keys[key] for key in own if keys[key] in file.integers)
     if integers:
         raise ValueError(
-            f"{file.name} holds integers in {shown(integers)}, where an adapter has floating point numbers. The file "
-            "is damaged; save the adapter again. No weight has been changed."
+            f"{file.name} holds integers or complex numbers in {shown(integers)}, where an adapter has floating point "
+            "numbers. The file is damaged; save the adapter again. No weight has been changed."
         )
 
 

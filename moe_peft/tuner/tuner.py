@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
@@ -21,7 +21,7 @@ from ..forward.tracker import ForwardTracker
 from ..layers import LAYERS, RoutedLayer, joined_places
 from ..messages import warn
 from ..places.hidden import choose_places
-from .checks import check_groups, check_leftovers, check_neighbours, check_tensors
+from .checks import check_groups, check_leftovers, check_neighbours, check_tensors, whole_embeddings
 from .further_modules import check_further_modules
 from .incoming import check_incoming, current, embedding_names
 from .merging import Merge, check_merges, merge_layers, plan_merges, quiet_merging
@@ -276,7 +276,9 @@ class RoutedTuner(BaseTuner):
                 inner = own[plain_name(key)].key
                 names[inner] = names[f"{PEFT_PREFIX}{inner}"] = key
         remapped = {names.get(plain_name(key), key): tensor for key, tensor in state_dict.items()}
-        embeddings = {f"{prefix}{name}" for name in embedding_names(model) for prefix in ("", PEFT_PREFIX)}
+        embeddings: Set[str] = {f"{prefix}{name}" for name in embedding_names(model) for prefix in ("", PEFT_PREFIX)}
+        if current(adapter_name) is None:
+            embeddings = whole_embeddings(embeddings, remapped)
         shapes = {names[tensor.key]: tensor.shape for tensor in own.values()}
         check_tensors(cls.prefix, model, shapes, remapped, embeddings)
         split = {names[tensor.key]: tensor.split for tensor in own.values() if tensor.split is not None}

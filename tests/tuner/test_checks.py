@@ -44,12 +44,21 @@ def test_a_name_by_which_saving_would_lose_weights_is_refused(base, name):
     model.add_adapter(f"adapter_{name}", PerftConfig())
 
 
-@pytest.mark.parametrize("key", ["model.norm.weight", "model.layers.0.mlp.up_proj.base_layer.weight"])
-def test_weights_of_the_base_are_no_part_of_an_adapters_state_dict(key):
+@pytest.mark.parametrize("prefix", ["base_model.model.", ""])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.norm.weight",
+        "model.layers.0.mlp.up_proj.base_layer.weight",
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+    ],
+)
+def test_weights_of_the_base_are_no_part_of_an_adapters_state_dict(key, prefix):
     model = get_peft_model(tiny_llama(), MoloraConfig(num_experts=2, r=2, target_modules=["up_proj"]))
     tensors = get_peft_model_state_dict(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    foreign = {f"base_model.model.{key}": torch.zeros_like(before[f"base_model.model.{key}"])}
+    foreign = {f"{prefix}{key}": torch.zeros_like(before[f"base_model.model.{key}"])}
     with pytest.raises(ValueError, match=f"{key}.*is a weight of the base model"):
         set_peft_model_state_dict(model, {**tensors, **foreign})
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -65,6 +74,10 @@ def infinite(tensors, key):
 
 def integers(tensors, key):
     tensors[key] = tensors[key].long()
+
+
+def complex_numbers(tensors, key):
+    tensors[key] = tensors[key].to(torch.complex64)
 
 
 def meta(tensors, key):
@@ -98,7 +111,8 @@ def wide(tensors, key):
         (nan, ValueError, "holds NaN or infinite values in 1 tensors: .*{key}"),
         (infinite, ValueError, "holds NaN or infinite values in 1 tensors: .*{key}"),
         (eight_bits, ValueError, "holds NaN or infinite values in 1 tensors: .*{key}"),
-        (integers, ValueError, "holds integers in 1 tensors: .*{key}"),
+        (integers, ValueError, "holds integers or complex numbers in 1 tensors: .*{key}"),
+        (complex_numbers, ValueError, "holds integers or complex numbers in 1 tensors: .*{key}"),
         (meta, ValueError, "holds no values .*{key}"),
         (lists, TypeError, "under .*{key}, which is no tensor"),
         (a_key_of_nothing, ValueError, "nothing.weight.*no place"),

@@ -67,6 +67,11 @@ def round_values(tensors):
     tensors[key] = tensors[key].long()
 
 
+def complex_values(tensors):
+    key = next(iter(tensors))
+    tensors[key] = tensors[key].to(torch.complex64)
+
+
 FAULTS = {
     "half of the tensors": (drop_half, r"lack \d+ of \d+ tensors, the first is .*layers\.0"),
     "another layer": (add_layer, r"hold \d+ tensors more than this model has places for, the first is .*layers\.2"),
@@ -74,7 +79,8 @@ FAULTS = {
     "a wrapped weight": (add_base_layer, r"1 tensors that are not the adapter's, .*gate_proj.base_layer.weight"),
     "another width": (widen, r"has the shape .* but this model needs"),
     "values that are not finite": (break_values, r"NaN or infinite values in 2 tensors: \['.*'.*\]"),
-    "integers": (round_values, r"holds integers in"),
+    "integers": (round_values, r"holds integers or complex numbers in"),
+    "complex numbers": (complex_values, r"holds integers or complex numbers in"),
 }
 FAULTY = [(way, fault) for way in WAYS for fault in FAULTS]
 
@@ -111,6 +117,15 @@ def test_a_pickle_is_never_read(way, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="only safetensors are loaded"):
         load()
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_a_pickle_that_could_not_be_loaded_is_not_written(name, tmp_path):
+    model = adapted(tiny_llama(), ROUTED, name=name)
+    for keep in ({}, {"selected_adapters": [name]}):
+        with pytest.raises(ValueError, match=r"safe_serialization=False would write adapter_model\.bin"):
+            model.save_pretrained(tmp_path / "folder", safe_serialization=False, **keep)
+    assert not (tmp_path / "folder").exists()
 
 
 @pytest.mark.parametrize("way", WAYS)

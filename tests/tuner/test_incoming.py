@@ -30,7 +30,7 @@ def test_keys_have_the_prefix_of_peft_or_may_go_without():
 
 
 def test_integers_and_other_shapes_are_refused():
-    with pytest.raises(ValueError, match=r"integers in \['x.routed_router.weight'\]"):
+    with pytest.raises(ValueError, match=r"integers or complex numbers in \['x.routed_router.weight'\]"):
         check(incoming(OWN, bare_keys=True, integers=frozenset(["x.routed_router.weight"])))
     with pytest.raises(ValueError, match=r"shape \(3, 9\), but this model needs \(3, 8\)"):
         check(incoming({**OWN, "x.routed_router.weight": (3, 9)}, bare_keys=True))

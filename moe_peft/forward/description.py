@@ -178,7 +178,16 @@ def describe_media(own_pass: ForwardPass, leading: tuple[int, ...], device: torc
         sequences=torch.arange(images, device=device).repeat_interleave(per_image) if images > 1 else None,
         num_sequences=images,
         loss_scale=own_pass.losses.scale if own_pass.training else None,
+        padding_known=frames_BF is not None or not _has_silence(own_pass, leading),
     )
+
+
+def _has_silence(own_pass: ForwardPass, rows: tuple[int, ...]) -> bool:
+    """Whether frames of clips may have padding that nothing tells, in a training pass; as in `_has_padding`."""
+    mask = own_pass.media_mask
+    if not own_pass.training or mask is None or torch.compiler.is_compiling():
+        return False
+    return len(rows) == 2 and rows[0] == mask.shape[0] and rows[1] > 1 and not bool(mask.all())
 
 
 def _same_rows(leading: tuple[int, ...], shape: tuple[int, ...]) -> bool:

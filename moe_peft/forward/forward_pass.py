@@ -31,6 +31,7 @@ DESCRIPTION = (
     "groups",
     "frames",
     "media_frames",
+    "media_mask",
     "token_ids",
     "prompt",
     "cached",
@@ -41,6 +42,8 @@ DESCRIPTION = (
 ENCODER_MASKS = ("encoder_attention_mask", "encoder_padding_mask")
 # What models of text and sound call the mask of the sound.
 MEDIA_MASKS = ("feature_attention_mask", "input_features_mask")
+# What the names of their images begin with.
+IMAGES = "pixel_values"
 
 
 @dataclass
@@ -57,6 +60,7 @@ class ForwardPass:
         groups: (B,) or (S,) group per sequence, or (B, L) group per token.
         frames: Makes the (B, F) mask of hidden states of another length F, as of frames of sound.
         media_frames: The same of sound that stands beside text, of a mask of its own.
+        media_mask: That mask, where the call brings no images beside the sound.
         position: The slice of the rows that ran last, where the input told which it is.
         progress: Name of a place -> positions of the rows, or tokens, that it was given in slices which do not tell.
         first_rows: Name of a place that reads tokens and relative positions -> shape of its first input, of tokens.
@@ -85,6 +89,7 @@ class ForwardPass:
     groups: SampleGroups | None = None
     frames: Callable[[int], torch.Tensor | None] | None = None
     media_frames: Callable[[int], torch.Tensor | None] | None = None
+    media_mask: torch.Tensor | None = None
     position: Slice | None = None
     progress: dict[str, int] = field(default_factory=dict)
     first_rows: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -115,6 +120,8 @@ class ForwardPass:
             made.follow(call.behind)
             return made
         shape = batch_shape(inputs)
+        sound = first_mask(inputs, MEDIA_MASKS)
+        has_images = any(name.startswith(IMAGES) and value is not None for name, value in inputs.items())
         mask = mask_of(inputs, call.whole_inputs or inputs, shape, getattr(call.module, "config", None))
         return cls(
             training=call.training,
@@ -129,7 +136,8 @@ class ForwardPass:
             module=call.module,
             first_node=call.first_node,
             frames=frame_mask_of(call.module, mask),
-            media_frames=frame_mask_of(call.module, first_mask(inputs, MEDIA_MASKS)),
+            media_frames=frame_mask_of(call.module, sound),
+            media_mask=None if has_images else sound,
             **(further_inputs(inputs, call.whole_inputs or inputs, shape, needs) if needs else {}),
         )
 

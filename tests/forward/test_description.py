@@ -65,6 +65,16 @@ def test_sound_beside_text_has_a_mask_of_its_own():
         assert known.tokens(leading, CPU, "media").valid is None
 
 
+def test_frames_of_clips_that_no_method_tells_are_not_known():
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 6])
+    known = forward_pass(media_frames=frame_mask_of(nn.Linear(2, 2), mask), media_mask=mask)
+    assert not known.tokens((3, 12), CPU, "media").padding_known
+    for leading in ((3, 6), (3, 1), (2, 12), (18,)):
+        assert known.tokens(leading, CPU, "media").padding_known
+    whole = forward_pass(media_frames=frame_mask_of(nn.Linear(2, 2), mask > -1), media_mask=mask > -1)
+    assert whole.tokens((3, 12), CPU, "media").padding_known
+
+
 def test_keys_and_values_of_one_shared_head_see_the_mask():
     model = get_peft_model(tiny_model("deepseek_v3"), LoraMoeConfig(num_experts=2, target_modules=["kv_b_proj"]))
     shapes = set()

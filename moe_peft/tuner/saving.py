@@ -19,6 +19,7 @@ from ..messages import shown
 from .tensors import (
     PEFT_PREFIX,
     TOKENS,
+    OwnTensor,
     base_key,
     further_tensors,
     named_tensors,
@@ -55,12 +56,14 @@ def check_whole(model: Any, adapter_name: str, state_dict: Mapping[str, torch.Te
         state_dict: Tensors that were gathered for saving; None for the model's own.
 
     Raises:
-        ValueError: The model's tensors are split, and none were gathered; nothing has been written.
+        ValueError: The model's tensors are split, and none were gathered, or they have no name in a file; nothing has
+            been written.
     """
+    prefix = prefix_of(model.peft_config[adapter_name])
+    tensors = named_tensors(model, prefix, adapter_name)
+    _refuse_below(tensors, prefix)
     if state_dict is not None:
         return
-    config = model.peft_config[adapter_name]
-    tensors = named_tensors(model, prefix_of(config), adapter_name)
     gathered = {name for name, own in tensors.items() if own.split is not None}  # by every process that saves
     for name, tensor in model.named_parameters():
         split = (isinstance(tensor, DTensor) or is_partitioned(tensor)) and plain_name(name) not in gathered
@@ -88,6 +91,7 @@ def own_tensors(
         ValueError: A tensor is missing, or a part of it; nothing has been written.
     """
     wanted = named_tensors(model, prefix_of(config), adapter_name)
+    _refuse_below(wanted, prefix_of(config))
     found = {
         name: state_dict[name] if own.split is None else own.split.whole(state_dict[name])
         for name, own in wanted.items()
@@ -104,6 +108,17 @@ def own_tensors(
             "been written."
         )
     return found
+
+
+def _refuse_below(wanted: Mapping[str, OwnTensor], prefix: str) -> None:
+    """Refuse tensors in modules below a part, as a parametrization leaves them, which no file has names for."""
+    below = sorted(name for name, own in wanted.items() if own.key.rpartition(f".{prefix}")[2].count(".") > 1)
+    if below:
+        raise ValueError(
+            f"{below[0]} (and {len(below) - 1} more) lies in a module below a part of it, as parametrizations "
+            "put it, and a file has no name for it. Take parametrizations off with torch.nn.utils.parametrize."
+            "remove_parametrizations(part, name) before saving. Nothing has been written."
+        )
 
 
 def prepare_saving(config: MoeConfig, folder: Path) -> None:

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -82,6 +82,24 @@ def test_a_state_dict_without_the_whole_adapter_is_refused_and_the_file_before_i
     with pytest.raises(ValueError, match=r"Saving the adapter 'default' would lose \d+ of its \d+ tensors, the first"):
         model.save_pretrained(tmp_path, state_dict=tensors)
     assert before == {name: (tmp_path / name).read_bytes() for name in (WEIGHTS, CONFIG)}
+
+
+@pytest.mark.parametrize("part", ["experts.A", "router.weight"])
+def test_parametrized_parts_are_refused_before_a_file_is_written_and_saved_without(part, tmp_path):
+    model = adapted(tiny_llama(), RoutedConfig(**SMALL, target_modules=["up_proj"]))
+    attribute, name = part.split(".")
+    module = next(own for key, own in model.named_modules() if key.endswith(f".routed_{attribute}.default"))
+    adapted(tiny_llama(), RoutedConfig(**SMALL, top_k=1)).save_pretrained(tmp_path)
+    before = {file: (tmp_path / file).read_bytes() for file in (WEIGHTS, CONFIG)}
+    nn.utils.parametrize.register_parametrization(module, name, nn.Softplus())
+    for save in (model.save_pretrained, lambda folder: get_peft_model_state_dict(model)):
+        with pytest.raises(ValueError, match=r"parametrizations.*Take parametrizations off.*Nothing has been written"):
+            save(tmp_path)
+    assert before == {file: (tmp_path / file).read_bytes() for file in (WEIGHTS, CONFIG)}
+    nn.utils.parametrize.remove_parametrizations(module, name)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path)), expected)
 
 
 def test_parameters_that_are_split_are_not_saved_in_parts():

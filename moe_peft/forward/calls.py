@@ -17,6 +17,7 @@ from .group_columns import take_groups
 from .joined_losses import ForwardLosses
 from .processes import num_processes
 from .recomputation import NO_TASK, checkpoint_node, graph_task, next_node, owner_of_current_node
+from .shared_cast import forget_cast
 from .thread_state import Call, ThreadState
 
 PASSES_ATTRIBUTE = "_moe_peft_passes"
@@ -180,6 +181,7 @@ class CallKeeper:
         del calls[depth:]
         if not calls and not torch.compiler.is_compiling():
             self._busy.pop(threading.get_ident(), None)
+            forget_cast()
 
     def _begin(self, entry: ModuleEntry) -> Call:
         calls, module, task = self._thread.calls, entry.module, graph_task()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ..forward.shared_cast import shared_cast
 from .choice import FEW_ROWS
 from .dtypes import autocast_is_off, autocast_is_on, outside_autocast, product_dtype
 
@@ -87,7 +88,7 @@ class _Project(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, dtype: torch.dtype, *weights: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, *weights)
         ctx.dtype = dtype
-        return _product(x, _joined(weights, dtype), dtype)
+        return _product(shared_cast(x, dtype), _joined(weights, dtype), dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -99,7 +100,8 @@ class _Project(torch.autograd.Function):
             if needs_x:
                 of_x = (gradient @ _joined(weights, ctx.dtype)).to(x.dtype)
             if any(needs):
-                rows_TR, x_TD = gradient.reshape(-1, gradient.shape[-1]), x.to(ctx.dtype).reshape(-1, x.shape[-1])
+                rows_TR = gradient.reshape(-1, gradient.shape[-1])
+                x_TD = shared_cast(x, ctx.dtype).reshape(-1, x.shape[-1])
                 parts = (rows_TR.T @ x_TD).split([weight.shape[0] for weight in weights])
                 of_weights = [
                     part.to(weight.dtype) if need else None

@@ -17,6 +17,7 @@ FFN = ["gate_proj", "up_proj", "down_proj"]
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", *FFN]
 VECTORS = ["k_proj", "v_proj", "down_proj"]
 LORA, IA3, XLORA, FROZEN = "peft LoRA", "peft (IA)3", "peft X-LoRA", "frozen model"
+TOP_2 = "top-2, balance and z-loss"
 VOCABULARY = 2048
 
 
@@ -60,9 +61,7 @@ def configs(num_experts: int, r: int, targets: list[str]) -> dict[str, PeftConfi
         LORA: LoraConfig(**lora, **causal),
         FROZEN: None,
         "LoRAMoE": moe_peft.LoraMoeConfig(lora_dropout=0.0, **shared, **causal),
-        "top-2, balance and z-loss": moe_peft.RoutedConfig(
-            router="top_k", top_k=2, router_z_loss_coef=0.001, **shared, **causal
-        ),
+        TOP_2: moe_peft.RoutedConfig(router="top_k", top_k=2, router_z_loss_coef=0.001, **shared, **causal),
         "SiRA": moe_peft.SiraConfig(**shared, **causal),
         "MoLORA": moe_peft.MoloraConfig(**shared, **causal),
         f"{LORA}, dropout 0.05": LoraConfig(lora_dropout=0.05, **lora, **causal),

@@ -74,8 +74,6 @@ def main() -> None:
             num_experts=args.experts,
             num_slots=args.top_k,
             r=args.r,
-            in_features=args.width,
-            out_features=args.out,
             dtype=getattr(torch, args.dtype),
             device_type=device.type,
         )

@@ -3,7 +3,7 @@
     python benchmarks/table.py
 
 A page says where a table goes, with `<!-- results: NAME -->` before it and `<!-- end of results -->` after it; NAME is
-that of a file without `.json`.
+that of a file without `.json`, or "targets" for what is aimed at beside what those files hold of it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+
+from targets import targets
 
 ROOT = Path(__file__).parents[1]
 PAGES, RESULTS = [ROOT / "docs" / name for name in ("performance.md", "tools.md")], ROOT / "benchmarks" / "results"
@@ -28,6 +30,7 @@ FIGURES = {
     "peak_mib": ("MiB of peak", "{:.0f}"),
     "mixture_s": ("mixture, s", "{:.4f}"),
     "lora_s": ("LoRA, s", "{:.4f}"),
+    "telemetry_us": ("telemetry, us a place", "{:.0f}"),
 }
 HIDDEN = ("median_s",)
 
@@ -69,7 +72,12 @@ def render(page: str, results: Path = RESULTS) -> str:
         page: Its text.
         results: Folder of the files.
     """
-    return BLOCK.sub(lambda block: f"{block[1]}\n{table(block[2], results)}\n{block[3]}", page)
+
+    def written(block: re.Match[str]) -> str:
+        text = targets(results) if block[2] == "targets" else table(block[2], results)
+        return f"{block[1]}\n{text}\n{block[3]}"
+
+    return BLOCK.sub(written, page)
 
 
 def _text(value: object) -> str:

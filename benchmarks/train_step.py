@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import operator
+import statistics
 from collections.abc import Callable
 
 import torch
-from dense_models import EVERY, FFN, FROZEN, LORA, XLORA, adapted, backbone, baseline_of, configs, x_lora
+from dense_models import EVERY, FFN, FROZEN, LORA, TOP_2, XLORA, adapted, backbone, baseline_of, configs, x_lora
 from peft import get_peft_model
 from timing import interleave, print_rows, rows, write
 from torch import nn
@@ -60,9 +62,15 @@ def loop_over_experts(model: nn.Module, targets: list[str], num_experts: int, r:
 
 
 def training_step(
-    model: nn.Module, input_ids: torch.Tensor, coef: float = 0.0, meter: RoutingMeter | None = None
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    coef: float = 0.0,
+    meter: RoutingMeter | None = None,
+    *,
+    compiled: bool = False,
 ) -> Callable[[], None]:
     """One forward, backward to the input and AdamW step on a fixed batch; a meter is read in every step."""
+    call = torch.compile(model, fullgraph=True) if compiled else model
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
     layers = [m for m in model.modules() if isinstance(m, LoopedExperts)]
@@ -74,7 +82,7 @@ def training_step(
 
     def step() -> None:
         leaf = embedded.requires_grad_()
-        loss = model(inputs_embeds=leaf, labels=input_ids).loss
+        loss = call(inputs_embeds=leaf, labels=input_ids, use_cache=False).loss
         if layers:
             loss = loss + coef * torch.stack([layer.balance for layer in layers]).sum()
         loss.backward()
@@ -115,9 +123,12 @@ def contestants(
 ) -> dict[str, Callable[[], None]]:
     """A step of each contestant."""
     own = configs(args.experts, args.r, targets)
-    steps = {name: training_step(adapted(base, config), input_ids) for name, config in own.items()}
+    own = {name: config for name, config in own.items() if not args.only or name in (LORA, FROZEN, *args.only)}
+    steps = {
+        name: training_step(adapted(base, config), input_ids, compiled=args.compiled) for name, config in own.items()
+    }
     if args.telemetry:
-        model = adapted(base, own["top-2, balance and z-loss"])
+        model = adapted(base, own[TOP_2])
         steps[TELEMETRY] = training_step(model, input_ids, meter=RoutingMeter())
     if args.slow:
         loop = loop_over_experts(adapted(base, None), targets, args.experts, args.r, 8.0)
@@ -139,16 +150,23 @@ def main() -> None:
     parser.add_argument("--all-linear", action="store_true", help="adapt attention too, not the FFN alone")
     parser.add_argument("--slow", action="store_true", help="the loop over experts and stock X-LoRA too")
     parser.add_argument("--telemetry", action="store_true", help="one more contestant whose telemetry is read")
+    parser.add_argument("--only", nargs="+", help="names of the routed contestants, beside LoRA and the frozen model")
+    parser.add_argument("--compiled", action="store_true", help="compile every contestant's model to one graph")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output")
     args = parser.parse_args()
+    unknown = set(args.only or ()) - set(configs(args.experts, args.r, FFN))
+    if unknown:
+        parser.error(f"--only: no contestant is called {', '.join(sorted(unknown))}.")
+    if args.compiled and (args.slow or args.telemetry):
+        parser.error("--compiled: a loop that sets attributes, X-LoRA and a meter are not compiled; leave those out.")
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_agreement(device)
     targets = EVERY if args.all_linear else FFN
     title = (
         f"Training step, {args.layers} layers of width {args.hidden}, E={args.experts} experts of rank {args.r} on "
-        f"{'all linears' if args.all_linear else 'the FFN'}, {device.type}"
+        f"{'all linears' if args.all_linear else 'the FFN'}, {device.type}{', compiled' if args.compiled else ''}"
     )
     found = []
     for dtype in args.dtypes:
@@ -159,7 +177,13 @@ def main() -> None:
             input_ids = torch.randint(1, 2048, (batch, tokens // batch), device=device)
             times = interleave(contestants(args, base, input_ids, targets), rounds=args.rounds)
             over = {name: LORA if name == FROZEN else baseline_of(name) for name in times}
+            over = {name: baseline for name, baseline in over.items() if baseline in times}
             own = rows(times, over, FROZEN, dtype=dtype, tokens=tokens)
+            if args.telemetry:
+                places = args.layers * len(targets)
+                differences = map(operator.sub, times[TELEMETRY], times[TOP_2])
+                seconds = statistics.median(differences) / places
+                next(row for row in own if row["contestant"] == TELEMETRY)["telemetry_us"] = 1e6 * seconds
             print_rows(f"{title}, {dtype}, {tokens} tokens", own)
             found += own
     write(args.output, title, found)

@@ -243,7 +243,7 @@ class LowRankExperts(RankedExperts, PairAlgebra):
             return self.experts_implementation
         if num_slots >= self.num_choices:
             return "dense"  # there is no work to skip
-        num_experts, r, in_features = self.A.shape
+        num_experts, r, _ = self.A.shape
         compiling, num_slots = torch.compiler.is_compiling(), num_slots + self.shared
         if not compiling and few_stay_dense(num_tokens, num_slots, num_experts * r):
             return "dense"  # as is chosen for them; a decoded token asks at every place
@@ -253,8 +253,6 @@ class LowRankExperts(RankedExperts, PairAlgebra):
                 num_experts=num_experts,
                 num_slots=num_slots,
                 r=r,
-                in_features=in_features,
-                out_features=self.B.shape[-1],
                 dtype=dtype or self.A.dtype,
                 device_type=device_type or self.A.device.type,
                 compiling=compiling,

@@ -19,12 +19,10 @@ GPU_RANKS, GPU_RANKS_PER_SLOT = 200, 360
 # Slots of a batch up to which copying their matrices beats sorting, and ranks up to which two GEMMs beat both.
 FEW_SLOTS, FEW_RANKS = 16, 128
 # Rows up to which two products, of the experts and of the router, cost less than joining their matrices for one.
-SEPARATE_ROWS = 512
+SEPARATE_ROWS = 192
 # Rows up to which a backward pass keeps what plain operators keep: making it again costs more time than a place has to
 # spare, and what 64 rows keep is a sixteenth of a 16-bit matrix of width 2048 at most.
 FEW_ROWS = 64
-# Bytes of all rows, in and out, beyond which a product for each expert beats the grouped one on a CPU.
-CPU_GROUPED_BYTES = 28 * 2**20
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,6 @@ class Work:
         num_experts: E.
         num_slots: K, experts a token uses; E for a dense decision.
         r: Rank of one expert.
-        in_features: D.
-        out_features: O.
         dtype: What is computed in.
         device_type: Where, as "cpu" or "cuda".
         compiling: Whether a graph is being made, which is to hold for any number of tokens.
@@ -47,8 +43,6 @@ class Work:
     num_experts: int
     num_slots: int
     r: int
-    in_features: int
-    out_features: int
     dtype: torch.dtype
     device_type: str
     compiling: bool = False
@@ -97,7 +91,4 @@ def choose(work: Work) -> str:
     if not on_cpu:
         # The grouped product of a GPU takes 16 bits; a product for each expert would wait for their number.
         return "grouped" if work.dtype in (torch.bfloat16, torch.float16) else "dense"
-    if work.compiling or work.dtype == torch.float64:
-        return "grouped"
-    rows = work.num_tokens * work.num_slots * (work.in_features + work.out_features)
-    return "grouped" if rows * work.dtype.itemsize <= CPU_GROUPED_BYTES else "segment"
+    return "grouped"

@@ -58,6 +58,57 @@ def test_a_benchmark_writes_rows_that_a_table_shows(name, scripts, monkeypatch, 
     assert not plot or (tmp_path / f"{name}.svg").read_text().count("<svg") == 1
 
 
+def test_what_is_aimed_at_stands_beside_its_figures(scripts, tmp_path):
+    import targets
+
+    rows = [
+        {"contestant": "a, long", "tokens": 16, "ratio": 1.06, "spread": [0.9, 1.2]},
+        {"contestant": "b", "tokens": 16, "ratio": 1.04, "spread": [1.0, 1.1]},
+        {"contestant": "b", "tokens": 99, "ratio": 9.0, "spread": [9.0, 9.0]},
+    ]
+    (tmp_path / "steps.json").write_text(json.dumps({"rows": rows}))
+
+    def cells(limit, **options):
+        return targets.Target("step", "LoRA", "steps", limit, ("a, long", "b"), {"tokens": 16}, **options).cells(
+            tmp_path
+        )
+
+    measured = "a 1.06 (0.90 to 1.20); b 1.04 (1.00 to 1.10)"
+    assert cells(1.05) == ["step", "LoRA", "at most 1.05", measured, "not by a", "steps"]
+    assert cells(1.06)[4] == "yes" and cells(1.0)[4] == "no" and cells(1.05, at_least=True)[4] == "not by b"
+    assert cells(1.05, form="{:.1f}x")[3].startswith("a 1.1x") and cells(1.1, form="{:.1f}x")[4] == "yes"
+    with pytest.raises(LookupError, match="0 rows of a, long"):
+        targets.Target("step", "LoRA", "steps", 1.0, ("a, long",), {"tokens": 99}).cells(tmp_path)
+
+
+@pytest.mark.slow
+def test_contestants_are_compiled_to_one_graph(scripts, monkeypatch, tmp_path):
+    import torch
+    import train_step
+
+    flags = "--compiled --only MoLORA --hidden 32 --layers 1 --tokens 9 --rounds 2 --dtypes float32"
+    monkeypatch.setattr(sys, "argv", ["train_step", *flags.split(), "--output", str(tmp_path / "compiled.json")])
+    threads = torch.get_num_threads()
+    try:
+        train_step.main()
+    finally:
+        torch.set_num_threads(threads)
+    record = json.loads((tmp_path / "compiled.json").read_text())
+    assert [row["contestant"] for row in record["rows"]] == ["peft LoRA", "frozen model", "MoLORA"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"), [("--only nobody", "no contestant is called nobody"), ("--compiled --slow", "not compiled")]
+)
+def test_contestants_that_are_not_there_are_refused(flags, said, scripts, monkeypatch, capsys):
+    import train_step
+
+    monkeypatch.setattr(sys, "argv", ["train_step", *flags.split()])
+    with pytest.raises(SystemExit):
+        train_step.main()
+    assert said in capsys.readouterr().err
+
+
 def test_every_registered_part_is_timed_with_parts_that_it_fits(scripts):
     import catalogue
 

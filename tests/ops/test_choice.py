@@ -21,8 +21,6 @@ BIG = Work(
     num_experts=64,
     num_slots=2,
     r=16,
-    in_features=512,
-    out_features=2048,
     dtype=torch.float32,
     device_type="cpu",
 )
@@ -32,7 +30,7 @@ BIG = Work(
     ("changes", "expected"),
     [
         ({}, "grouped"),
-        ({"num_tokens": 2048}, "segment"),
+        ({"num_tokens": 100_000}, "grouped"),
         ({"num_tokens": 2048, "dtype": torch.bfloat16}, "grouped"),
         ({"num_tokens": 1}, "gather"),
         ({"num_tokens": 1, "num_experts": 8}, "dense"),
@@ -73,7 +71,7 @@ def spied(monkeypatch):
 
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "r", "expected"),
-    [(63, 64, 4, "grouped"), (1, 64, 4, "gather"), (13, 4, 4, "dense"), (4000, 64, 4, "segment")],
+    [(63, 64, 4, "grouped"), (1, 64, 4, "gather"), (13, 4, 4, "dense"), (4000, 64, 4, "grouped")],
 )
 def test_the_op_that_is_chosen_is_the_one_that_runs(monkeypatch, num_tokens, num_experts, r, expected):
     ran = spied(monkeypatch)
@@ -119,7 +117,7 @@ def test_a_description_says_what_is_chosen():
 @pytest.mark.parametrize(("num_tokens", "num_slots", "r"), [(0, 2, 64), (1, 2, 2), (8, 2, 2), (9, 2, 2), (1, 2, 64)])
 def test_few_slots_of_few_ranks_are_what_the_choice_makes_of_them(num_tokens, num_slots, r):
     num_experts = 64
-    work = Work(num_tokens, num_experts, num_slots, r, 16, 16, torch.float32, "cpu")
+    work = Work(num_tokens, num_experts, num_slots, r, torch.float32, "cpu")
     if few_stay_dense(num_tokens, num_slots, num_experts * r):
         assert choose(work) == choose(replace(work, device_type="cuda")) == "dense"
     else:

@@ -160,6 +160,8 @@ def main() -> None:
         parser.error(f"--only: no contestant is called {', '.join(sorted(unknown))}.")
     if args.compiled and (args.slow or args.telemetry):
         parser.error("--compiled: a loop that sets attributes, X-LoRA and a meter are not compiled; leave those out.")
+    # Contestants share the code of their forwards, each with a graph of its own.
+    torch._dynamo.config.recompile_limit = 64
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_agreement(device)

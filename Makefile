@@ -69,7 +69,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/moe_block.py --output benchmarks/results/moe_block.json
 	$(BIN)/python benchmarks/decode.py --output benchmarks/results/decode.json
 	$(BIN)/python benchmarks/expert_lora.py --dtypes float32 --experts 64 --output benchmarks/results/expert_lora.json
-	$(BIN)/python benchmarks/expert_lora.py --dtypes bfloat16 --experts 64 \
+	$(BIN)/python benchmarks/expert_lora.py --dtypes bfloat16 --experts 64 --rounds 7 \
 		--output benchmarks/results/expert_lora_bfloat16.json
 	$(BIN)/python benchmarks/expert_lora.py --dtypes float32 --experts 8 --rounds 9 --no-memory \
 		--output benchmarks/results/expert_lora_8_experts.json

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from ..types import Routing
-from .dtypes import outside_autocast
+from .dtypes import outside_autocast, product_dtype
 from .slots import slots_of
 
 
@@ -35,9 +35,16 @@ def gather_experts(
     with outside_autocast(x_TD.device.type):
         # The slots of a token side by side: one product down, one product up that adds them.
         A_TXD = A.index_select(0, flat_N).to(x_TD.dtype).view(num_tokens, num_slots * r, A.shape[-1])
-        B_TXO = B.index_select(0, flat_N).to(x_TD.dtype).view(num_tokens, num_slots * r, out_features)
-        h_TX = torch.bmm(A_TXD, x_TD[..., None]).squeeze(-1)
+        B_TXO = B.index_select(0, flat_N).to(product_dtype(x_TD)).view(num_tokens, num_slots * r, out_features)
+        h_TX = torch.bmm(A_TXD, x_TD.unsqueeze(-1)).squeeze(-1)
         h_TX = h_TX if act is None else act(h_TX)
-        gates_TX = (scaling * weights_TK).to(h_TX.dtype).repeat_interleave(r, dim=1)
-        y_TO = torch.bmm((h_TX * gates_TX)[:, None], B_TXO).squeeze(1).to(base_out_TO.dtype)
+        gated_TKr = h_TX.view(num_tokens, num_slots, r) * weights_TK.to(h_TX.dtype).unsqueeze(-1)
+        gated_T1X = gated_TKr.view(num_tokens, 1, num_slots * r).to(B_TXO.dtype)
+        if base_out_TO.dtype == B_TXO.dtype and not (in_place and torch.is_grad_enabled()):
+            base_T1O = base_out_TO.unsqueeze(1)
+            if in_place:
+                base_T1O.baddbmm_(gated_T1X, B_TXO, alpha=scaling)
+                return base_out_TO
+            return torch.baddbmm(base_T1O, gated_T1X, B_TXO, alpha=scaling).squeeze(1)
+        y_TO = (scaling * torch.bmm(gated_T1X, B_TXO)).squeeze(1).to(base_out_TO.dtype)
     return base_out_TO.add_(y_TO) if in_place else base_out_TO + y_TO

@@ -7,7 +7,9 @@ the host, whatever the number of layers.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 
@@ -18,6 +20,8 @@ from .stacked import add, as_sums, in_groups, stacked_statistics
 from .statistics import RoutingStatistics
 
 Key = tuple[str, str]
+# What is logged of a place; the last where it has a capacity.
+STATISTICS = ("load_entropy", "max_over_mean_load", "dead_experts", "confidence", "drop_rate")
 MAX_WAITING = 2**20  # elements of probabilities
 
 
@@ -118,11 +122,12 @@ def metrics_of(reading: Reading, layer_groups: int) -> dict[str, float]:
     Returns:
         "moe/<loss>", "moe/<statistic>" over all places, and "moe/layers_<first>-<last>/<statistic>".
     """
+    values = _by_name(reading.places)
     metrics = {f"moe/{name}": value for name, value in reading.losses.items()}
-    metrics.update({f"moe/{name}": value for name, value in _averages(list(reading.places.values())).items()})
+    metrics.update({f"moe/{name}": value for name, value in _means(list(values.values())).items()})
     for label, members in group_layers([place for place, _ in reading.places], layer_groups).items():
-        chosen = [statistics for (place, _), statistics in reading.places.items() if place in members]
-        metrics.update({f"moe/{label}/{name}": value for name, value in _averages(chosen).items()})
+        chosen = [own for (place, _), own in values.items() if place in members]
+        metrics.update({f"moe/{label}/{name}": value for name, value in _means(chosen).items()})
     return metrics
 
 
@@ -154,15 +159,23 @@ def group_layers(places: list[str], count: int) -> dict[str, set[str]]:
     return groups
 
 
-def _averages(statistics: list[RoutingStatistics]) -> dict[str, float]:
-    """Means over places of the statistics, and the drop rate over the places that have a capacity."""
-    if not statistics:
-        return {}
-    values = {
-        "load_entropy": [s.load_entropy for s in statistics],
-        "max_over_mean_load": [s.max_over_mean_load for s in statistics],
-        "dead_experts": [s.dead_experts for s in statistics],
-        "confidence": [s.confidence for s in statistics],
-        "drop_rate": [s.drop_rate for s in statistics if s.dropped is not None],
-    }
-    return {name: float(torch.stack(list(parts)).float().mean()) for name, parts in values.items() if parts}
+def _by_name(places: Mapping[Key, RoutingStatistics]) -> dict[Key, dict[str, float]]:
+    """Each place's statistics by name, computed for all places of as many experts at once."""
+    groups: dict[tuple, list[Key]] = {}
+    for key, own in places.items():
+        groups.setdefault((own.mass.shape, own.mass.dtype, own.dropped is None), []).append(key)
+    found: dict[Key, dict[str, float]] = {}
+    for keys in groups.values():
+        joined = RoutingStatistics.stacked([places[key] for key in keys])
+        names = [name for name in STATISTICS if name != "drop_rate" or joined.dropped is not None]
+        columns = [getattr(joined, name).tolist() for name in names]
+        found |= {
+            key: dict(zip(names, row, strict=True)) for key, row in zip(keys, zip(*columns, strict=True), strict=True)
+        }
+    return {key: found[key] for key in places}
+
+
+def _means(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Means over places of each statistic, of those places that have it."""
+    columns = {name: [row[name] for row in rows if name in row] for name in STATISTICS}
+    return {name: fmean(values) for name, values in columns.items() if values}

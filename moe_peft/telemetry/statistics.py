@@ -5,7 +5,9 @@ Sums of several batches, or of several processes, add up to those of all their t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -15,7 +17,7 @@ from ..types import Routing
 
 @dataclass(frozen=True)
 class RoutingStatistics:
-    """Sums of one place, in float32 or the routing's precision.
+    """Sums of one place, or of several in a first dimension, in float32 or the routing's precision.
 
     Attributes:
         requests: (E,) tokens that asked for each expert, before any capacity.
@@ -44,39 +46,53 @@ class RoutingStatistics:
             dropped=dropped,
         )
 
+    @classmethod
+    def stacked(cls, places: Sequence[RoutingStatistics]) -> RoutingStatistics:
+        """Sums of several places, which have as many experts and all or none of them a capacity.
+
+        Args:
+            places: P of them.
+
+        Returns:
+            The sums with a first dimension P.
+        """
+        columns = {own.name: [getattr(place, own.name) for place in places] for own in fields(cls)}
+        return cls(**{name: None if parts[0] is None else torch.stack(parts) for name, parts in columns.items()})
+
     @property
     def load(self) -> torch.Tensor:
         """(E,) share of the requests that each expert gets, summing to one; uniform for a dense router."""
-        return self.requests / self.requests.sum().clamp_min(1)
+        return self.requests / self.requests.sum(-1, keepdim=True).clamp_min(1)
 
     @property
     def importance(self) -> torch.Tensor:
         """(E,) share of the gate mass that each expert gets, summing to one."""
-        return self.mass / self.mass.sum().clamp_min(torch.finfo(self.mass.dtype).tiny)
+        return self.mass / self.mass.sum(-1, keepdim=True).clamp_min(torch.finfo(self.mass.dtype).tiny)
 
     @property
     def load_entropy(self) -> torch.Tensor:
         """0-d entropy of the share of the gate mass over its maximum log E; one for a single expert."""
-        if self.mass.numel() == 1:
-            return torch.ones_like(self.mass[0])
-        return torch.special.entr(self.importance).sum() / torch.log(torch.tensor(float(self.mass.numel())))
+        num_experts = self.mass.shape[-1]
+        if num_experts == 1:
+            return torch.ones_like(self.mass[..., 0])
+        return torch.special.entr(self.importance).sum(-1) / math.log(num_experts)
 
     @property
     def max_over_mean_load(self) -> torch.Tensor:
         """0-d largest share of the requests over the even share; one when balanced, E when collapsed."""
-        return self.load.max() * self.load.numel()
+        return self.load.amax(-1) * self.load.shape[-1]
 
     @property
     def dead_experts(self) -> torch.Tensor:
         """0-d int64 number of experts that no valid token asked for."""
-        return (self.requests == 0).sum()
+        return (self.requests == 0).sum(-1)
 
     @property
     def drop_rate(self) -> torch.Tensor:
         """0-d share of the requests that found their expert full; zero without a capacity."""
         if self.dropped is None:
             return torch.zeros_like(self.tokens)
-        return self.dropped / self.requests.sum().clamp_min(1)
+        return self.dropped / self.requests.sum(-1).clamp_min(1)
 
     @property
     def confidence(self) -> torch.Tensor:

@@ -56,7 +56,7 @@ class RoutingStatistics:
         Returns:
             The sums with a first dimension P.
         """
-        columns = {own.name: [getattr(place, own.name) for place in places] for own in fields(cls)}
+        columns: dict[str, list[Any]] = {own.name: [getattr(place, own.name) for place in places] for own in fields(cls)}
         return cls(**{name: None if parts[0] is None else torch.stack(parts) for name, parts in columns.items()})
 
     @property

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from peft import PeftModel, get_peft_model
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from moe_peft.config.config import MoeConfig
@@ -76,6 +77,9 @@ class TransformersDoor:
             yield
         finally:
             model.enable_adapters()
+            for module in model.modules():
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    module.enable_adapters(True)  # transformers leaves them off, those of stock adapters too
 
     def delete(self, model: nn.Module, name: str) -> None:
         model.delete_adapter(name)

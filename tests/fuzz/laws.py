@@ -41,24 +41,27 @@ def base_tensors(model: nn.Module, adapters: Iterable[str]) -> dict[str, torch.T
     return {name: parameter for name, parameter in named if not adapters.intersection(name.split("."))}
 
 
-def require_close(law: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """Compare two tensors on the scale of the expected one."""
+def require_close(law: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float, least: float = 1e-3) -> None:
+    """Compare two tensors on the scale of the expected one, or the least that is given."""
     if found.shape != expected.shape:
         raise BrokenLawError(law, f"shape {tuple(found.shape)} instead of {tuple(expected.shape)}")
     scale = float(expected.abs().max()) if expected.numel() else 0.0
     error = float((found - expected).abs().max()) if expected.numel() else 0.0
-    if not error <= tolerance * max(scale, 1e-3):
+    if not error <= tolerance * max(scale, least):
         raise BrokenLawError(law, f"off by {error:.3g} on a scale of {scale:.3g}")
 
 
 def require_same_tensors(
     law: str, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float
 ) -> None:
-    """Compare tensors by name."""
+    """Compare tensors by name; small ones may be differences of large ones, and are rounded on their scale."""
     if found.keys() != expected.keys():
         raise BrokenLawError(law, f"only one side has {sorted(found.keys() ^ expected.keys())[:3]}")
+    largest = max((float(tensor.abs().max()) for tensor in expected.values() if tensor.numel()), default=0.0)
+    least = max(1e-3, 0.01 * largest)
     for name, tensor in expected.items():
-        require_close(f"{law} ({name.rsplit('.', 3)[-3:]})", found[name].detach(), tensor.detach(), tolerance)
+        own = f"{law} ({name.rsplit('.', 3)[-3:]})"
+        require_close(own, found[name].detach(), tensor.detach(), tolerance, least)
 
 
 def logits(model: nn.Module, batch: dict[str, torch.Tensor], **kwargs) -> torch.Tensor:

@@ -156,7 +156,7 @@ TARGETS: list[Target] = [
     Target("ESFT, 10% of the experts, training", "frozen block", "moe_block", 1.15, ("ESFT, 10% of the experts",)),
     Target("PERFT-E, decoding", "LoRA on attention", "decode", 1.05, ("PERFT-E r=4",), {"backbone": "moe"}),
     Target(
-        "training step, E=8, r=4",
+        "training step, E=8, r=4, 2,048 tokens",
         "faster than a loop",
         "train_step_loop",
         2.2,
@@ -168,7 +168,7 @@ TARGETS: list[Target] = [
         _over_loop,
     ),
     Target(
-        "training step, E=32, r=4",
+        "training step, E=32, r=4, 256 tokens",
         "faster than a loop",
         "train_step_32_experts",
         5.0,
@@ -180,7 +180,7 @@ TARGETS: list[Target] = [
         _over_loop,
     ),
     Target(
-        "what it adds, E=8, r=4",
+        "what it adds, E=8, r=4, 2,048 tokens",
         "faster than a loop",
         "train_step_loop",
         13.0,
@@ -194,7 +194,7 @@ TARGETS: list[Target] = [
     Target(
         "telemetry, us a place and step",
         "",
-        "train_step_loop",
+        "telemetry",
         60.0,
         ("top-2, losses and telemetry in every step",),
         {},

@@ -152,13 +152,13 @@ def contestants(
     args: argparse.Namespace, base: nn.Module, input_ids: torch.Tensor, targets: list[str]
 ) -> dict[str, Callable[[], None]]:
     """A step of each contestant."""
-    own = configs(args.experts, args.r, targets)
-    own = {name: config for name, config in own.items() if not args.only or name in (LORA, FROZEN, *args.only)}
+    every = configs(args.experts, args.r, targets)
+    own = {name: config for name, config in every.items() if not args.only or name in (LORA, FROZEN, *args.only)}
     steps = {
         name: training_step(adapted(base, config), input_ids, compiled=args.compiled) for name, config in own.items()
     }
     if args.telemetry:
-        model = adapted(base, own[TOP_2])
+        model = adapted(base, every[TOP_2])
         steps[TELEMETRY] = training_step(model, input_ids, meter=METER)
     if args.slow:
         loop = loop_over_experts(adapted(base, None), targets, args.experts, args.r, 8.0)

@@ -87,9 +87,13 @@ def mean_values(layers: Sequence[LayerLosses]) -> dict[str, torch.Tensor]:
     values: dict[str, list[torch.Tensor]] = {}
     for (loss, *_), members in _alike(layers).items():
         values_G = loss.value(torch.stack([layer.joined[name] for layer, name in members]))
+        names = {name for _, name in members}
+        if len(names) == 1:
+            values.setdefault(names.pop(), []).append(values_G)
+            continue
         for (_, name), value in zip(members, values_G, strict=True):
-            values.setdefault(name, []).append(value)
-    return {name: torch.stack([v.to(parts[0]) for v in parts]).mean() for name, parts in values.items()}
+            values.setdefault(name, []).append(value[None])
+    return {name: torch.cat([v.to(parts[0]) for v in parts]).mean() for name, parts in values.items()}
 
 
 class WindowSums:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from statistics import fmean
 
 import torch
+from torch.nn import functional as F
 
 from ..forward.processes import num_processes, sum_over_processes
 from ..forward.tracker import ForwardTracker
@@ -82,14 +84,12 @@ class RoutingMeter:
     def read(self) -> Reading:
         """Join what all processes measured, and start anew; every process must call it."""
         self._add_waiting()
-        sums = self._by_place()
-        keys, names = sorted(sums), sorted(self.losses)
-        joined = sum_over_processes(
-            [part.reshape(-1) for key in keys for part in sums[key]] + [self.losses[name][None] for name in names]
-        )
+        rows = self._by_place()
+        keys, names = sorted(rows), sorted(self.losses)
+        joined = sum_over_processes([rows[key] for key in keys] + [self.losses[name][None] for name in names])
         flat = torch.cat([part.to(joined[0]) for part in joined]).cpu() if joined else torch.zeros(0)
         parts = iter(flat.split([part.numel() for part in joined]))
-        places = {key: RoutingStatistics(*(next(parts).view_as(own) for own in sums[key])) for key in keys}
+        places = {key: _unpacked(next(parts)) for key in keys}
         count = max(self.micro_batches, 1) * num_processes()
         losses = {name: float(next(parts)) / count for name in names}
         self.sums, self.losses, self.micro_batches = {}, {}, 0
@@ -103,13 +103,27 @@ class RoutingMeter:
             own, before = as_sums(stacked_statistics(members)), self.sums.get(group)
             self.sums[group] = own if before is None else add(before, own)
 
-    def _by_place(self) -> dict[Key, list[torch.Tensor]]:
-        """The sums of each place; those of several groups, as of batches of other sizes, added up."""
-        found: dict[Key, list[torch.Tensor]] = {}
+    def _by_place(self) -> dict[Key, torch.Tensor]:
+        """The sums of each place side by side; those of several groups, as of batches of other sizes, added up."""
+        found: dict[Key, torch.Tensor] = {}
         for group, stacked in self.sums.items():
-            for key, *own in zip(group, *(part.unbind() for part in stacked), strict=True):
-                found[key] = add(found[key], own) if key in found else own
+            packed = torch.cat([part.reshape(len(group), -1) for part in stacked], dim=-1)
+            for key, row in zip(group, packed.unbind(), strict=True):
+                found[key] = _sum_of(found[key], row) if key in found else row
         return found
+
+
+def _sum_of(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The sum of two rows, one of which may lack the last number."""
+    missing = len(one) - len(other)
+    return F.pad(one, (0, max(-missing, 0))) + F.pad(other, (0, max(missing, 0)))
+
+
+def _unpacked(row: torch.Tensor) -> RoutingStatistics:
+    """The sums of one place from a row: E requests, E masses, tokens, confidence, with a capacity what was dropped."""
+    num_experts, capacity = divmod(len(row) - 2, 2)
+    requests, mass, rest = row.split([num_experts, num_experts, 2 + capacity])
+    return RoutingStatistics(requests, mass, *rest.unbind())
 
 
 def metrics_of(reading: Reading, layer_groups: int) -> dict[str, float]:
@@ -145,9 +159,9 @@ def group_layers(places: list[str], count: int) -> dict[str, set[str]]:
         return {}
     stacks: dict[str, dict[int, set[str]]] = {}
     for place in places:
-        found = re.match(r"(?:(.*?)\.)?(\d+)(?:\.|$)", place)
-        if found:
-            stacks.setdefault(found.group(1) or "", {}).setdefault(int(found.group(2)), set()).add(place)
+        layer = _layer_of(place)
+        if layer is not None:
+            stacks.setdefault(layer[0], {}).setdefault(layer[1], set()).add(place)
     groups: dict[str, set[str]] = {}
     for stack, layers in stacks.items():
         numbers = sorted(layers)
@@ -157,6 +171,13 @@ def group_layers(places: list[str], count: int) -> dict[str, set[str]]:
             part = numbers[start : start + size]
             groups[f"{prefix}{part[0]}-{part[-1]}"] = set().union(*(layers[number] for number in part))
     return groups
+
+
+@lru_cache(maxsize=4096)
+def _layer_of(place: str) -> tuple[str, int] | None:
+    """The stack and the number of the layer that a place lies in; None for one that lies in none."""
+    found = re.match(r"(?:(.*?)\.)?(\d+)(?:\.|$)", place)
+    return None if found is None else (found.group(1) or "", int(found.group(2)))
 
 
 def _by_name(places: Mapping[Key, RoutingStatistics]) -> dict[Key, dict[str, float]]:

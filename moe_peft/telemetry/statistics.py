@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -56,8 +56,14 @@ class RoutingStatistics:
         Returns:
             The sums with a first dimension P.
         """
-        columns: dict[str, list[Any]] = {own.name: [getattr(place, own.name) for place in places] for own in fields(cls)}
-        return cls(**{name: None if parts[0] is None else torch.stack(parts) for name, parts in columns.items()})
+        dropped = [place.dropped for place in places if place.dropped is not None]
+        return cls(
+            requests=torch.stack([place.requests for place in places]),
+            mass=torch.stack([place.mass for place in places]),
+            tokens=torch.stack([place.tokens for place in places]),
+            confidence_sum=torch.stack([place.confidence_sum for place in places]),
+            dropped=torch.stack(dropped) if dropped else None,
+        )
 
     @property
     def load(self) -> torch.Tensor:

@@ -41,7 +41,9 @@ def base_tensors(model: nn.Module, adapters: Iterable[str]) -> dict[str, torch.T
     return {name: parameter for name, parameter in named if not adapters.intersection(name.split("."))}
 
 
-def require_close(law: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float, least: float = 1e-3) -> None:
+def require_close(
+    law: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float, least: float = 1e-3
+) -> None:
     """Compare two tensors on the scale of the expected one, or the least that is given."""
     if found.shape != expected.shape:
         raise BrokenLawError(law, f"shape {tuple(found.shape)} instead of {tuple(expected.shape)}")

@@ -63,11 +63,11 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/train_step.py --dtypes float32 --tokens 256 --layers 1 --experts 32 --all-linear --slow \
 		--telemetry --rounds 5 --output benchmarks/results/train_step_32_experts.json
 	$(BIN)/python benchmarks/train_step.py --dtypes float32 --tokens 2048 --layers 1 --slow --rounds 5 \
-		--only LoRAMoE "top-2, balance and z-loss" SiRA MoLORA --output benchmarks/results/train_step_loop.json
+		--only LoRAMoE 'top-2, balance and z-loss' SiRA MoLORA --output benchmarks/results/train_step_loop.json
 	$(BIN)/python benchmarks/train_step.py --dtypes float32 --tokens 16 --hidden 64 --layers 32 --telemetry \
-		--only "top-2, balance and z-loss" --output benchmarks/results/telemetry.json
+		--only 'top-2, balance and z-loss' --output benchmarks/results/telemetry.json
 	$(BIN)/python benchmarks/train_step.py --dtypes float32 --tokens 256 --layers 1 --compiled \
-		--only LoRAMoE "top-2, balance and z-loss" SiRA MoLORA --output benchmarks/results/train_step_compiled.json
+		--only LoRAMoE 'top-2, balance and z-loss' SiRA MoLORA --output benchmarks/results/train_step_compiled.json
 	$(BIN)/python benchmarks/moe_block.py --output benchmarks/results/moe_block.json
 	$(BIN)/python benchmarks/decode.py --output benchmarks/results/decode.json
 	$(BIN)/python benchmarks/expert_lora.py --dtypes float32 --experts 64 --output benchmarks/results/expert_lora.json

@@ -10,6 +10,7 @@ from torch import nn
 
 from moe_peft.experts import EXPERTS, Experts, LowRankExperts, VectorExperts
 from moe_peft.extend import GATES, SELECTORS, Selector
+from moe_peft.ops.choice import SEPARATE_ROWS
 from moe_peft.routers import DenseRouter, Router
 from moe_peft.routers.capacity import Capacity
 from moe_peft.routers.dense import Dense
@@ -163,8 +164,8 @@ def test_a_decision_is_made_where_somebody_sees_it_and_nowhere_else(seen, monkey
 def test_many_tokens_training_passes_and_blocks_keep_the_decision():
     _, layer = next(layers())
     router, bank = layer.parts_of("default")
-    assert layer.unseen_gates(router, bank, torch.randn(512, D), QUIET) is not None
-    assert layer.unseen_gates(router, bank, torch.randn(513, D), QUIET) is None
+    assert layer.unseen_gates(router, bank, torch.randn(SEPARATE_ROWS, D), QUIET) is not None
+    assert layer.unseen_gates(router, bank, torch.randn(SEPARATE_ROWS + 1, D), QUIET) is None
     assert layer.unseen_gates(router, bank, torch.randn(3, D), TokenContext(training=True)) is None
     layer.block = "0"
     assert layer.unseen_gates(router, bank, torch.randn(3, D), QUIET) is None

@@ -26,8 +26,8 @@ class LastCast(threading.local):
     copy: torch.Tensor | None = None
 
     def forget(self) -> None:
-        """Let input and copy go."""
-        self.source = self.copy = None
+        """Let this thread's input and copy go."""
+        self.__dict__.clear()
 
     def holds(self, x: torch.Tensor, dtype: torch.dtype) -> bool:
         """Whether the copy is what a cast of this input would give.
@@ -67,7 +67,8 @@ def shared_cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if not LAST.holds(x, dtype):
         LAST.source, LAST.version, LAST.copy = x.detach(), x._version, x.to(dtype)
         if torch._C._current_graph_task_id() != -1:  # no pass of the model ends after a backward pass
-            torch.autograd.Variable._execution_engine.queue_callback(LAST.forget)
+            # Another thread than that of a device may call back, so that it is given this thread's own.
+            torch.autograd.Variable._execution_engine.queue_callback(LAST.__dict__.clear)
     assert LAST.copy is not None
     return LAST.copy
 

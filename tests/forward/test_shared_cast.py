@@ -151,6 +151,29 @@ def test_a_copy_lives_until_another_input_is_cast_and_threads_have_their_own():
         assert copy() is None
 
 
+def test_the_end_of_a_backward_pass_lets_go_what_its_thread_has_cast_whoever_tells(monkeypatch):
+    told = []
+    x, leaf = torch.randn(T, D).to(torch.bfloat16), torch.ones(1, requires_grad=True)
+
+    class Engine:
+        queue_callback = told.append
+
+    def cast(gradient):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.autograd.Variable, "_execution_engine", Engine)
+            with torch.no_grad():
+                shared_cast(x, torch.float32)
+
+    out = leaf * 2
+    out.register_hook(cast)
+    out.backward()
+    assert LAST.copy is not None and len(told) == 1
+    thread = threading.Thread(target=told[0])
+    thread.start()
+    thread.join()
+    assert LAST.copy is None and LAST.source is None
+
+
 def test_where_gradients_are_enabled_the_copy_has_a_graph():
     x = torch.randn(T, D, dtype=torch.bfloat16, requires_grad=True)
     with torch.no_grad():

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from moe_peft.telemetry.functions import record
 from moe_peft.types import Routing, TokenContext
 
 
@@ -99,3 +100,13 @@ def saved_for_backward(compute: Callable[[], object], besides: Iterable[torch.Te
         result = compute()  # the graph keeps the storages alive while they are compared
     del result
     return list(kept.values())
+
+
+def counts(model, batch):
+    """Place -> number of tokens that its decisions of a forward count."""
+    with record(model) as routings:
+        model(**batch)
+    return {
+        place: sum(len(made.probs) if made.valid is None else int(made.valid.sum()) for made in own)
+        for place, own in routings.items()
+    }

@@ -164,19 +164,15 @@ class Router(ModulePart, nn.Module):
         """
 
     def start_without_tokens(self, weight: nn.Parameter, std: float) -> None:
-        """Initialise scores that no token's input changes, or factors that they are products of.
-
-        Under a gate that needs scores above zero they start there, at 1 / E and more: below it an expert would be used
-        by no token at all, and would never learn.
+        """Initialise scores that no token's input changes; above zero where the gate needs that, or none would learn.
 
         Args:
-            weight: What is filled.
-            std: Standard deviation of a normal distribution around zero.
+            weight: The scores, or factors that they are products of.
+            std: Standard deviation around zero.
         """
         nn.init.normal_(weight, std=std)
         if self.gate.needs_positive:
-            with torch.no_grad():
-                weight.abs_().add_(1 / self.num_experts)
+            weight.data.abs_().add_(1 / self.num_experts)
 
     def scale(self, weights: torch.Tensor) -> torch.Tensor:
         """Apply `routed_scaling_factor` to combine weights of any shape."""

@@ -27,7 +27,7 @@ from transformers.models.seamless_m4t.modeling_seamless_m4t import SeamlessM4TCo
 from moe_peft import MoloraConfig, RoutedConfig, describe, router_loss
 from moe_peft.backbone.relative_positions import below_positions, position_readers
 from moe_peft.places.linear import linear_names
-from moe_peft.telemetry.functions import record
+from tests.compare import counts
 
 FIELDS = {"num_experts": 4, "r": 2, "init_weights": False, "lora_dropout": 0.0, "router_aux_loss_coef": 0.5}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
@@ -149,15 +149,6 @@ def adapted(build, ends):
         if isinstance(module, nn.BatchNorm1d):
             module.eval()  # in training it measures the padded frames of a backbone as well
     return model
-
-
-def counts(model, batch):
-    with record(model) as routings:
-        model(**batch)
-    return {
-        place: sum(len(made.probs) if made.valid is None else int(made.valid.sum()) for made in own)
-        for place, own in routings.items()
-    }
 
 
 @pytest.mark.parametrize("case", CASES)

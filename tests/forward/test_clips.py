@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from moe_peft import RoutedConfig
-from moe_peft.telemetry.functions import record
+from tests.compare import counts
 
 TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
 TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
@@ -30,15 +30,6 @@ def adapted(model):
     targets = [name for name in names if not name.endswith("lm_head") and "visual" not in name]
     fields = {"num_experts": 2, "r": 2, "lora_dropout": 0.0, "router_aux_loss_coef": 0.5}
     return get_peft_model(model, RoutedConfig(target_modules=targets, **fields)).train()
-
-
-def counts(model, batch):
-    with record(model) as routings:
-        model(**batch)
-    return {
-        place: sum(len(made.probs) if made.valid is None else int(made.valid.sum()) for made in own)
-        for place, own in routings.items()
-    }
 
 
 def frames_of(clips):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -12,6 +14,7 @@ from moe_peft.forward.tracker import find_tracker
 from moe_peft.telemetry.meter import RoutingMeter, group_layers, metrics_of
 from moe_peft.telemetry.stacked import add, as_sums
 from moe_peft.telemetry.statistics import RoutingStatistics
+from moe_peft.types import TokenContext
 from tests.compare import random_routing
 from tests.contract.cases import randomize
 from tests.tiny import padded_batch, tiny_llama, tiny_t5
@@ -93,6 +96,33 @@ def test_metrics_are_means_over_the_places_of_a_group():
         assert metrics[f"moe/{key}/load_entropy"] == pytest.approx(sum(own) / len(own))
     assert metrics["moe/load_entropy"] == pytest.approx(sum(entropies.values()) / len(entropies))
     assert not any("drop_rate" in name for name in metrics)
+
+
+def test_places_with_a_capacity_and_without_are_added_up_and_read_together():
+    def routing(num_tokens, num_experts, dropped):
+        made = random_routing(num_tokens, num_experts, 2, context=TokenContext(training=True))
+        if not dropped:
+            return made
+        return dataclasses.replace(made, dropped=torch.rand(num_tokens, 2) < 0.5)
+
+    meter, shapes = RoutingMeter(), {"layers.0.a": 4, "layers.1.a": 4, "layers.1.b": 6}
+    expected = {}
+    for num_tokens, with_capacity in ((7, ("layers.0.a",)), (5, ("layers.0.a", "layers.1.b")), (9, ())):
+        for place, num_experts in shapes.items():
+            own = routing(num_tokens, num_experts, place in with_capacity)
+            meter.observe(place, "default", own)
+            sums = as_sums(RoutingStatistics.of(own))
+            expected[place] = add(expected[place], sums) if place in expected else sums
+    reading = meter.read()
+    for (place, _), statistics in reading.places.items():
+        torch.testing.assert_close(as_sums(statistics), expected[place])
+    found = metrics_of(reading, 0)
+    own = {place: RoutingStatistics(*sums) for place, sums in expected.items()}
+    for name in ("load_entropy", "max_over_mean_load", "dead_experts", "confidence"):
+        values = [float(getattr(statistics, name)) for statistics in own.values()]
+        assert found[f"moe/{name}"] == pytest.approx(sum(values) / len(values))
+    rates = [float(s.drop_rate) for s in own.values() if s.dropped is not None]
+    assert len(rates) == 2 and found["moe/drop_rate"] == pytest.approx(sum(rates) / 2)
 
 
 def test_layers_of_several_stacks_are_named_by_the_stack():
